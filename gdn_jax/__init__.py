@@ -1,0 +1,6 @@
+"""Gated DeltaNet for JAX on NVIDIA GPUs."""
+
+from gdn_jax.ops.gated_delta.api import fused_update as fused_update
+from gdn_jax.ops.gated_delta.api import recurrent_update as recurrent_update
+from gdn_jax.ops.gated_delta.tuning import LaunchConfig as LaunchConfig
+from gdn_jax.ops.gated_delta.unfused import gates as gates

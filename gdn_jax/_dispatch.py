@@ -1,0 +1,50 @@
+"""The one place where an implementation is chosen."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+IMPLEMENTATIONS = ("triton", "interpret", "xla", "reference")
+
+# What `None` tries, best first. The interpreter and the oracle are never a fallback.
+PREFERENCE = ("triton", "xla")
+
+
+def check_name(implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; "
+            f"got {implementation!r}. None picks the best that can run here."
+        )
+
+
+def run(
+    paths: Mapping[str, Callable[[], Result]], implementation: str | None
+) -> Result:
+    """Runs the implementation asked for, or the first preferred one that can run.
+
+    A path that cannot run the call here raises NotImplementedError with its reason.
+    """
+    if implementation is not None:
+        return paths[implementation]()
+    reasons = []
+    for name in PREFERENCE:
+        try:
+            return paths[name]()
+        except NotImplementedError as reason:
+            reasons.append(reason)
+    raise ExceptionGroup("no implementation can run this call here", reasons)
+
+
+def preferred(paths: Mapping[str, Callable[[], object]]) -> str:
+    """The name that `implementation=None` stands for."""
+
+    def named(name: str) -> Callable[[], str]:
+        def path() -> str:
+            paths[name]()
+            return name
+
+        return path
+
+    return run({name: named(name) for name in paths}, None)

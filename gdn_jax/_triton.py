@@ -1,0 +1,100 @@
+"""The library's only door to Pallas' Triton lowering: launching, and what devices allow.
+
+The lowering is deprecated upstream since JAX 0.11 (docs/pallas/CHANGELOG) and still
+there in 0.12. When it goes, this file and the kernels' launch functions change.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+load = pltriton.load
+store = pltriton.store
+
+MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
+
+# Emitted at every lowering; under `-W error` it would stop the lowering itself.
+DEPRECATION = "The Pallas Triton backend is deprecated"
+warnings.filterwarnings("ignore", message=DEPRECATION, category=DeprecationWarning)
+
+
+def device_kind(arrays: Any) -> str:
+    """The kind of the NVIDIA GPU that a kernel over `arrays` would be compiled for.
+
+    An abstract device (lowering and compiling ahead of time) comes first, then the
+    device of an array that has one, then JAX's default. Under `jit` arrays have none.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        if abstract.platform != "cuda":
+            raise NotImplementedError(
+                f"the triton implementation needs an NVIDIA GPU; the abstract device is "
+                f"{abstract.device_kind!r} on {abstract.platform!r}"
+            )
+        return abstract.device_kind
+    device = _device(arrays)
+    if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
+        raise NotImplementedError(
+            f"the triton implementation needs an NVIDIA GPU (or an abstract CUDA device, "
+            f"to compile ahead of time); this call runs on {device.device_kind!r}. Use "
+            f"implementation='xla', or 'interpret' to run the same kernel here."
+        )
+    if float(device.compute_capability) < MIN_COMPUTE_CAPABILITY:
+        raise NotImplementedError(
+            f"the triton implementation needs compute capability "
+            f"{MIN_COMPUTE_CAPABILITY} or newer; {device.device_kind!r} has "
+            f"{device.compute_capability}. Use implementation='xla'."
+        )
+    return device.device_kind
+
+
+def _device(arrays: Any) -> Any:
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return next(iter(leaf.devices()))
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+def launch(
+    kernel: Callable[..., None],
+    inputs: Any,
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
+    *,
+    grid: Sequence[int],
+    aliases: dict[int, int],
+    num_warps: int,
+    interpret: bool,
+) -> Any:
+    """Runs `kernel(inputs, *outputs)` on unblocked references, once per grid point.
+
+    `inputs` is one pytree of arrays, `outputs` a sequence of (shape, dtype); `aliases`
+    maps flat input numbers to output numbers. Grid axis 0 is the fastest.
+    """
+    varying = varying_axes(inputs)
+    out_shape = tuple(
+        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+        for shape, dtype in outputs
+    )
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        grid=tuple(grid),
+        out_shape=out_shape,
+        in_specs=[jax.tree.map(lambda _: anywhere, inputs)],
+        out_specs=tuple(anywhere for _ in out_shape),
+        input_output_aliases=aliases,
+        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
+    )(inputs)
+
+
+def varying_axes(arrays: Any) -> Any:
+    """The type of a result under `shard_map`: it varies over every mesh axis that an
+    input varies over."""
+    types = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(arrays)]
+    return type(types[0])(varying=frozenset().union(*(t.varying for t in types)))

@@ -1,0 +1,26 @@
+"""The letters of the library, bound once as array types.
+
+N   sequences (rows) in the batch      H    key/query heads
+T   tokens of one row, dense           HV   value heads; value head i reads key head
+L   tokens of all rows, packed              i // (HV // H)
+P   slots of the state pool            K    key head dim
+S   columns of a speculative table     V    value head dim
+"""
+
+from typing import TypeAlias
+
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+State: TypeAlias = Float[Array, "P HV V K"]
+Query: TypeAlias = Float[Array, "L H K"]
+Key: TypeAlias = Float[Array, "L H K"]
+Value: TypeAlias = Float[Array, "L HV V"]
+
+PerHead: TypeAlias = Float[Array, " HV"]
+PerToken: TypeAlias = Float[Array, "L HV"]
+Decays: TypeAlias = Float32[Array, "*tokens HV"] | Float32[Array, "*tokens HV K"]
+
+Slots: TypeAlias = Int32[Array, " N"] | Int32[Array, "N S"]
+Boundaries: TypeAlias = Int32[Array, " N_plus_1"]
+Accepted: TypeAlias = Int32[Array, " N"]
+HasState: TypeAlias = Bool[Array, " N"]

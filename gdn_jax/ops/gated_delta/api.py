@@ -1,0 +1,266 @@
+"""The public update of a gated delta rule state, fused with its gates."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _dispatch, _triton
+from gdn_jax.ops.gated_delta import arguments, tuning
+from gdn_jax.ops.gated_delta.call import GateLogits, GateOptions, Gates, Inputs, Options
+from gdn_jax.ops.gated_delta.reference import reference
+from gdn_jax.ops.gated_delta.triton import triton
+from gdn_jax.ops.gated_delta.tuning import LaunchConfig
+from gdn_jax.ops.gated_delta.vjp import differentiable
+from gdn_jax.ops.gated_delta.xla import xla
+
+
+def fused_update(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    A_log: Array,
+    a: Array,
+    b: Array,
+    dt_bias: Array,
+    *,
+    slots: Array | None = None,
+    cu_seqlens: Array | None = None,
+    num_accepted: Array | None = None,
+    has_state: Array | None = None,
+    null_slot: int | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = True,
+    softplus_beta: float = 1.0,
+    softplus_threshold: float = 20.0,
+    allow_neg_eigval: bool = False,
+    gate_lower_bound: float | None = None,
+    per_token_states: bool = False,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+    config: LaunchConfig | None = None,
+) -> tuple[Array, Array]:
+    """Gates, normalises and applies the gated delta rule: (state, out).
+
+    For each sequence and value head, token by token and in float32:
+
+        decay = exp(-exp(A_log) * softplus(a + dt_bias))        beta = sigmoid(b)
+        q, k  = q / |q| * scale, k / |k|                        (if qk_l2norm)
+        S     = decay * S
+        S     = S + beta * (v - S k) k^T
+        out   = S q
+
+    The carry between tokens is float32 and is rounded only where it is stored. Source:
+    Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464); the contract is
+    that of vLLM's fused_sigmoid_gating_delta_rule_update (PR 35777).
+
+    Args:
+      state: [N, HV, V, K] float32, bfloat16 or float16; with `slots` a pool
+        [P, HV, V, K]. Donate it under `jax.jit` (`donate_argnums=0`) and it is updated
+        in place; slots that are not written keep their bits. NOT donated, every call
+        copies the whole pool.
+      q, k: [N, T, H, K] (dense) or [L, H, K] (packed). HV % H == 0; value head i reads
+        key head i // (HV // H).
+      v: [N, T, HV, V] or [L, HV, V].
+      A_log: [HV], log of the decay rate.
+      a, b: [N, T, HV] or [L, HV], logits of decay and beta. Per-K decay (KDA): a has a
+        further axis K.
+      dt_bias: [HV]; KDA: [HV, K].
+      slots: [N] int32: sequence n reads and writes pool slot slots[n]. [N, S] with
+        `num_accepted`: speculative decoding, below.
+      cu_seqlens: [N + 1] int32: sequence n owns the packed tokens from cu_seqlens[n] to
+        cu_seqlens[n + 1], clipped to [0, L]; a step that does not grow is an empty
+        sequence. Without it each packed token is a sequence of its own (decoding).
+      num_accepted: [N] int32 in 1..S. Sequence n starts from slot
+        slots[n, num_accepted[n] - 1] and leaves the state after token t in slot
+        slots[n, t], so that the next step can start at whichever draft was accepted.
+        Packed tokens past column S - 1 give `out` and store nothing.
+      has_state: [N] bool. False starts a sequence from zeros, whatever its slot holds.
+      null_slot: a slot that means "none", for callers that reserve one (vLLM: 0).
+      scale: of q, > 0; K**-0.5 if None.
+      qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6).
+      softplus_beta, softplus_threshold: softplus(x) = log(1 + exp(beta x)) / beta, and
+        x where beta x > threshold.
+      allow_neg_eigval: double beta, so that it spans (0, 2) (OLMo-hybrid).
+      gate_lower_bound: if given, < 0, decay = exp(gate_lower_bound *
+        sigmoid(exp(A_log) * (a + dt_bias))) instead (KDA of GLM and Kimi-K3).
+      per_token_states: leave the pool alone and return the state after every token.
+      out_dtype: of `out`; v's if None. float16 overflows past 65504: ask for float32.
+      implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
+        "interpret" (that kernel in Pallas' interpreter, any machine), "xla",
+        "reference" (`lax.scan`, the oracle). None: triton where it can run, else xla.
+      config: the kernel's launch; None takes the tuning table. Pinned, it makes a row's
+        bits independent of the batch. `xla` and `reference` have no launch.
+
+    Null rule: a slot outside [0, P), or `null_slot`, is null. A row whose slot to READ
+    is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,
+    writes nothing, and its `out` is exactly zero, as is that of tokens that belong to no
+    row. A null slot to WRITE skips that write alone. NaN in such tokens reaches nothing,
+    gradients included. Two live rows that write one slot, or one that reads what another
+    writes: undefined (`gdn_jax.testing.check_slots` finds them).
+
+    Returns:
+      state: like the argument, or with `per_token_states` [N, T, HV, V, K] or
+        [L, HV, V, K] in its dtype, zero for null rows.
+      out: of v's shape, in `out_dtype`.
+
+    Raises:
+      ValueError: the call is wrong; the text names the argument and the remedy.
+      NotImplementedError: the implementation asked for cannot run this call here.
+
+    Transformations: `jax.grad` works with every implementation; the backward pass runs
+    the reference recurrence, so it is for correctness, not for long sequences. Under
+    `jax.vmap` an unbatched pool is broadcast, one copy per batch entry. Under
+    `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
+    `jax.export` needs the kernel's custom call allowed:
+
+        from jax import export
+        allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+        exported = export.export(f, platforms=["cuda"], disabled_checks=[allowed])(*args)
+        data = exported.serialize()             # needs the flatbuffers package
+        export.deserialize(data).call(*args)
+    """
+    x, options, unpack = arguments.pack(
+        state,
+        q,
+        k,
+        v,
+        GateLogits(A_log, a, b, dt_bias),
+        slots=slots,
+        cu_seqlens=cu_seqlens,
+        num_accepted=num_accepted,
+        has_state=has_state,
+        null_slot=null_slot,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        per_token_states=per_token_states,
+        out_dtype=out_dtype,
+        gating=arguments.gate_options(
+            softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
+        ),
+    )
+    return _update(x, options, unpack, implementation, config)
+
+
+def recurrent_update(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    beta: Array,
+    *,
+    slots: Array | None = None,
+    cu_seqlens: Array | None = None,
+    num_accepted: Array | None = None,
+    has_state: Array | None = None,
+    null_slot: int | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = True,
+    per_token_states: bool = False,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+    config: LaunchConfig | None = None,
+) -> tuple[Array, Array]:
+    """`fused_update` for callers with gates of their own: (state, out).
+
+    With `gates` before it, the unfused pair: the same result in two launches, the gates
+    in memory between them.
+
+    Args:
+      log_decay: [N, T, HV] or [L, HV], log of the decay, normally <= 0; per K (KDA) with
+        a further axis K.
+      beta: [N, T, HV] or [L, HV], used as it is.
+
+    Everything else is as in `fused_update`: shapes, dtypes, in-place update, null rule,
+    errors and transformations.
+    """
+    x, options, unpack = arguments.pack(
+        state,
+        q,
+        k,
+        v,
+        Gates(log_decay, beta),
+        slots=slots,
+        cu_seqlens=cu_seqlens,
+        num_accepted=num_accepted,
+        has_state=has_state,
+        null_slot=null_slot,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        per_token_states=per_token_states,
+        out_dtype=out_dtype,
+        gating=GateOptions(),
+    )
+    return _update(x, options, unpack, implementation, config)
+
+
+def _update(
+    x: Inputs,
+    options: Options,
+    unpack: Callable[[Array], Array],
+    implementation: str | None,
+    config: LaunchConfig | None,
+) -> tuple[Array, Array]:
+    _dispatch.check_name(implementation)
+    if config is not None and not isinstance(config, LaunchConfig):
+        raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
+    if 0 in (x.q.shape[0], x.num_rows, x.state.shape[0]):
+        state, out = _nothing(x, options)
+    else:
+        state, out = _dispatch.run(_paths(x, options, config), implementation)
+    return unpack(state) if options.per_token_states else state, unpack(out)
+
+
+def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
+    V, K = x.state.shape[2:]
+
+    def run_triton():
+        device_kind = _triton.device_kind(x)
+        launch = config or tuning.find_config(
+            device_kind,
+            K,
+            V,
+            x.state.dtype,
+            heads=x.num_rows * x.v.shape[1],
+            single_token=options.tokens_per_row == 1,
+        )
+        return _differentiable(_compiled, options, launch, x)
+
+    return {
+        "triton": run_triton,
+        "interpret": lambda: _differentiable(
+            _interpreted, options, config or tuning.interpreter(V), x
+        ),
+        "xla": lambda: _differentiable(_batched, options, None, x),
+        "reference": lambda: _reference(x, options),
+    }
+
+
+def _compiled(x: Inputs, options: Options, config: LaunchConfig):
+    return triton(x, options, config)
+
+
+def _interpreted(x: Inputs, options: Options, config: LaunchConfig):
+    return triton(x, options, config, interpret=True)
+
+
+def _batched(x: Inputs, options: Options, config: None):
+    del config
+    return xla(x, options)
+
+
+# jit so that a call outside jit is traced and compiled once, not at every call.
+_differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
+_reference = jax.jit(reference, static_argnums=1)
+
+
+def _nothing(x: Inputs, options: Options) -> tuple[Array, Array]:
+    """No tokens, no rows or no slots: every row is null."""
+    out = jnp.zeros(x.v.shape, options.out_dtype)
+    if options.per_token_states:
+        return jnp.zeros((x.q.shape[0], *x.state.shape[1:]), x.state.dtype), out
+    return x.state, out

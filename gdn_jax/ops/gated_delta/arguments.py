@@ -1,0 +1,286 @@
+"""Checks a call at the door and puts it into the packed form of call.py.
+
+Every message names the argument, what came, what was wanted and a way out. Values
+cannot be checked under jit; the null rule makes bad slots and counts harmless instead.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gdn_jax.ops.gated_delta.call import (
+    GateLogits,
+    GateOptions,
+    Gates,
+    Inputs,
+    Options,
+)
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def pack(
+    state,
+    q,
+    k,
+    v,
+    gates: GateLogits | Gates,
+    *,
+    slots,
+    cu_seqlens,
+    num_accepted,
+    has_state,
+    null_slot,
+    scale,
+    qk_l2norm,
+    per_token_states,
+    out_dtype,
+    gating: GateOptions,
+) -> tuple[Inputs, Options, Callable[[Array], Array]]:
+    """(inputs, options, unpack): `unpack` gives a packed result the caller's axes."""
+    state, q, k, v = (
+        _floating(name, x) for name, x in dict(state=state, q=q, k=k, v=v).items()
+    )
+    gates = type(gates)(*(_floating(n, x) for n, x in gates._asdict().items()))
+    slots = _integers("slots", slots)
+    cu_seqlens = _integers("cu_seqlens", cu_seqlens)
+    num_accepted = _integers("num_accepted", num_accepted)
+    if has_state is not None:
+        has_state = jnp.asarray(has_state)
+        if has_state.dtype != jnp.bool_:
+            _fail(
+                "has_state", has_state.dtype, "bool", "Compare it first, as in x > 0."
+            )
+    _check_heads(state, q, k, v)
+    _check_gates(gates, v.shape[:-1], state.shape[3])
+    dense = q.ndim == 4
+    if cu_seqlens is not None:
+        _check_boundaries(cu_seqlens, dense)
+    rows = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else q.shape[0]
+    tokens = None if cu_seqlens is not None else (q.shape[1] if dense else 1)
+    _check_slots(state, slots, num_accepted, has_state, rows, tokens)
+    if null_slot is not None and not isinstance(null_slot, int | np.integer):
+        _fail("null_slot", repr(null_slot), "an int or None", "It is static.")
+
+    def packed(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:]) if dense else x
+
+    def unpack(x: Array) -> Array:
+        return x.reshape(*v.shape[:2], *x.shape[1:]) if dense else x
+
+    if isinstance(gates, GateLogits):
+        gates = gates._replace(a=packed(gates.a), b=packed(gates.b))
+    else:
+        gates = Gates(*(packed(x) for x in gates))
+    inputs = Inputs(
+        state,
+        *(packed(x) for x in (q, k, v)),
+        gates,
+        slots,
+        cu_seqlens,
+        num_accepted,
+        has_state,
+    )
+    options = Options(
+        tokens_per_row=tokens,
+        scale=_check_scale(scale, q.shape[-1]),
+        qk_l2norm=bool(qk_l2norm),
+        null_slot=None if null_slot is None else int(null_slot),
+        per_token_states=bool(per_token_states),
+        out_dtype=_check_out_dtype(out_dtype, v.dtype),
+        gating=gating,
+    )
+    return inputs, options, unpack
+
+
+def gate_options(
+    softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
+) -> GateOptions:
+    beta = _number("softplus_beta", softplus_beta)
+    if not beta > 0:
+        _fail("softplus_beta", beta, "a number > 0", "1.0 is the plain softplus.")
+    if gate_lower_bound is not None:
+        gate_lower_bound = _number("gate_lower_bound", gate_lower_bound)
+        if not gate_lower_bound < 0:
+            _fail(
+                "gate_lower_bound",
+                gate_lower_bound,
+                "a number < 0",
+                "It is the smallest log-decay; GLM and Kimi-K3 use -5.",
+            )
+    threshold = _number("softplus_threshold", softplus_threshold)
+    return GateOptions(beta, threshold, bool(allow_neg_eigval), gate_lower_bound)
+
+
+def _fail(name: str, got: object, wanted: str, remedy: str) -> None:
+    raise ValueError(f"{name} must be {wanted}; got {got}. {remedy}")
+
+
+def _floating(name: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if x.dtype.name not in FLOATS:
+        _fail(name, x.dtype, f"one of {', '.join(FLOATS)}", "Cast it first.")
+    return x
+
+
+def _integers(name: str, x: Any) -> Array | None:
+    if x is None:
+        return None
+    given = getattr(x, "dtype", jnp.int32)
+    if given != jnp.int32:
+        _fail(name, given, "int32", f"Pass {name}.astype(jnp.int32).")
+    return jnp.asarray(x, jnp.int32)
+
+
+def _number(name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a Python number, it is static; got {type(x).__name__}. "
+            f"Close over it instead of passing it through jit."
+        ) from None
+
+
+def _check_scale(scale: Any, K: int) -> float:
+    if scale is None:
+        return K**-0.5
+    number = _number("scale", scale)
+    if not (number > 0 and math.isfinite(number)):
+        _fail("scale", scale, "a finite number > 0", "None takes K**-0.5.")
+    return number
+
+
+def _check_out_dtype(out_dtype: Any, default: Any) -> np.dtype:
+    dtype = np.dtype(default if out_dtype is None else out_dtype)
+    if dtype.name not in FLOATS:
+        _fail("out_dtype", dtype, f"one of {', '.join(FLOATS)}", "None takes v's.")
+    return dtype
+
+
+def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
+    if state.ndim != 4:
+        _fail("state", state.shape, "[P or N, HV, V, K]", "Add the missing axes.")
+    if q.ndim not in (3, 4):
+        _fail("q", q.shape, "[N, T, H, K] (dense) or [L, H, K] (packed)", "Reshape it.")
+    if k.shape != q.shape:
+        _fail("k", k.shape, f"of q's shape {q.shape}", "Keys and queries share heads.")
+    if v.shape[:-2] != q.shape[:-2] or v.ndim != q.ndim:
+        wanted = f"{(*q.shape[:-2], 'HV', 'V')}, q's leading axes"
+        _fail("v", v.shape, wanted, "Pass the same tokens in q, k and v.")
+    heads, value_heads = q.shape[-2], v.shape[-2]
+    if heads == 0 or value_heads % heads:
+        _fail(
+            "v",
+            f"{value_heads} value heads over {heads} key heads",
+            "of a multiple of the key heads (HV % H == 0)",
+            "Value head i reads key head i // (HV // H); repeat or regroup heads.",
+        )
+    wanted = (value_heads, v.shape[-1], q.shape[-1])
+    if state.shape[1:] != wanted:
+        _fail(
+            "state",
+            state.shape,
+            f"[P or N, HV, V, K] = [.., {', '.join(map(str, wanted))}]",
+            "K is the last axis; a [.., K, V] state needs swapaxes(-1, -2).",
+        )
+
+
+def check_gate_logits(A_log, a, b, dt_bias) -> GateLogits:
+    """The logits alone: b [.. HV] says how many value heads and tokens there are."""
+    given = dict(A_log=A_log, a=a, b=b, dt_bias=dt_bias)
+    logits = GateLogits(*(_floating(name, x) for name, x in given.items()))
+    if logits.b.ndim == 0:
+        _fail(
+            "b", logits.b.shape, "[.., HV]", "It has one entry a token and value head."
+        )
+    per_k = logits.a.ndim > logits.b.ndim
+    _check_gates(logits, logits.b.shape, logits.a.shape[-1] if per_k else 0)
+    return logits
+
+
+def _check_gates(gates: GateLogits | Gates, per_head: tuple[int, ...], K: int) -> None:
+    decay, beta = gates.per_token
+    decay_name, beta_name = gates.PER_TOKEN
+    each = "It has one entry a token and value head."
+    if beta.shape != per_head:
+        _fail(beta_name, beta.shape, str(per_head), each)
+    if decay.shape not in (per_head, (*per_head, K)):
+        wanted = f"{per_head}, or {(*per_head, K)} for one decay per K (KDA)"
+        _fail(decay_name, decay.shape, wanted, each)
+    if isinstance(gates, GateLogits):
+        heads = per_head[-1:]
+        if gates.A_log.shape != heads:
+            _fail(
+                "A_log", gates.A_log.shape, f"[HV] = {heads}", "It is per value head."
+            )
+        wanted = (*heads, K) if decay.ndim > beta.ndim else heads
+        if gates.dt_bias.shape != wanted:
+            remedy = "It carries a K axis exactly where `a` does (KDA)."
+            _fail("dt_bias", gates.dt_bias.shape, str(wanted), remedy)
+
+
+def _check_boundaries(cu_seqlens: Array, dense: bool) -> None:
+    if dense:
+        _fail(
+            "cu_seqlens",
+            "dense tokens [N, T, ..]",
+            "given with packed tokens [L, ..] alone",
+            "Leave it out, or flatten the tokens to [N * T, ..].",
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        remedy = "It starts with 0 and ends with the number of tokens."
+        _fail("cu_seqlens", cu_seqlens.shape, "[N + 1]", remedy)
+
+
+def _check_slots(
+    state: Array,
+    slots: Array | None,
+    num_accepted: Array | None,
+    has_state: Array | None,
+    rows: int,
+    tokens: int | None,
+) -> None:
+    if slots is None and state.shape[0] != rows:
+        _fail(
+            "state",
+            f"{state.shape[0]} states for {rows} rows",
+            "one state per row where slots is None",
+            "Pass slots to use a pool.",
+        )
+    if slots is not None and (slots.ndim not in (1, 2) or slots.shape[0] != rows):
+        wanted = f"[N] or, for speculative decoding, [N, S], with N = {rows}"
+        _fail("slots", slots.shape, wanted, "One row of the table per sequence.")
+    speculative = slots is not None and slots.ndim == 2
+    if num_accepted is not None and not speculative:
+        _fail(
+            "num_accepted",
+            "no slots" if slots is None else f"slots {slots.shape}",
+            "given with slots [N, S] alone, a slot for each token of a row",
+            "Speculative decoding keeps a state per token: pass a 2-D table, or leave "
+            "num_accepted out.",
+        )
+    if speculative:
+        if num_accepted is None:
+            _fail(
+                "slots",
+                slots.shape,
+                "[N] where num_accepted is None",
+                "Pass num_accepted [N] (ones at first), or one slot a row.",
+            )
+        if slots.shape[1] == 0:
+            _fail("slots", slots.shape, "[N, S] with S >= 1", "S is 1 + drafts.")
+        if tokens is not None and tokens > slots.shape[1]:
+            _fail(
+                "slots",
+                f"{tokens} tokens a row for {slots.shape[1]} columns",
+                "[N, S] with S >= T",
+                "Each token's state needs a column; pack ragged rows with cu_seqlens.",
+            )
+    for name, x in dict(num_accepted=num_accepted, has_state=has_state).items():
+        if x is not None and x.shape != (rows,):
+            _fail(name, x.shape, f"[N] = ({rows},)", "One entry a row.")

@@ -1,0 +1,141 @@
+"""One call of the recurrence in the form every implementation takes.
+
+Tokens are packed: all rows one after another along L. `Options` holds what is static
+(it is hashable), `Inputs` the arrays, or in a kernel the references to them. An optional
+array that was not given is None.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+
+
+class GateLogits(NamedTuple):
+    """Gates as a layer projects them; the fused update turns them into decay and beta.
+
+    With per-K decay (KDA) `a` carries a K axis [L HV K] and `dt_bias` is [HV K].
+    """
+
+    A_log: t.PerHead
+    a: Array
+    b: t.PerToken
+    dt_bias: Array
+
+    PER_TOKEN = ("a", "b")
+
+    @property
+    def per_token(self) -> tuple[Any, Any]:
+        return self.a, self.b
+
+
+class Gates(NamedTuple):
+    """Gates ready for the recurrence: log_decay [L HV] or [L HV K], beta [L HV]."""
+
+    log_decay: Array
+    beta: t.PerToken
+
+    PER_TOKEN = ("log_decay", "beta")
+
+    @property
+    def per_token(self) -> tuple[Any, Any]:
+        return self.log_decay, self.beta
+
+
+class Inputs(NamedTuple):
+    state: t.State
+    q: t.Query
+    k: t.Key
+    v: t.Value
+    gates: GateLogits | Gates
+    slots: t.Slots | None = None
+    cu_seqlens: t.Boundaries | None = None
+    num_accepted: t.Accepted | None = None
+    has_state: t.HasState | None = None
+
+    @property
+    def num_rows(self) -> int:
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1
+        return self.state.shape[0] if self.slots is None else self.slots.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class GateOptions:
+    softplus_beta: float = 1.0
+    softplus_threshold: float = 20.0
+    allow_neg_eigval: bool = False
+    gate_lower_bound: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's."""
+
+    tokens_per_row: int | None
+    scale: float
+    qk_l2norm: bool
+    null_slot: int | None
+    per_token_states: bool
+    out_dtype: Any
+    gating: GateOptions
+
+    def is_live_slot(self, slot: Array, num_slots: int) -> Array:
+        inside = (slot >= 0) & (slot < num_slots)
+        return inside if self.null_slot is None else inside & (slot != self.null_slot)
+
+
+class Rows(NamedTuple):
+    """Which tokens each row owns and where its state lies; every field is [N].
+
+    `read` is the slot the row starts from (0 where the row is null, so that it can be
+    used as an index), `keeps_state` False where it starts from zeros instead.
+    """
+
+    begin: Array
+    length: Array
+    read: Array
+    live: Array
+    keeps_state: Array
+
+
+def find_rows(x: Inputs, options: Options) -> Rows:
+    """The null rule for whole rows; the kernel evaluates the same per program."""
+    num_slots = x.state.shape[0]
+    row = jnp.arange(x.num_rows, dtype=jnp.int32)
+    if x.cu_seqlens is None:
+        length = jnp.full_like(row, options.tokens_per_row)
+        begin = row * options.tokens_per_row
+    else:
+        bounds = jnp.clip(x.cu_seqlens, 0, x.q.shape[0])
+        begin, length = bounds[:-1], jnp.maximum(bounds[1:] - bounds[:-1], 0)
+    live = length > 0
+    if x.slots is None:
+        read = row
+    elif x.slots.ndim == 1:
+        read = x.slots
+    else:
+        columns = x.slots.shape[1]
+        live &= (x.num_accepted >= 1) & (x.num_accepted <= columns)
+        column = jnp.clip(x.num_accepted - 1, 0, columns - 1)
+        read = jnp.take_along_axis(x.slots, column[:, None], axis=1)[:, 0]
+    live &= options.is_live_slot(read, num_slots)
+    keeps_state = live if x.has_state is None else live & x.has_state
+    return Rows(begin, length, jnp.where(live, read, 0), live, keeps_state)
+
+
+def write_slots(x: Inputs, options: Options, rows: Rows, row: Array, step: Array):
+    """The pool slot that takes the state after token `step` of `row`; P for none."""
+    num_slots = x.state.shape[0]
+    if x.slots is None or x.slots.ndim == 1:
+        wanted = step == rows.length[row] - 1
+        slot = rows.read[row]
+    else:
+        columns = x.slots.shape[1]
+        wanted = (step >= 0) & (step < jnp.minimum(rows.length[row], columns))
+        slot = x.slots[row, jnp.clip(step, 0, columns - 1)]
+    wanted &= rows.live[row] & options.is_live_slot(slot, num_slots)
+    return jnp.where(wanted, slot, num_slots)

@@ -1,0 +1,118 @@
+"""The oracle: the gated delta rule one token at a time, in the paper's order.
+
+Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464)
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdn_jax.ops.gated_delta.call import (
+    GateLogits,
+    Gates,
+    Inputs,
+    Options,
+    find_rows,
+    write_slots,
+)
+
+
+def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
+    """A scan over tokens: dense rows side by side, packed tokens one after another."""
+    num_slots = x.state.shape[0]
+    rows = find_rows(x, options)
+    row, step, live = _owners(x, options, rows)
+    write = jnp.where(live, write_slots(x, options, rows, row, step), num_slots)
+    # A dead token's inputs are replaced before they meet arithmetic: a NaN there would
+    # reach the gradients through a later select.
+    tokens = (x.q, x.k, x.v, *x.gates.per_token)
+    tokens = jax.tree.map(lambda y: _where(live, y, 0.0), tokens)
+    start = _where(rows.keeps_state, x.state[rows.read], 0.0).astype(jnp.float32)
+
+    lanes = 1 if options.tokens_per_row is None else x.num_rows
+    timeline = jax.tree.map(
+        lambda y: y.reshape(lanes, -1, *y.shape[1:]).swapaxes(0, 1),
+        (tokens, row, step, live, write),
+    )
+
+    def body(carry, now):
+        pool, state = carry
+        (q, k, v, a, b), row, step, live, write = now
+        state = _where(step == 0, start[row], state)
+        log_decay, beta = _gates(x.gates, a, b, options)
+        new, out = _rule(state, q, k, v, log_decay, beta, options)
+        state = _where(live, new, state)
+        stored = state.astype(x.state.dtype)
+        pool = pool.at[write].set(stored, mode="drop")
+        out = _where(live, out, 0.0).astype(options.out_dtype)
+        kept = _where(live, stored, 0.0) if options.per_token_states else None
+        return (pool, state), (out, kept)
+
+    if options.per_token_states:
+        timeline = (*timeline[:-1], jnp.full_like(timeline[-1], num_slots))
+    state = _where(jnp.zeros(lanes, bool), start[:lanes], 0.0)
+    (pool, _), (out, kept) = lax.scan(body, (x.state, state), timeline)
+    out, kept = jax.tree.map(
+        lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), (out, kept)
+    )
+    return (kept if options.per_token_states else pool), out
+
+
+def _owners(x: Inputs, options: Options, rows) -> tuple[Array, Array, Array]:
+    """For each token [L]: its row, its place in that row, whether it is live."""
+    token = jnp.arange(x.q.shape[0], dtype=jnp.int32)
+    if options.tokens_per_row is None:
+        after = token[:, None] >= rows.begin
+        owned = after & (token[:, None] < rows.begin + rows.length)  # [L N]
+        row = jnp.argmax(owned, axis=1).astype(jnp.int32)
+        has_row = owned.any(axis=1)
+    else:
+        row = token // options.tokens_per_row
+        has_row = jnp.ones_like(token, bool)
+    return row, token - rows.begin[row], has_row & rows.live[row]
+
+
+def _gates(given: GateLogits | Gates, a: Array, b: Array, options: Options):
+    """log_decay [.. HV] or [.. HV K] and beta [.. HV]."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    if isinstance(given, Gates):
+        return a, b
+    gating = options.gating
+    A = jnp.exp(given.A_log.astype(jnp.float32))
+    A = A if a.ndim == b.ndim else A[:, None]
+    x = a + given.dt_bias.astype(jnp.float32)
+    if gating.gate_lower_bound is not None:
+        log_decay = gating.gate_lower_bound * jax.nn.sigmoid(A * x)
+    else:
+        y = gating.softplus_beta * x
+        softplus = jax.nn.softplus(y) / gating.softplus_beta
+        log_decay = -A * jnp.where(y <= gating.softplus_threshold, softplus, x)
+    beta = jax.nn.sigmoid(b)
+    return log_decay, 2.0 * beta if gating.allow_neg_eigval else beta
+
+
+def _rule(state, q, k, v, log_decay, beta, options: Options) -> tuple[Array, Array]:
+    q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
+    if options.qk_l2norm:
+        q = q * lax.rsqrt(jnp.sum(q * q, -1, keepdims=True) + 1e-6)
+        k = k * lax.rsqrt(jnp.sum(k * k, -1, keepdims=True) + 1e-6)
+    group = v.shape[-2] // k.shape[-2]
+    q = jnp.repeat(q * options.scale, group, axis=-2)  # [.. HV K]
+    k = jnp.repeat(k, group, axis=-2)
+    decay = jnp.exp(log_decay)
+    per_k = decay.ndim == k.ndim
+    state = (decay[..., None, :] if per_k else decay[..., None, None]) * state
+    error = beta[..., None] * (v - _recall(state, k))
+    state = state + error[..., :, None] * k[..., None, :]
+    return state, _recall(state, q)
+
+
+def _recall(state: Array, key: Array) -> Array:
+    return jnp.einsum("...vk,...k->...v", state, key, precision=lax.Precision.HIGHEST)
+
+
+def _where(condition: Array, chosen: Array, other) -> Array:
+    """`jnp.where` with the condition on the leading axes."""
+    extra = jnp.ndim(chosen) - condition.ndim
+    condition = condition.reshape(condition.shape + (1,) * extra)
+    return jnp.where(condition, chosen, jnp.asarray(other, chosen.dtype))

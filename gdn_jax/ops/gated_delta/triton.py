@@ -1,0 +1,231 @@
+"""The fused update as one Pallas kernel (Triton lowering), and its launch.
+
+A program owns a few tiles of one value head's state for all tokens of one row of the
+batch: it reads a tile once, walks the tokens with the tile in registers, and writes it
+back in place. Gates, norms and read-out never leave the program.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from gdn_jax import _triton
+from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options
+from gdn_jax.ops.gated_delta.tile import Tile
+from gdn_jax.ops.gated_delta.tuning import LaunchConfig
+
+MAX_HEAD_DIM = 256
+
+
+def fused_update_kernel(
+    x: Inputs, new_ref, out_ref, *, options: Options, config: LaunchConfig
+) -> None:
+    """`new_ref` is the pool itself, or the per-token states where those were asked for.
+
+    Grid: (groups of tiles along V, value heads, rows); with `cu_seqlens` one row more,
+    whose programs clear the tokens that belong to no row.
+    """
+    group, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    begin, length, slot, live = _find_row(x, row, options)
+    kept = live if x.has_state is None else live & x.has_state[_bounded(x, row)]
+    checkpoints = x.slots is not None and len(x.slots.shape) == 2
+    tiles = [
+        Tile.of(x.state, group * config.tiles + i, config) for i in range(config.tiles)
+    ]
+    load_token = _token_loader(x, head, tiles[0], options)
+
+    def advance(tile: Tile, step, state, token):
+        at = begin + step
+        v = tile.load_v(x.v, at, head)
+        state, out = rule.update(state, token, v, tile.sum_k)
+        tile.store_v(out_ref, jnp.where(live, out, 0.0), at, head)
+        if options.per_token_states:
+            tile.store_state(new_ref, jnp.where(live, state, 0.0), True, at, head)
+        elif checkpoints:
+            column, wanted = _column(x, row, step, options)
+            tile.store_state(new_ref, state, live & wanted, column, head)
+        return state
+
+    upcoming = tiles[0].load_state(x.state, kept, slot, head)
+    if options.tokens_per_row == 1:
+        token = load_token(begin)
+    for tile, following in zip(tiles, [*tiles[1:], None], strict=True):
+        state = upcoming
+        if following is not None:  # in flight while this tile is worked on
+            upcoming = following.load_state(x.state, kept, slot, head)
+        if options.tokens_per_row == 1:
+            state = advance(tile, np.int32(0), state, token)
+        else:
+            state = lax.fori_loop(
+                0,
+                jnp.where(live, length, np.int32(0)),
+                lambda step, state, tile=tile: advance(
+                    tile, step, state, load_token(begin + step)
+                ),
+                state,
+            )
+            _clear(
+                new_ref,
+                out_ref,
+                begin,
+                jnp.where(live, np.int32(0), length),
+                head,
+                tile,
+                options,
+            )
+        if not (options.per_token_states or checkpoints):
+            tile.store_state(new_ref, state, live, slot, head)
+
+    if x.cu_seqlens is not None:
+        groups = pl.cdiv(x.v.shape[2], config.block_v * config.tiles)
+        program = group + groups * head
+
+        @pl.when(row == x.num_rows)
+        def _():
+            _clear_unowned(x, new_ref, out_ref, program, config, options)
+
+
+def _scalar(ref, *index) -> Array:
+    return ref[index].astype(jnp.float32)
+
+
+def _bounded(x: Inputs, row: Array) -> Array:
+    """Programs past the last row clear tokens; what they read of a row is not used."""
+    return row if x.cu_seqlens is None else jnp.minimum(row, x.num_rows - 1)
+
+
+def _find_row(x: Inputs, row: Array, options: Options) -> tuple[Array, ...]:
+    """(begin, length, slot, live) of one row: `call.find_rows` for scalars."""
+    num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
+    if x.cu_seqlens is None:
+        length = jnp.int32(options.tokens_per_row)
+        begin, live = row * length, jnp.bool_(True)
+    else:
+        live, row = row < x.num_rows, _bounded(x, row)
+        begin = jnp.clip(x.cu_seqlens[row], 0, num_tokens)
+        length = jnp.clip(x.cu_seqlens[row + 1], 0, num_tokens) - begin
+        length = jnp.where(live, jnp.maximum(length, 0), 0)
+        live &= length > 0
+    if x.slots is None:
+        slot = row
+    elif len(x.slots.shape) == 1:
+        slot = x.slots[row]
+    else:
+        columns = x.slots.shape[1]
+        accepted = x.num_accepted[row]
+        live &= (accepted >= 1) & (accepted <= columns)
+        slot = x.slots[row, jnp.clip(accepted - 1, 0, columns - 1)]
+    live &= options.is_live_slot(slot, num_slots)
+    return begin, length, jnp.where(live, slot, 0), live
+
+
+def _column(x: Inputs, row: Array, step: Array, options: Options):
+    """The slot that takes the state after token `step`, and whether there is one."""
+    num_slots, columns = x.state.shape[0], x.slots.shape[1]
+    slot = x.slots[row, jnp.minimum(step, columns - 1)]
+    wanted = (step < columns) & options.is_live_slot(slot, num_slots)
+    return jnp.where(wanted, slot, 0), wanted
+
+
+def _token_loader(
+    x: Inputs, head: Array, tile: Tile, options: Options
+) -> Callable[[Array], rule.Token]:
+    """A function of a token's place that loads and prepares it."""
+    key_head = head // (x.v.shape[1] // x.k.shape[1])
+    per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
+    load_decay = tile.load_k if per_k else _scalar
+    if not isinstance(x.gates, Gates):
+        A_log = _scalar(x.gates.A_log, head)
+        dt_bias = load_decay(x.gates.dt_bias, head)
+
+    def load_token(at: Array) -> rule.Token:
+        q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
+        a = load_decay(x.gates.per_token[0], at, head)
+        b = _scalar(x.gates.per_token[1], at, head)
+        if isinstance(x.gates, Gates):
+            log_decay, beta = a, b
+        else:
+            log_decay, beta = rule.gate(A_log, a, b, dt_bias, options.gating)
+        return rule.prepare(
+            q,
+            k,
+            log_decay,
+            beta,
+            tile.sum_k,
+            scale=options.scale,
+            qk_l2norm=options.qk_l2norm,
+        )
+
+    return load_token
+
+
+def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -> None:
+    """Zeros for tokens that belong to no live row."""
+
+    def clear(step, _):
+        at = begin + step
+        tile.store_v(out_ref, jnp.zeros(tile.v_shape), at, head)
+        if options.per_token_states:
+            tile.store_state(new_ref, jnp.zeros(tile.shape), True, at, head)
+
+    lax.fori_loop(0, length, clear, None)
+
+
+def _clear_unowned(
+    x: Inputs, new_ref, out_ref, program: Array, config: LaunchConfig, options: Options
+) -> None:
+    """Clears the tokens that `cu_seqlens` gives to no row. The programs of the extra row
+    share the tokens out; one that finds such a token clears it for all heads."""
+    num_tokens, heads, V = x.v.shape
+    tiles = np.int32(pl.cdiv(V, config.block_v))
+    programs = pl.cdiv(V, config.block_v * config.tiles) * heads
+    row = jnp.arange(pl.next_power_of_2(x.num_rows), dtype=jnp.int32)
+    is_row = row < x.num_rows
+    begin = _triton.load(x.cu_seqlens.at[row], mask=is_row, other=0)
+    end = _triton.load(x.cu_seqlens.at[row + 1], mask=is_row, other=0)
+
+    def visit(turn, _):
+        at = program + turn * programs
+        owned = jnp.max(((begin <= at) & (at < end)).astype(jnp.int32))
+
+        def clear(part, _):
+            head, index = lax.div(part, tiles), lax.rem(part, tiles)
+            tile = Tile.of(x.state, index, config)
+            _clear(new_ref, out_ref, at, 1, head, tile, options)
+
+        parts = jnp.where(owned > 0, np.int32(0), np.int32(tiles * heads))
+        lax.fori_loop(0, parts, clear, None)
+
+    turns = (num_tokens - program + programs - 1) // programs
+    lax.fori_loop(0, turns, visit, None)
+
+
+def triton(
+    x: Inputs, options: Options, config: LaunchConfig, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    """One launch; the pool is aliased in place unless per-token states are returned."""
+    V, K = x.state.shape[2:]
+    if max(K, V) > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"head dims up to {MAX_HEAD_DIM} fit a program's registers; got {K=}, {V=}"
+        )
+    rows = x.num_rows + (x.cu_seqlens is not None)
+    grid = (pl.cdiv(V, config.block_v * config.tiles), x.v.shape[1], rows)
+    new = x.state.shape
+    if options.per_token_states:
+        new = (x.q.shape[0], *new[1:])
+    return _triton.launch(
+        functools.partial(fused_update_kernel, options=options, config=config),
+        x,
+        ((new, x.state.dtype), (x.v.shape, options.out_dtype)),
+        grid=grid,
+        # the pool is the first leaf of Inputs
+        aliases={} if options.per_token_states else {0: 0},
+        num_warps=config.num_warps,
+        interpret=interpret,
+    )

@@ -1,0 +1,393 @@
+"""Cases, inputs, an oracle and tolerances: shared by tests, benchmarks and notebooks."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# Relative RMS error against float64, by what is compared and its dtype. A 16-bit value
+# sits at its own rounding; float32 at a few units in the last place.
+TOLERANCE = {
+    ("state", "float32"): 1e-6,
+    ("state", "bfloat16"): 2e-3,
+    ("state", "float16"): 2.5e-4,
+    ("out", "float32"): 1e-6,
+    ("out", "bfloat16"): 2e-3,
+    ("out", "float16"): 2.5e-4,
+}
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """|got - want| / |want| in float64; infinite where `got` is not finite."""
+    got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
+    if got.shape != want.shape:
+        raise ValueError(f"shapes differ: got {got.shape}, want {want.shape}")
+    difference = np.linalg.norm((got - want).ravel())
+    if not np.isfinite(difference):
+        return math.inf
+    return float(difference / max(np.linalg.norm(want.ravel()), 1e-30))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of `fused_update`: shapes, modes and which rows are null.
+
+    Attributes:
+      lengths: tokens of each row.
+      tokens: "dense" [N, T, ..], "packed" [L, ..] with `cu_seqlens`, or "single" [L, ..]
+        without, one token a row.
+      slots: "none" (a state per row), "paged", or "checkpoints" (a table of `columns`).
+      null_rows: rows whose slot to read is null; their tokens are NaN.
+      null_columns: (row, column) pairs of a table whose slot is null; if the row reads
+        another column it is live and skips that write.
+      bad_accepted: rows whose num_accepted is 0 or columns + 1, in turn; likewise null.
+      fresh: rows with has_state False; their slots hold NaN.
+      padding: tokens past the last row, NaN, in packed calls.
+      options: further keyword arguments of `fused_update`.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    H: int = 2
+    HV: int = 4
+    K: int = 32
+    V: int = 32
+    tokens: str = "dense"
+    slots: str = "paged"
+    columns: int = 4
+    kda: bool = False
+    state_dtype: str = "float32"
+    act_dtype: str = "bfloat16"
+    gate_spread: float = 1.0
+    null_rows: tuple[int, ...] = ()
+    null_columns: tuple[tuple[int, int], ...] = ()
+    bad_accepted: tuple[int, ...] = ()
+    fresh: tuple[int, ...] = ()
+    padding: int = 0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def N(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def dead(self) -> set[int]:
+        empty = {n for n, length in enumerate(self.lengths) if length == 0}
+        return empty | set(self.null_rows) | set(self.bad_accepted)
+
+
+def make(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of `fused_update` for a case, as NumPy arrays.
+
+    Whatever must not be read is NaN: slots no live row reads, tokens of null rows,
+    padding, the slots of rows that start afresh.
+    """
+    random = np.random.default_rng(seed)
+    L = sum(case.lengths) + case.padding
+    state, kwargs = _state_and_slots(case, random)
+    if case.fresh:
+        kwargs["has_state"] = np.array([n not in case.fresh for n in range(case.N)])
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(np.float32)
+
+    begin = np.concatenate([[0], np.cumsum(case.lengths)]).astype(np.int32)
+    token_values = [
+        normal(L, case.H, case.K),
+        normal(L, case.H, case.K),
+        normal(L, case.HV, case.V),
+        normal(L, case.HV, *([case.K] if case.kda else [])) * case.gate_spread,
+        normal(L, case.HV),
+    ]
+    for x in token_values:
+        x[begin[-1] :] = np.nan
+        for n in case.dead:
+            x[begin[n] : begin[n + 1]] = np.nan
+    if case.tokens == "packed":
+        kwargs["cu_seqlens"] = begin
+    elif case.tokens == "dense":
+        token_values = [x.reshape(case.N, -1, *x.shape[1:]) for x in token_values]
+    act = jnp.dtype(case.act_dtype)
+    q, k, v, a, b = (x.astype(act) for x in token_values)
+    A_log = np.log(random.uniform(0.5, 8, case.HV)).astype(np.float32)
+    dt_bias = normal(case.HV, *([case.K] if case.kda else [])).astype(act)
+    kwargs |= dict(case.options)
+    return (
+        state.astype(jnp.dtype(case.state_dtype)),
+        q,
+        k,
+        v,
+        A_log,
+        a,
+        b,
+        dt_bias,
+    ), kwargs
+
+
+def _state_and_slots(case: Case, random: np.random.Generator):
+    S = case.columns if case.slots == "checkpoints" else 1
+    P = case.N if case.slots == "none" else 2 * case.N * S + 3
+    shape = (P, case.HV, case.V, case.K)
+    state = np.full(shape, np.nan, np.float32)
+    if case.slots == "none":
+        table = np.arange(case.N, dtype=np.int32)[:, None]
+        accepted = np.ones(case.N, np.int32)
+    else:
+        table = random.permutation(P)[: case.N * S].reshape(-1, S).astype(np.int32)
+        accepted = random.integers(1, S + 1, case.N).astype(np.int32)
+        for i, n in enumerate(case.null_rows):
+            table[n, accepted[n] - 1] = (-1, P, P + 7)[i % 3]
+        for n, column in case.null_columns:
+            table[n, column] = -1
+    for n in range(case.N):
+        slot = table[n, accepted[n] - 1]
+        if n not in case.dead and n not in case.fresh and 0 <= slot < P:
+            state[slot] = random.standard_normal(shape[1:])
+    kwargs: dict[str, Any] = {}
+    if case.slots == "checkpoints":
+        for i, n in enumerate(case.bad_accepted):
+            accepted[n] = (0, S + 1)[i % 2]
+        kwargs |= dict(slots=table, num_accepted=accepted)
+    elif case.slots == "paged":
+        kwargs["slots"] = table[:, 0]
+    return state, kwargs
+
+
+def oracle(args: tuple[Any, ...], kwargs: dict[str, Any]):
+    """`fused_update` in float64 NumPy, one token at a time: (states, out, written).
+
+    `states` is the pool, or the per-token states; `written` tells which of its slots a
+    live row wrote. Slots that are not written keep the argument's values.
+    """
+    exact = [np.asarray(x).astype(np.float64) for x in args]
+    state, q, k, v, A_log, a, b, dt_bias = exact
+    dense = q.ndim == 4
+    if dense:
+        N, T = q.shape[:2]
+        q, k, v, a, b = (x.reshape(N * T, *x.shape[2:]) for x in (q, k, v, a, b))
+        bounds = np.arange(N + 1) * T
+    else:
+        L = q.shape[0]
+        bounds = np.clip(kwargs.get("cu_seqlens", np.arange(L + 1)), 0, L)
+    per_token = kwargs.get("per_token_states", False)
+    P, (HV, V, K) = state.shape[0], state.shape[1:]
+    states = np.zeros((len(q), HV, V, K)) if per_token else state.copy()
+    written = np.zeros(len(states), bool)
+    out = np.zeros((len(q), HV, V))
+
+    def is_live(slot):
+        return 0 <= slot < P and slot != kwargs.get("null_slot")
+
+    for n in range(len(bounds) - 1):
+        slots = np.atleast_1d(kwargs["slots"][n] if "slots" in kwargs else n)
+        accepted = kwargs["num_accepted"][n] if "num_accepted" in kwargs else 1
+        length = bounds[n + 1] - bounds[n]
+        if not 1 <= accepted <= len(slots) or length <= 0:
+            continue
+        if not is_live(slots[accepted - 1]):
+            continue
+        S = state[slots[accepted - 1]].copy()
+        if not kwargs.get("has_state", np.ones(n + 1, bool))[n]:
+            S[:] = 0.0
+        for t in range(length):
+            at = bounds[n] + t
+            S, out[at] = _oracle_token(
+                S, q[at], k[at], v[at], A_log, a[at], b[at], dt_bias, kwargs
+            )
+            if per_token:
+                states[at], written[at] = S, True
+            elif "num_accepted" in kwargs:
+                if t < len(slots) and is_live(slots[t]):
+                    states[slots[t]], written[slots[t]] = S, True
+            elif t == length - 1:
+                states[slots[0]], written[slots[0]] = S, True
+    if dense:
+        out = out.reshape(N, T, HV, V)
+        if per_token:
+            states, written = states.reshape(N, T, HV, V, K), written.reshape(N, T)
+    return states, out, written
+
+
+def _oracle_token(S, q, k, v, A_log, a, b, dt_bias, kwargs):
+    K, group = q.shape[1], v.shape[0] // q.shape[0]
+    if kwargs.get("qk_l2norm", True):
+        q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6)
+        k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
+    scale = kwargs.get("scale")
+    q = np.repeat(q * (K**-0.5 if scale is None else scale), group, axis=0)
+    k = np.repeat(k, group, axis=0)
+    x = a + dt_bias
+    A = np.exp(A_log) if x.ndim == 1 else np.exp(A_log)[:, None]
+    if kwargs.get("gate_lower_bound") is not None:
+        log_decay = kwargs["gate_lower_bound"] / (1 + np.exp(-A * x))
+    else:
+        beta, threshold = (
+            kwargs.get("softplus_beta", 1.0),
+            kwargs.get("softplus_threshold", 20.0),
+        )
+        softplus = np.logaddexp(beta * x, 0) / beta
+        log_decay = -A * np.where(beta * x <= threshold, softplus, x)
+    decay = np.exp(log_decay)
+    beta = (2.0 if kwargs.get("allow_neg_eigval") else 1.0) / (1 + np.exp(-b))
+    S = S * (decay[:, None, :] if x.ndim == 2 else decay[:, None, None])
+    u = beta[:, None] * (v - np.einsum("hvk,hk->hv", S, k))
+    S = S + u[:, :, None] * k[:, None, :]
+    return S, np.einsum("hvk,hk->hv", S, q)
+
+
+def check_slots(
+    slots: Any,
+    num_slots: int,
+    *,
+    num_accepted: Any = None,
+    null_slot: int | None = None,
+) -> None:
+    """Raises ValueError for a slot table that `fused_update` would take in silence.
+
+    Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
+    other than -1 and `null_slot` (they are null, which may not be meant), accepted
+    counts outside 1..S, and slots that two rows, or two columns of a row, would write.
+    """
+    table = np.asarray(slots)
+    table = table[:, None] if table.ndim == 1 else table
+    null = (table == -1) | (table == null_slot if null_slot is not None else False)
+    faults = [
+        f"row {n}, column {c}: slot {table[n, c]} is outside [0, {num_slots})"
+        for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))
+    ]
+    if num_accepted is not None:
+        accepted = np.asarray(num_accepted)
+        faults += [
+            f"row {n}: num_accepted {accepted[n]} is outside 1..{table.shape[1]}"
+            for n in np.flatnonzero((accepted < 1) | (accepted > table.shape[1]))
+        ]
+    owners: dict[int, list[tuple[int, int]]] = {}
+    for n, c in np.argwhere(~null):
+        owners.setdefault(int(table[n, c]), []).append((int(n), int(c)))
+    faults += [
+        f"slot {slot} is given to (row, column) {', '.join(map(str, places))}"
+        for slot, places in owners.items()
+        if len(places) > 1
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"slots has {len(faults)} faults:\n  {shown}{more}")
+
+
+CASES = (
+    Case("decode", (1,) * 3),
+    Case("decode, packed", (1,) * 3, tokens="single"),
+    Case("decode, float32", (1,) * 3, act_dtype="float32"),
+    Case("decode, float16", (1,) * 3, act_dtype="float16", state_dtype="float16"),
+    Case("decode, bfloat16 state", (1,) * 3, state_dtype="bfloat16"),
+    Case("decode, state per row", (1,) * 3, slots="none"),
+    Case("decode, nulls", (1,) * 5, null_rows=(0, 2, 3), fresh=(4,), tokens="single"),
+    Case("decode, null slot", (1,) * 4, options=(("null_slot", 3),)),
+    Case("decode, one head", (1,) * 2, H=1, HV=1, K=16, V=16),
+    Case("decode, 3 value heads a key head", (1,) * 2, H=2, HV=6, K=64, V=64),
+    Case("decode, 8 value heads a key head", (1,) * 2, H=1, HV=8, K=16, V=32),
+    Case("decode, K=96 V=192", (1,) * 2, H=2, HV=2, K=96, V=192),
+    Case("decode, K=128 V=128", (1,) * 2, K=128, V=128),
+    Case("decode, K=192 V=96", (1,) * 2, H=1, HV=2, K=192, V=96),
+    Case("decode, K=256 V=256", (1,) * 2, H=1, HV=1, K=256, V=256),
+    Case("decode, odd dims", (1,) * 2, H=1, HV=3, K=20, V=7, act_dtype="float32"),
+    Case("decode, K=1 V=1", (1,) * 2, H=1, HV=2, K=1, V=1, act_dtype="float32"),
+    Case("decode, extreme gates", (1,) * 3, gate_spread=40.0),
+    Case(
+        "decode, plain q and k",
+        (1,) * 2,
+        options=(("qk_l2norm", False), ("scale", 0.3)),
+    ),
+    Case(
+        "decode, softplus parameters",
+        (1,) * 2,
+        options=(("softplus_beta", 2.0), ("softplus_threshold", 3.0)),
+    ),
+    Case("decode, doubled beta", (1,) * 2, options=(("allow_neg_eigval", True),)),
+    Case("decode, float32 out", (1,) * 2, options=(("out_dtype", jnp.float32),)),
+    Case("decode, KDA", (1,) * 3, H=4, kda=True),
+    Case("dense, T=3", (3,) * 3, fresh=(1,)),
+    Case("dense, T=17, bfloat16 state", (17,) * 2, state_dtype="bfloat16"),
+    Case("dense, T=17, nulls", (17,) * 4, null_rows=(1, 3)),
+    Case("dense, state per row", (3,) * 2, slots="none", fresh=(0,)),
+    Case("dense, KDA", (5,) * 2, H=4, kda=True, K=48),
+    Case(
+        "dense, KDA with a lower bound",
+        (5,) * 2,
+        H=4,
+        kda=True,
+        options=(("gate_lower_bound", -5.0),),
+    ),
+    Case("dense, lower bound", (3,) * 2, options=(("gate_lower_bound", -5.0),)),
+    Case("packed", (3, 0, 17, 1), tokens="packed", null_rows=(3,), padding=5),
+    Case("packed, state per row", (3, 0, 2), tokens="packed", slots="none", padding=1),
+    Case("packed, fresh", (2, 3, 1), tokens="packed", fresh=(0, 2)),
+    Case("packed, KDA", (4, 1, 0, 2), tokens="packed", kda=True, H=4, padding=2),
+    Case("packed, K=96 V=192", (2, 3), tokens="packed", H=1, HV=3, K=96, V=192),
+    Case("checkpoints, T=1", (1,) * 3, slots="checkpoints"),
+    Case("checkpoints, T=1, packed", (1,) * 3, slots="checkpoints", tokens="single"),
+    Case("checkpoints, T=4", (4,) * 3, slots="checkpoints"),
+    Case("checkpoints, T=2 of 4", (2,) * 3, slots="checkpoints", fresh=(1,)),
+    Case(
+        "checkpoints, nulls",
+        (4, 2, 4, 0, 3, 1, 4),
+        slots="checkpoints",
+        tokens="packed",
+        null_rows=(0, 5),
+        bad_accepted=(1, 4),
+        padding=3,
+    ),
+    Case(
+        "checkpoints, past the last column",
+        (6, 3, 5),
+        slots="checkpoints",
+        tokens="packed",
+        columns=3,
+    ),
+    Case(
+        "checkpoints, null columns",
+        (4, 4, 4),
+        slots="checkpoints",
+        null_columns=((0, 1), (1, 3), (2, 0)),
+    ),
+    Case(
+        "checkpoints, bfloat16 state",
+        (4, 1, 3),
+        slots="checkpoints",
+        tokens="packed",
+        state_dtype="bfloat16",
+        K=64,
+        V=64,
+    ),
+    Case("checkpoints, KDA", (3,) * 2, slots="checkpoints", kda=True, H=4),
+    Case(
+        "states, T=3", (3,) * 3, null_rows=(1,), options=(("per_token_states", True),)
+    ),
+    Case(
+        "states, packed",
+        (3, 0, 2, 1),
+        tokens="packed",
+        null_rows=(3,),
+        fresh=(2,),
+        padding=4,
+        options=(("per_token_states", True),),
+    ),
+    Case(
+        "states, from checkpoints",
+        (4, 5, 2),
+        slots="checkpoints",
+        tokens="packed",
+        bad_accepted=(2,),
+        options=(("per_token_states", True),),
+    ),
+    Case(
+        "states, T=1, nulls",
+        (1,) * 3,
+        null_rows=(0,),
+        state_dtype="bfloat16",
+        options=(("per_token_states", True),),
+    ),
+)

@@ -1,0 +1,90 @@
+"""Compiles for an H200 on a machine without a GPU, and reads what came out.
+
+Needs the `aot` extra and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 (set in conftest.py).
+"""
+
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+
+TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
+ABSTRACT_H200 = AbstractMesh(
+    (), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda")
+)
+KERNEL_CALL = "__gpu$xla.gpu.triton"
+
+
+def lower(f, *args, **jit_options) -> str:
+    """StableHLO for CUDA; needs no CUDA package at all."""
+    with jax.sharding.use_abstract_mesh(ABSTRACT_H200):
+        traced = jax.jit(f, **jit_options).trace(*args)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    hlo: str
+    alias_bytes: int
+    temp_bytes: int
+    ptx: str
+
+    @property
+    def entry(self) -> list[str]:
+        """The entry computation's instructions; fusions' own bodies are left out."""
+        body = self.hlo[self.hlo.index("ENTRY ") :]
+        return [line.strip() for line in body.splitlines()[1:] if " = " in line]
+
+    def launches(self) -> list[str]:
+        """Instructions of the entry computation that start work on the device."""
+        free = r" (parameter|tuple|get-tuple-element|bitcast|constant)\("
+        return [line for line in self.entry if not re.search(free, line)]
+
+    def resources(self) -> dict[str, int]:
+        """Registers and spilled bytes, as ptxas reports them for sm_90a."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = pathlib.Path(folder, "kernel.ptx")
+            source.write_text(self.ptx)
+            command = [_ptxas(), "-arch=sm_90a", "-v", source, "-o", "/dev/null"]
+            report = subprocess.run(command, capture_output=True, text=True, check=True)
+        text = report.stderr + report.stdout
+        spilled = re.findall(r"(\d+) bytes spill", text)
+        registers = re.findall(r"Used (\d+) registers", text)
+        return {"registers": max(map(int, registers)), "spills": sum(map(int, spilled))}
+
+
+def compile_for_h200(f, *args, **jit_options) -> Compiled:
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        with jax.sharding.use_abstract_mesh(ABSTRACT_H200):
+            lowered = jax.jit(f, **jit_options).lower(*args)
+        compiled = lowered.compile(compiler_options=options)
+        ptx = "\n".join(p.read_text() for p in pathlib.Path(folder).glob("*.ptx"))
+    memory = compiled.memory_analysis()
+    return Compiled(
+        compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, ptx
+    )
+
+
+def _ptxas() -> str:
+    packages = pathlib.Path(sysconfig.get_paths()["purelib"])
+    found = sorted(packages.glob("nvidia/*/bin/ptxas"))
+    path = str(found[-1]) if found else shutil.which("ptxas")
+    if path is None:
+        raise RuntimeError("ptxas not found; install the `aot` extra")
+    return path

@@ -1,0 +1,32 @@
+"""Runs before JAX is imported: every test of a session sees the same machine."""
+
+import os
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling ahead of time
+flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in flags:  # for shard_map
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+CPU_PATHS = ("reference", "xla", "interpret")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")
+
+
+def pytest_collection_modifyitems(config, items):
+    if jax.default_backend() == "gpu":
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes `path` runs over every implementation, triton on a GPU alone."""
+    if "path" in metafunc.fixturenames:
+        paths = [*CPU_PATHS, pytest.param("triton", marks=pytest.mark.gpu)]
+        metafunc.parametrize("path", paths)

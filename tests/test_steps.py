@@ -1,0 +1,72 @@
+"""T tokens in one call against T calls of one token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import testing
+
+CONFIG = gdn_jax.LaunchConfig(block_v=8, lanes_v=4, tiles=2)
+BIT_EXACT = ("interpret", "triton")
+
+
+def _equal(path, got, want):
+    got, want = np.asarray(got), np.asarray(want)
+    if path in BIT_EXACT:
+        assert np.array_equal(got, want)
+    else:
+        assert testing.relative_error(got, want) < 1e-6
+
+
+@functools.partial(jax.jit, static_argnames=("path", "cfg"))
+def _update(state, tokens, constants, slots, path, cfg, **kwargs):
+    q, k, v, a, b = tokens
+    A_log, dt_bias = constants
+    return gdn_jax.fused_update(
+        state, q, k, v, A_log, a, b, dt_bias,
+        slots=slots, out_dtype=jnp.float32, implementation=path, config=cfg, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kda", [False, True], ids=["one decay", "KDA"])
+def test_dense_call_equals_single_steps(path, kda):
+    case = testing.Case("steps", (5, 5), H=4 if kda else 2, K=64, V=32, kda=kda)
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case, 1)
+    slots = kwargs["slots"]
+    tokens, constants = (q, k, v, a, b), (A_log, dt_bias)
+    want, outs = jnp.asarray(state), []
+    for t in range(5):
+        step = tuple(x[:, t] for x in tokens)
+        want, out = _update(want, step, constants, slots, path, CONFIG)
+        outs.append(out)
+    got, out = _update(state, tokens, constants, slots, path, CONFIG)
+    _equal(path, got[slots], want[slots])
+    _equal(path, out, jnp.stack(outs, 1))
+
+
+def test_verify_equals_single_steps(path):
+    """Every checkpoint of a ragged verify, and a step from each accepted count."""
+    case = testing.Case(
+        "verify", (4, 2, 3), K=64, V=32, tokens="packed", slots="checkpoints"
+    )
+    (state, *tokens, dt_bias), kwargs = testing.make(case, 2)
+    q, k, v, A_log, a, b = tokens
+    got, out = _update(
+        state, (q, k, v, a, b), (A_log, dt_bias), kwargs["slots"], path, CONFIG,
+        cu_seqlens=kwargs["cu_seqlens"], num_accepted=kwargs["num_accepted"],
+    )  # fmt: skip
+    for n in range(case.N):
+        slot = kwargs["slots"][n, kwargs["num_accepted"][n] - 1]
+        single = jnp.asarray(state)
+        for t in range(case.lengths[n]):
+            at = kwargs["cu_seqlens"][n] + t
+            step = tuple(x[at : at + 1] for x in (q, k, v, a, b))
+            single, one = _update(
+                single, step, (A_log, dt_bias), slot[None], path, CONFIG
+            )
+            _equal(path, got[kwargs["slots"][n, t]], single[slot])
+            _equal(path, out[at], one[0])
