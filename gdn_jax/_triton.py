@@ -1,4 +1,4 @@
-"""The library's only door to Pallas' Triton lowering: launching, and what devices allow.
+"""The library's only door to Pallas' Triton lowering: launching, device facts.
 
 The lowering is deprecated upstream since JAX 0.11 (docs/pallas/CHANGELOG) and still
 there in 0.12. When it goes, this file and the kernels' launch functions change.
@@ -32,15 +32,15 @@ def device_kind(arrays: Any) -> str:
     if abstract is not None:
         if abstract.platform != "cuda":
             raise NotImplementedError(
-                f"the triton implementation needs an NVIDIA GPU; the abstract device is "
-                f"{abstract.device_kind!r} on {abstract.platform!r}"
+                f"the triton implementation needs an NVIDIA GPU; the abstract device "
+                f"is {abstract.device_kind!r} on {abstract.platform!r}"
             )
         return abstract.device_kind
     device = _device(arrays)
     if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
         raise NotImplementedError(
-            f"the triton implementation needs an NVIDIA GPU (or an abstract CUDA device, "
-            f"to compile ahead of time); this call runs on {device.device_kind!r}. Use "
+            f"the triton implementation needs an NVIDIA GPU (or an abstract CUDA "
+            f"device, to compile ahead of time); this call runs on {device.device_kind!r}. Use "
             f"implementation='xla', or 'interpret' to run the same kernel here."
         )
     if float(device.compute_capability) < MIN_COMPUTE_CAPABILITY:

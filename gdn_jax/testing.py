@@ -1,4 +1,4 @@
-"""Cases, inputs, an oracle and tolerances: shared by tests, benchmarks and notebooks."""
+"""Cases, inputs, an oracle and tolerances, for tests, benchmarks and notebooks."""
 
 import dataclasses
 import math
@@ -36,8 +36,8 @@ class Case:
 
     Attributes:
       lengths: tokens of each row.
-      tokens: "dense" [N, T, ..], "packed" [L, ..] with `cu_seqlens`, or "single" [L, ..]
-        without, one token a row.
+      tokens: "dense" [N, T, ..], "packed" [L, ..] with `cu_seqlens`, or "single"
+        [L, ..] without, one token a row.
       slots: "none" (a state per row), "paged", or "checkpoints" (a table of `columns`).
       null_rows: rows whose slot to read is null; their tokens are NaN.
       null_columns: (row, column) pairs of a table whose slot is null; if the row reads

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `path` runs over every implementation, triton on a GPU alone."""
+    """A test with `path` runs over every implementation, triton on a GPU alone."""
     if "path" in metafunc.fixturenames:
         paths = [*CPU_PATHS, pytest.param("triton", marks=pytest.mark.gpu)]
         metafunc.parametrize("path", paths)

@@ -1,7 +1,7 @@
 """vLLM's own inputs and outputs (tests/data), on every implementation.
 
-Made on an H200 by vLLM 0.33's fused_sigmoid_gating_delta_rule_update (Triton). It leaves
-`out` of null rows unwritten, so live rows are compared; ours must be zero elsewhere.
+Made on an H200 by vLLM 0.33's fused_sigmoid_gating_delta_rule_update (Triton). It
+leaves `out` of null rows unwritten: live rows are compared, ours are zero elsewhere.
 """
 
 import pathlib

@@ -97,10 +97,11 @@ def fused_update(
 
     Null rule: a slot outside [0, P), or `null_slot`, is null. A row whose slot to READ
     is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,
-    writes nothing, and its `out` is exactly zero, as is that of tokens that belong to no
-    row. A null slot to WRITE skips that write alone. NaN in such tokens reaches nothing,
-    gradients included. Two live rows that write one slot, or one that reads what another
-    writes: undefined (`gdn_jax.testing.check_slots` finds them).
+    writes nothing, and its `out` is exactly zero, as is that of tokens of no row. A null
+    slot to WRITE skips that write alone. NaN in such tokens reaches nothing, gradients
+    included. Undefined: two live rows that write one slot, or one that reads what
+    another writes (`gdn_jax.testing.check_slots` finds them); `out` of a token that a
+    falling `cu_seqlens` gives to two rows.
 
     Returns:
       state: like the argument, or with `per_token_states` [N, T, HV, V, K] or
@@ -119,8 +120,8 @@ def fused_update(
 
         from jax import export
         allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-        exported = export.export(f, platforms=["cuda"], disabled_checks=[allowed])(*args)
-        data = exported.serialize()             # needs the flatbuffers package
+        make = export.export(f, platforms=["cuda"], disabled_checks=[allowed])
+        data = make(*args).serialize()          # needs the flatbuffers package
         export.deserialize(data).call(*args)
     """
     x, options, unpack = arguments.pack(
@@ -171,8 +172,8 @@ def recurrent_update(
     in memory between them.
 
     Args:
-      log_decay: [N, T, HV] or [L, HV], log of the decay, normally <= 0; per K (KDA) with
-        a further axis K.
+      log_decay: [N, T, HV] or [L, HV], log of the decay, normally <= 0; per K (KDA)
+        with a further axis K.
       beta: [N, T, HV] or [L, HV], used as it is.
 
     Everything else is as in `fused_update`: shapes, dtypes, in-place update, null rule,

@@ -1,8 +1,8 @@
 """One call of the recurrence in the form every implementation takes.
 
 Tokens are packed: all rows one after another along L. `Options` holds what is static
-(it is hashable), `Inputs` the arrays, or in a kernel the references to them. An optional
-array that was not given is None.
+(it is hashable), `Inputs` the arrays, or in a kernel the references to them. Optional
+arrays that were not given are None.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ def prepare(
 
 
 def update(state: Array, token: Token, v: Array, sum_k: SumK) -> tuple[Array, Array]:
-    """(state, out) after one token; `sum_k` keeps the axes it sums, so out is v's shape.
+    """(state, out) after one token. `sum_k` keeps the axes it sums: out has v's shape.
 
     The rule S' = decay S, u = beta (v - S' k), S = S' + u k^T, o = S q, with both
     products taken from the state as it was read: S q = S' q + u (k . q). The two sums

@@ -56,7 +56,7 @@ class Tile:
             v,
             k,
             None if V % (config.block_v * config.tiles) == 0 else v < V,
-            None if K == padded else k < K,
+            None if padded == K else k < K,
         )
 
     @property

@@ -179,8 +179,8 @@ def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) 
 def _clear_unowned(
     x: Inputs, new_ref, out_ref, program: Array, config: LaunchConfig, options: Options
 ) -> None:
-    """Clears the tokens that `cu_seqlens` gives to no row. The programs of the extra row
-    share the tokens out; one that finds such a token clears it for all heads."""
+    """Clears the tokens that `cu_seqlens` gives to no row. The programs of the extra
+    row share the tokens out; one that finds such a token clears it for all heads."""
     num_tokens, heads, V = x.v.shape
     tiles = np.int32(pl.cdiv(V, config.block_v))
     programs = pl.cdiv(V, config.block_v * config.tiles) * heads

@@ -17,7 +17,7 @@ def gates(
     allow_neg_eigval: bool = False,
     gate_lower_bound: float | None = None,
 ) -> tuple[Array, Array]:
-    """(log_decay, beta) of the gated delta rule, float32: what `recurrent_update` takes.
+    """(log_decay, beta) of the gated delta rule: float32, as `recurrent_update` takes.
 
         log_decay = -exp(A_log) * softplus(a + dt_bias)             beta = sigmoid(b)
 

@@ -1,4 +1,4 @@
-"""Gradients of the update: any implementation forward, the oracle's pullback backward."""
+"""Gradients of the update: any implementation forward, the oracle backward."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def differentiable(path: Path, options: Options, config: Any, x: Inputs):
 
 
 def _forward(path: Path, options: Options, config: Any, x: Inputs):
-    """Keeps the inputs and nothing else: the backward pass runs the recurrence again."""
+    """Keeps the inputs alone: the backward pass runs the recurrence again."""
     return path(x, options, config), x
 
 
