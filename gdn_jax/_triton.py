@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -40,8 +41,9 @@ def device_kind(arrays: Any) -> str:
     if device.platform != "gpu" or "rocm" in device.client.platform_version.lower():
         raise NotImplementedError(
             f"the triton implementation needs an NVIDIA GPU (or an abstract CUDA "
-            f"device, to compile ahead of time); this call runs on {device.device_kind!r}. Use "
-            f"implementation='xla', or 'interpret' to run the same kernel here."
+            f"device, to compile ahead of time); this call runs on "
+            f"{device.device_kind!r}. Use implementation='xla', or 'interpret' to run "
+            f"the same kernel here."
         )
     if float(device.compute_capability) < MIN_COMPUTE_CAPABILITY:
         raise NotImplementedError(
@@ -58,6 +60,23 @@ def _device(arrays: Any) -> Any:
             return next(iter(leaf.devices()))
     default = jax.config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
+
+
+def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """x * y + z in one rounding, inside a compiled kernel; float32, broadcasting.
+
+    XLA compiles Triton kernels without contracting products into sums, so a kernel that
+    wants FMA has to say so.
+    """
+    shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
+    [result] = pltriton.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[jnp.broadcast_to(value, shape) for value in (x, y, z)],
+        constraints="=r,r,r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return result
 
 
 def launch(

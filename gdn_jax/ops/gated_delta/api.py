@@ -97,11 +97,11 @@ def fused_update(
 
     Null rule: a slot outside [0, P), or `null_slot`, is null. A row whose slot to READ
     is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,
-    writes nothing, and its `out` is exactly zero, as is that of tokens of no row. A null
-    slot to WRITE skips that write alone. NaN in such tokens reaches nothing, gradients
-    included. Undefined: two live rows that write one slot, or one that reads what
-    another writes (`gdn_jax.testing.check_slots` finds them); `out` of a token that a
-    falling `cu_seqlens` gives to two rows.
+    writes nothing, and its `out` is exactly zero, as is that of tokens of no row. A
+    null slot to WRITE skips that write alone. NaN in such tokens reaches nothing,
+    gradients included. Undefined: two live rows that write one slot, or one that reads
+    what another writes (`gdn_jax.testing.check_slots` finds them); `out` of a token
+    that a falling `cu_seqlens` gives to two rows.
 
     Returns:
       state: like the argument, or with `per_token_states` [N, T, HV, V, K] or

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from gdn_jax.ops.gated_delta.call import (
     GateLogits,
+    GateOptions,
     Gates,
     Inputs,
     Options,
@@ -39,7 +40,10 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
         pool, state = carry
         (q, k, v, a, b), row, step, live, write = now
         state = _where(step == 0, start[row], state)
-        log_decay, beta = _gates(x.gates, a, b, options)
+        if isinstance(x.gates, Gates):
+            log_decay, beta = a.astype(jnp.float32), b.astype(jnp.float32)
+        else:
+            log_decay, beta = reference_gates(x.gates, a, b, options.gating)
         new, out = _rule(state, q, k, v, log_decay, beta, options)
         state = _where(live, new, state)
         stored = state.astype(x.state.dtype)
@@ -72,15 +76,12 @@ def _owners(x: Inputs, options: Options, rows) -> tuple[Array, Array, Array]:
     return row, token - rows.begin[row], has_row & rows.live[row]
 
 
-def _gates(given: GateLogits | Gates, a: Array, b: Array, options: Options):
-    """log_decay [.. HV] or [.. HV K] and beta [.. HV]."""
+def reference_gates(logits: GateLogits, a: Array, b: Array, gating: GateOptions):
+    """log_decay [.. HV] or [.. HV K] and beta [.. HV] of tokens' logits a and b."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    if isinstance(given, Gates):
-        return a, b
-    gating = options.gating
-    A = jnp.exp(given.A_log.astype(jnp.float32))
+    A = jnp.exp(logits.A_log.astype(jnp.float32))
     A = A if a.ndim == b.ndim else A[:, None]
-    x = a + given.dt_bias.astype(jnp.float32)
+    x = a + logits.dt_bias.astype(jnp.float32)
     if gating.gate_lower_bound is not None:
         log_decay = gating.gate_lower_bound * jax.nn.sigmoid(A * x)
     else:

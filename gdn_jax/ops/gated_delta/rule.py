@@ -1,7 +1,7 @@
 """The arithmetic of one token as functions of values, for every fast implementation.
 
-All float32. They index nothing and know no layout: arguments broadcast, and `sum_k` is
-the caller's sum over K. So the kernel, the XLA path and a later backend share them.
+All float32. They index nothing and know no layout: arguments broadcast, and the caller
+brings its `Arithmetic`. So the kernel, the XLA path and a later backend share them.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from gdn_jax.ops.gated_delta.call import GateOptions
 
 EPSILON = 1e-6  # inside the root, on the sum of squares: vLLM's and FLA's kernels
 
-SumK = Callable[[Array], Array]
+Chunks = tuple[Array, ...]
 
 
 def softplus(x: Array, beta: float, threshold: float) -> Array:
@@ -25,58 +25,98 @@ def softplus(x: Array, beta: float, threshold: float) -> Array:
     return jnp.where(scaled <= threshold, stable / beta, x)
 
 
-def gate(
-    A_log: Array, a: Array, b: Array, dt_bias: Array, options: GateOptions
-) -> tuple[Array, Array]:
-    """(log_decay, beta) of logits that broadcast against each other."""
+def log_decay(A_log: Array, a: Array, dt_bias: Array, options: GateOptions) -> Array:
     x = a + dt_bias
-    if options.gate_lower_bound is None:
-        steps = softplus(x, options.softplus_beta, options.softplus_threshold)
-        log_decay = -jnp.exp(A_log) * steps
-    else:
-        log_decay = options.gate_lower_bound * jax.nn.sigmoid(jnp.exp(A_log) * x)
-    beta = jax.nn.sigmoid(b)
-    return log_decay, 2.0 * beta if options.allow_neg_eigval else beta
+    if options.gate_lower_bound is not None:
+        return options.gate_lower_bound * jax.nn.sigmoid(jnp.exp(A_log) * x)
+    steps = softplus(x, options.softplus_beta, options.softplus_threshold)
+    return -jnp.exp(A_log) * steps
+
+
+def beta(b: Array, options: GateOptions) -> Array:
+    return jax.nn.sigmoid(b) * (2.0 if options.allow_neg_eigval else 1.0)
+
+
+class Arithmetic(NamedTuple):
+    """How an implementation sums over K and multiplies and adds.
+
+    K may be cut into chunks: values along K are tuples of arrays. `sum_k` sums a
+    chunk's own K axes and keeps them; `multiply_add(x, y, z)` is x * y + z.
+    """
+
+    sum_k: Callable[[Array], Array]
+    multiply_add: Callable[[Array, Array, Array], Array]
+
+    def dot(self, x: Chunks, y: Chunks) -> Array:
+        total = x[0] * y[0]
+        for x_chunk, y_chunk in zip(x[1:], y[1:], strict=True):
+            total = self.multiply_add(x_chunk, y_chunk, total)
+        return self.sum_k(total)
 
 
 class Token(NamedTuple):
-    """What a token brings before it meets a state: all that no row of V changes."""
+    """What a token brings before it meets a state: all that no row of V changes.
 
-    q: Array
-    k: Array
+    q and k stay as they came; their norms and the scale are factors of the sums they
+    enter. `decay` is one array for all of K, or chunks like q and k (KDA).
+    """
+
+    q: Chunks
+    k: Chunks
+    q_factor: Array
+    k_factor: Array
     qk: Array
-    decay: Array
+    decay: Array | Chunks
     beta: Array
 
 
 def prepare(
-    q: Array,
-    k: Array,
-    log_decay: Array,
+    q: Chunks,
+    k: Chunks,
+    log_decay: Array | Chunks,
     beta: Array,
-    sum_k: SumK,
+    arithmetic: Arithmetic,
     *,
     scale: float,
     qk_l2norm: bool,
 ) -> Token:
+    qk = arithmetic.dot(q, k)
+    q_factor, k_factor = jnp.full_like(qk, scale), jnp.ones_like(qk)
     if qk_l2norm:
-        q, k = (y * lax.rsqrt(sum_k(y * y) + EPSILON) for y in (q, k))
-    q = q * scale
-    return Token(q, k, sum_k(q * k), jnp.exp(log_decay), beta)
+        q_factor = lax.rsqrt(arithmetic.dot(q, q) + EPSILON) * scale
+        k_factor = lax.rsqrt(arithmetic.dot(k, k) + EPSILON)
+    decay = jax.tree.map(jnp.exp, log_decay)
+    return Token(q, k, q_factor, k_factor, qk * q_factor * k_factor, decay, beta)
 
 
-def update(state: Array, token: Token, v: Array, sum_k: SumK) -> tuple[Array, Array]:
-    """(state, out) after one token. `sum_k` keeps the axes it sums: out has v's shape.
+def update(
+    state: Chunks, token: Token, v: Array, arithmetic: Arithmetic
+) -> tuple[Chunks, Array]:
+    """(state, out) after one token; everything broadcasts, and out has v's shape.
 
     The rule S' = decay S, u = beta (v - S' k), S = S' + u k^T, o = S q, with both
     products taken from the state as it was read: S q = S' q + u (k . q). The two sums
     over K then do not wait for each other.
     """
-    u = token.beta * (v - _recall(state, token.decay, token.k, sum_k))
-    out = _recall(state, token.decay, token.q, sum_k) + u * token.qk
-    return token.decay * state + u * token.k, out
+    predicted = _recall(state, token.decay, token.k, arithmetic) * token.k_factor
+    recalled = _recall(state, token.decay, token.q, arithmetic) * token.q_factor
+    u = token.beta * (v - predicted)
+    out = arithmetic.multiply_add(u, token.qk, recalled)
+    per_k = isinstance(token.decay, tuple)
+    decay = token.decay if per_k else (token.decay,) * len(state)
+    scaled = u * token.k_factor
+    new = tuple(
+        arithmetic.multiply_add(scaled, k, d * s)
+        for s, k, d in zip(state, token.k, decay, strict=True)
+    )
+    return new, out
 
 
-def _recall(state: Array, decay: Array, key: Array, sum_k: SumK) -> Array:
-    per_k = decay.ndim > 0 and decay.shape[-1] > 1
-    return sum_k(state * (decay * key)) if per_k else decay * sum_k(state * key)
+def _recall(
+    state: Chunks, decay: Array | Chunks, key: Chunks, arithmetic: Arithmetic
+) -> Array:
+    """decay(state) key; a decay that all of K shares comes out of the sum."""
+    if isinstance(decay, tuple):
+        key = tuple(d * y for d, y in zip(decay, key, strict=True))
+        return arithmetic.dot(state, key)
+    return arithmetic.dot(state, key) * decay

@@ -23,7 +23,13 @@ MAX_HEAD_DIM = 256
 
 
 def fused_update_kernel(
-    x: Inputs, new_ref, out_ref, *, options: Options, config: LaunchConfig
+    x: Inputs,
+    new_ref,
+    out_ref,
+    *,
+    options: Options,
+    config: LaunchConfig,
+    interpret: bool,
 ) -> None:
     """`new_ref` is the pool itself, or the per-token states where those were asked for.
 
@@ -32,52 +38,49 @@ def fused_update_kernel(
     """
     group, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, length, slot, live = _find_row(x, row, options)
-    kept = live if x.has_state is None else live & x.has_state[_bounded(x, row)]
+    reads = live if x.has_state is None else live & x.has_state[_bounded(x, row)]
     checkpoints = x.slots is not None and len(x.slots.shape) == 2
     tiles = [
         Tile.of(x.state, group * config.tiles + i, config) for i in range(config.tiles)
     ]
-    load_token = _token_loader(x, head, tiles[0], options)
+    arithmetic = rule.Arithmetic(
+        tiles[0].sum_k,
+        (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
+    )
+    load_token = _token_loader(x, head, tiles[0], options, arithmetic)
 
-    def advance(tile: Tile, step, state, token):
+    def advance(tile: Tile, step, state, token, v):
         at = begin + step
-        v = tile.load_v(x.v, at, head)
-        state, out = rule.update(state, token, v, tile.sum_k)
+        state, out = rule.update(state, token, v, arithmetic)
         tile.store_v(out_ref, jnp.where(live, out, 0.0), at, head)
         if options.per_token_states:
-            tile.store_state(new_ref, jnp.where(live, state, 0.0), True, at, head)
+            kept = tuple(jnp.where(live, chunk, 0.0) for chunk in state)
+            tile.store_state(new_ref, kept, True, at, head)
         elif checkpoints:
             column, wanted = _column(x, row, step, options)
             tile.store_state(new_ref, state, live & wanted, column, head)
         return state
 
-    upcoming = tiles[0].load_state(x.state, kept, slot, head)
+    # All loads before any work: what is in flight decides the speed.
+    loaded = [tile.load_state(x.state, reads, slot, head) for tile in tiles]
     if options.tokens_per_row == 1:
         token = load_token(begin)
-    for tile, following in zip(tiles, [*tiles[1:], None], strict=True):
-        state = upcoming
-        if following is not None:  # in flight while this tile is worked on
-            upcoming = following.load_state(x.state, kept, slot, head)
+        values = [tile.load_v(x.v, begin, head) for tile in tiles]
+    for i, tile in enumerate(tiles):
+        state = tuple(chunk.astype(jnp.float32) for chunk in loaded[i])
         if options.tokens_per_row == 1:
-            state = advance(tile, np.int32(0), state, token)
+            state = advance(tile, np.int32(0), state, token, values[i])
         else:
-            state = lax.fori_loop(
-                0,
-                jnp.where(live, length, np.int32(0)),
-                lambda step, state, tile=tile: advance(
-                    tile, step, state, load_token(begin + step)
-                ),
-                state,
-            )
-            _clear(
-                new_ref,
-                out_ref,
-                begin,
-                jnp.where(live, np.int32(0), length),
-                head,
-                tile,
-                options,
-            )
+
+            def body(step, state, tile=tile):
+                at = begin + step
+                v = tile.load_v(x.v, at, head)
+                return advance(tile, step, state, load_token(at), v)
+
+            steps = jnp.where(live, length, np.int32(0))
+            state = lax.fori_loop(0, steps, body, state)
+            dead = jnp.where(live, np.int32(0), length)
+            _clear(new_ref, out_ref, begin, dead, head, tile, options)
         if not (options.per_token_states or checkpoints):
             tile.store_state(new_ref, state, live, slot, head)
 
@@ -133,12 +136,15 @@ def _column(x: Inputs, row: Array, step: Array, options: Options):
 
 
 def _token_loader(
-    x: Inputs, head: Array, tile: Tile, options: Options
+    x: Inputs, head: Array, tile: Tile, options: Options, arithmetic: rule.Arithmetic
 ) -> Callable[[Array], rule.Token]:
     """A function of a token's place that loads and prepares it."""
     key_head = head // (x.v.shape[1] // x.k.shape[1])
     per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
-    load_decay = tile.load_k if per_k else _scalar
+
+    def load_decay(ref, *index) -> rule.Chunks:
+        return tile.load_k(ref, *index) if per_k else (_scalar(ref, *index),)
+
     if not isinstance(x.gates, Gates):
         A_log = _scalar(x.gates.A_log, head)
         dt_bias = load_decay(x.gates.dt_bias, head)
@@ -150,13 +156,17 @@ def _token_loader(
         if isinstance(x.gates, Gates):
             log_decay, beta = a, b
         else:
-            log_decay, beta = rule.gate(A_log, a, b, dt_bias, options.gating)
+            log_decay = tuple(
+                rule.log_decay(A_log, logits, bias, options.gating)
+                for logits, bias in zip(a, dt_bias, strict=True)
+            )
+            beta = rule.beta(b, options.gating)
         return rule.prepare(
             q,
             k,
-            log_decay,
+            log_decay if per_k else log_decay[0],
             beta,
-            tile.sum_k,
+            arithmetic,
             scale=options.scale,
             qk_l2norm=options.qk_l2norm,
         )
@@ -169,9 +179,9 @@ def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) 
 
     def clear(step, _):
         at = begin + step
-        tile.store_v(out_ref, jnp.zeros(tile.v_shape), at, head)
+        tile.store_v(out_ref, jnp.zeros(tile.v.shape), at, head)
         if options.per_token_states:
-            tile.store_state(new_ref, jnp.zeros(tile.shape), True, at, head)
+            tile.store_state(new_ref, tile.zeros(), True, at, head)
 
     lax.fori_loop(0, length, clear, None)
 
@@ -220,7 +230,9 @@ def triton(
     if options.per_token_states:
         new = (x.q.shape[0], *new[1:])
     return _triton.launch(
-        functools.partial(fused_update_kernel, options=options, config=config),
+        functools.partial(
+            fused_update_kernel, options=options, config=config, interpret=interpret
+        ),
         x,
         ((new, x.state.dtype), (x.v.shape, options.out_dtype)),
         grid=grid,

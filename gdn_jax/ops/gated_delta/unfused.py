@@ -1,9 +1,16 @@
-"""The gates on their own: one half of the unfused pair."""
+"""The gates on their own: with `recurrent_update`, the unfused pair."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
+from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, rule
+from gdn_jax.ops.gated_delta.call import GateLogits, GateOptions, Gates
+from gdn_jax.ops.gated_delta.reference import reference_gates
 
 
 def gates(
@@ -16,6 +23,7 @@ def gates(
     softplus_threshold: float = 20.0,
     allow_neg_eigval: bool = False,
     gate_lower_bound: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """(log_decay, beta) of the gated delta rule: float32, as `recurrent_update` takes.
 
@@ -25,21 +33,107 @@ def gates(
       A_log: [HV].
       a, b: [..., HV] logits; per-K decay (KDA): a is [..., HV, K].
       dt_bias: [HV]; KDA: [HV, K].
-      softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound: as in
-        `fused_update`.
+      softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound,
+        implementation: as in `fused_update`. On a GPU one kernel; XLA makes two.
 
     Returns:
       log_decay of a's shape, <= 0, and beta of b's, in (0, 1), or (0, 2) with
-      `allow_neg_eigval`. XLA makes one kernel of it, so it has no `implementation`.
+      `allow_neg_eigval`.
 
     Raises:
       ValueError: a shape or a parameter is wrong.
+      NotImplementedError: the implementation asked for cannot run this call here.
     """
+    _dispatch.check_name(implementation)
+    logits = arguments.check_gate_logits(A_log, a, b, dt_bias)
     options = arguments.gate_options(
         softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
     )
-    A_log, a, b, dt_bias = arguments.check_gate_logits(A_log, a, b, dt_bias)
-    A_log, a, b, dt_bias = (x.astype(jnp.float32) for x in (A_log, a, b, dt_bias))
-    if a.ndim > b.ndim:
-        A_log = A_log[:, None]
-    return rule.gate(A_log, a, b, dt_bias, options)
+    if logits.b.size == 0:
+        implementation = "xla"
+
+    def compiled():
+        _triton.device_kind(logits)
+        return _differentiable(options, False, logits)
+
+    paths = {
+        "triton": compiled,
+        "interpret": lambda: _differentiable(options, True, logits),
+        "xla": lambda: _xla(options, logits),
+        "reference": lambda: _reference(options, logits),
+    }
+    return tuple(_dispatch.run(paths, implementation))
+
+
+def gates_kernel(x: GateLogits, log_decay_ref, beta_ref, *, options: GateOptions):
+    """One token: all its value heads, and K where the decay has one."""
+    token = pl.program_id(0)
+    head = _padded_range(beta_ref.shape[1])
+    in_head = head < beta_ref.shape[1]
+    logits = _load(x.b.at[token, head], in_head)
+    beta = rule.beta(logits, options)
+    _triton.store(beta_ref.at[token, head], beta, mask=in_head)
+    A_log = _load(x.A_log.at[head], in_head)
+    place, inside = (head,), in_head
+    if len(x.a.shape) == 3:
+        k = _padded_range(x.a.shape[2])
+        place, A_log = (head[:, None], k[None, :]), A_log[:, None]
+        inside = in_head[:, None] & (k < x.a.shape[2])[None, :]
+    a = _load(x.a.at[(token, *place)], inside)
+    dt_bias = _load(x.dt_bias.at[place], inside)
+    log_decay = rule.log_decay(A_log, a, dt_bias, options)
+    _triton.store(log_decay_ref.at[(token, *place)], log_decay, mask=inside)
+
+
+def _load(at, mask: Array) -> Array:
+    return _triton.load(at, mask=mask, other=0).astype(jnp.float32)
+
+
+def _padded_range(n: int) -> Array:
+    return jnp.arange(pl.next_power_of_2(n), dtype=jnp.int32)
+
+
+def _triton_gates(options: GateOptions, interpret: bool, x: GateLogits):
+    lead = x.b.shape[:-1]
+    b = x.b.reshape(-1, x.b.shape[-1])
+    a = x.a.reshape(b.shape[0], *x.a.shape[len(lead) :])
+    log_decay, beta = _triton.launch(
+        functools.partial(gates_kernel, options=options),
+        x._replace(a=a, b=b),
+        ((a.shape, jnp.float32), (b.shape, jnp.float32)),
+        grid=(b.shape[0],),
+        aliases={},
+        num_warps=1,
+        interpret=interpret,
+    )
+    return Gates(log_decay.reshape(x.a.shape), beta.reshape(x.b.shape))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _xla(options: GateOptions, x: GateLogits) -> Gates:
+    A_log, a, b, dt_bias = (y.astype(jnp.float32) for y in x)
+    A_log = A_log[:, None] if a.ndim > b.ndim else A_log
+    return Gates(rule.log_decay(A_log, a, dt_bias, options), rule.beta(b, options))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reference(options: GateOptions, x: GateLogits) -> Gates:
+    return Gates(*reference_gates(x, x.a, x.b, options))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_gradient(options: GateOptions, interpret: bool, x: GateLogits) -> Gates:
+    return _triton_gates(options, interpret, x)
+
+
+def _forward(options: GateOptions, interpret: bool, x: GateLogits):
+    return _triton_gates(options, interpret, x), x
+
+
+def _backward(options: GateOptions, interpret: bool, x: GateLogits, cotangents):
+    del interpret
+    return jax.vjp(functools.partial(_xla, options), x)[1](cotangents)
+
+
+_with_gradient.defvjp(_forward, _backward)
+_differentiable = jax.jit(_with_gradient, static_argnums=(0, 1))

@@ -26,7 +26,7 @@ def xla(x: Inputs, options: Options) -> tuple[Array, Array]:
         live = step < length
         token = jnp.where(live, rows.begin + step, 0)
         prepared, v = _token(x, options, live, token)
-        new, now = rule.update(state, prepared, v, _sum_k)
+        (new,), now = rule.update((state,), prepared, v, ARITHMETIC)
         state = jnp.where(live[:, None, None, None], new, state)
         token = jnp.where(live, token, num_tokens)
         out = out.at[token].set(now[..., 0].astype(out.dtype), mode="drop")
@@ -63,22 +63,32 @@ def _token(x: Inputs, options: Options, live: Array, token: Array):
     v = take(x.v)[..., None]
     a, b = (take(y) for y in x.gates.per_token)
     heads = x.v.shape[1]
-    a = a.reshape(-1, heads, 1, a.shape[2] if a.ndim == 3 else 1)  # KDA: one for each K
+    per_k = a.ndim == 3  # KDA
+    a = a.reshape(-1, heads, 1, a.shape[2] if per_k else 1)
     b = b[..., None, None]
     if isinstance(x.gates, Gates):
         log_decay, beta = a, b
     else:
         A_log = x.gates.A_log.astype(jnp.float32).reshape(heads, 1, 1)
         dt_bias = x.gates.dt_bias.astype(jnp.float32).reshape(heads, 1, -1)
-        log_decay, beta = rule.gate(A_log, a, b, dt_bias, options.gating)
+        log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+        beta = rule.beta(b, options.gating)
     prepared = rule.prepare(
-        q, k, log_decay, beta, _sum_k, scale=options.scale, qk_l2norm=options.qk_l2norm
+        (q,),
+        (k,),
+        (log_decay,) if per_k else log_decay,
+        beta,
+        ARITHMETIC,
+        scale=options.scale,
+        qk_l2norm=options.qk_l2norm,
     )
     return prepared, v
 
 
-def _sum_k(x: Array) -> Array:
-    return jnp.sum(x, axis=-1, keepdims=True)
+ARITHMETIC = rule.Arithmetic(
+    sum_k=lambda x: jnp.sum(x, axis=-1, keepdims=True),
+    multiply_add=lambda x, y, z: x * y + z,  # XLA fuses
+)
 
 
 def _storage(x: Inputs, options: Options, state: Array) -> Array | None:

@@ -1,0 +1,24 @@
+"""Speculative verify with a state per token: python benchmarks/verify.py [--quick]
+
+Ours, XLA, the unfused pair, a copy and every peer that can be imported, in one run.
+"""
+
+import pathlib
+
+import typer
+from common import Problem, run_suite
+
+
+def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
+    batches, tokens = ((8, 128), (4,)) if quick else ((8, 64, 128), (4, 8))
+    problems = [
+        Problem(N, T=T, state_dtype=state)
+        for state in ("float32", "bfloat16")
+        for T in tokens
+        for N in batches
+    ]
+    run_suite("verify", problems, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""Slots of a state pool: who owns which, on the host; copies between them, on the
+device."""
+
+import operator
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class SlotPool:
+    """Hands out the slots of a pool [P, ...] and knows who owns them.
+
+    Host-side bookkeeping, for use outside jit. It holds no arrays: a freed slot keeps its
+    old state on the device, so a new owner's first step passes `has_state` False.
+
+        pool = SlotPool(num_slots)
+        slots = pool.alloc("request 7", 1 + num_drafts)
+        pool.free("request 7")
+
+    Args:
+      num_slots: P, the slots of the state pool.
+      null_slot: one that is never handed out, for callers that reserve one.
+    """
+
+    def __init__(self, num_slots: int, *, null_slot: int | None = None):
+        if operator.index(num_slots) < 0:
+            raise ValueError(f"num_slots must be >= 0; got {num_slots}.")
+        if null_slot is not None and not 0 <= null_slot < num_slots:
+            raise ValueError(
+                f"null_slot must be one of the {num_slots} slots or None; got "
+                f"{null_slot}. A slot outside the pool is null by itself."
+            )
+        self.num_slots = num_slots
+        self.null_slot = null_slot
+        # taken from the end, so the lowest slots go first
+        self._free = [i for i in reversed(range(num_slots)) if i != null_slot]
+        self._owned: dict[Hashable, list[int]] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def owners(self) -> tuple[Hashable, ...]:
+        return tuple(self._owned)
+
+    def alloc(self, owner: Hashable, count: int = 1) -> list[int]:
+        """Gives `owner` `count` further slots, all or none.
+
+        Raises:
+          ValueError: count is < 1, or fewer slots than that are free.
+        """
+        if operator.index(count) < 1:
+            raise ValueError(f"count must be >= 1; got {count}.")
+        if count > len(self._free):
+            raise ValueError(
+                f"{owner!r} wants {count} slots and {len(self._free)} of "
+                f"{self.num_slots} are free. Free an owner or make the pool larger."
+            )
+        slots = [self._free.pop() for _ in range(count)]
+        self._owned.setdefault(owner, []).extend(slots)
+        return slots
+
+    def slots(self, owner: Hashable) -> list[int]:
+        """What `owner` has, in the order it was given.
+
+        Raises:
+          ValueError: the pool does not know the owner.
+        """
+        if owner not in self._owned:
+            raise ValueError(f"{owner!r} owns no slots; owners are {self.owners[:8]}.")
+        return list(self._owned[owner])
+
+    def free(self, owner: Hashable, slots: Iterable[int] | None = None) -> list[int]:
+        """Takes back all of an owner's slots, or some; returns them.
+
+        Raises:
+          ValueError: the owner is unknown, or a slot is not its own. Nothing is freed.
+        """
+        owned = self.slots(owner)
+        freed = owned if slots is None else [operator.index(slot) for slot in slots]
+        foreign = [slot for slot in freed if slot not in owned]
+        if foreign or len(set(freed)) != len(freed):
+            raise ValueError(
+                f"{owner!r} can free each of its slots {owned} once; got {freed}."
+            )
+        kept = [slot for slot in owned if slot not in freed]
+        if kept:
+            self._owned[owner] = kept
+        else:
+            del self._owned[owner]
+        self._free.extend(reversed(freed))
+        return freed
+
+
+def copy_slots(state: Any, src: Array, dst: Array) -> Any:
+    """Copies slot src[i] to slot dst[i] of every pool in `state`: forks, prefix caching.
+
+    Args:
+      state: an array [P, ...] or a pytree of them. Donate it under jit: the copies then
+        happen in place, and slots outside `dst` keep their bits.
+      src, dst: [M] int32. A pair with either one outside [0, P) is skipped. All sources
+        are read before any slot is written; a slot that stands twice in `dst` gets one
+        of its sources.
+
+    Returns:
+      state, with the copies made.
+
+    Raises:
+      ValueError: src and dst are not int32 [M] of one length.
+    """
+    src, dst = jnp.asarray(src), jnp.asarray(dst)
+    for name, slots in (("src", src), ("dst", dst)):
+        if slots.dtype != jnp.int32 or slots.ndim != 1:
+            raise ValueError(
+                f"{name} must be [M] int32; got {slots.shape} {slots.dtype}. Pass one "
+                f"list of slots, {name}.astype(jnp.int32)."
+            )
+    if src.shape != dst.shape:
+        raise ValueError(
+            f"src and dst must be of one length; got {src.shape} and {dst.shape}."
+        )
+
+    def copy(pool: Array) -> Array:
+        P = pool.shape[0]
+        if P == 0:
+            return pool
+        real = (src >= 0) & (src < P) & (dst >= 0) & (dst < P)
+        taken = pool[jnp.where(real, src, 0)]
+        return pool.at[jnp.where(real, dst, P)].set(taken, mode="drop")
+
+    return jax.tree.map(copy, state)
