@@ -98,36 +98,40 @@ def make_inputs(problem: Problem, seed: int = 0) -> dict[str, Any]:
 TOKENS = ("q", "k", "v", "A_log", "a", "b", "dt_bias")
 
 
-def _update(problem: Problem, state, tokens, slots, accepted, *, unfused, **options):
+def boundaries(problem: Problem) -> jax.Array | None:
+    """`cu_seqlens`, as engines pass it when rows have several tokens."""
+    if problem.T == 1:
+        return None
+    return jnp.arange(problem.N + 1, dtype=jnp.int32) * problem.T
+
+
+def update(state, tokens, slots, accepted, bounds, *, unfused=False, **options):
     """Our op on packed tokens; `unfused` is the pair of gates and recurrent_update."""
     q, k, v, A_log, a, b, dt_bias = tokens
-    if problem.T > 1:  # packed tokens are told apart by cu_seqlens
-        bounds = jnp.arange(problem.N + 1, dtype=jnp.int32) * problem.T
-        options |= dict(num_accepted=accepted, cu_seqlens=bounds)
-    if unfused:
-        log_decay, beta = gdn_jax.gates(A_log, a, b, dt_bias)
-        return gdn_jax.recurrent_update(
-            state, q, k, v, log_decay, beta, slots=slots, **options
-        )
-    return gdn_jax.fused_update(state, *tokens, slots=slots, **options)
+    options |= dict(slots=slots, num_accepted=accepted, cu_seqlens=bounds)
+    if not unfused:
+        return gdn_jax.fused_update(state, *tokens, **options)
+    log_decay, beta = gdn_jax.gates(
+        A_log, a, b, dt_bias, implementation=options["implementation"]
+    )
+    return gdn_jax.recurrent_update(state, q, k, v, log_decay, beta, **options)
 
 
 def ours(problem: Problem, inputs: Mapping[str, Any], *, unfused=False, **options):
     """A `peers.Call` for one of our implementations, the pool donated."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, tokens, slots, accepted):
-        return _update(
-            problem, state, tokens, slots, accepted, unfused=unfused, **options
-        )
-
+    step = jax.jit(
+        functools.partial(update, unfused=unfused, **options), donate_argnums=0
+    )
     tokens = tuple(inputs[name] for name in TOKENS)
-    accepted = inputs.get("num_accepted")
+    accepted, bounds = inputs.get("num_accepted"), boundaries(problem)
     held = {"state": jnp.array(inputs["state"]), "out": None}
 
     def run(i):
         table = inputs["slots"][i % len(inputs["slots"])]
-        held["state"], held["out"] = step(held["state"], tokens, table, accepted)
+        held["state"], held["out"] = step(
+            held["state"], tokens, table, accepted, bounds
+        )
 
     def result():
         return held["state"], held["out"]
@@ -176,18 +180,13 @@ def check(problem: Problem, inputs: Mapping[str, Any], call: peers.Call):
     table = inputs["slots"][0][:rows]
     accepted = inputs["num_accepted"][:rows] if problem.T > 1 else None
     want_state, want_out = jax.jit(
-        functools.partial(
-            _update,
-            dataclasses.replace(problem, N=rows),
-            unfused=False,
-            implementation="reference",
-            out_dtype=jnp.float32,
-        )
+        functools.partial(update, implementation="reference", out_dtype=jnp.float32)
     )(
         inputs["state"].astype(jnp.float32),
         tuple(some[name] for name in TOKENS),
         table,
         accepted,
+        boundaries(dataclasses.replace(problem, N=rows)),
     )
     call.run(0)
     state, out = call.result()

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 
 class SlotPool:
     """Hands out the slots of a pool [P, ...] and knows who owns them.
 
-    Host-side bookkeeping, for use outside jit. It holds no arrays: a freed slot keeps its
-    old state on the device, so a new owner's first step passes `has_state` False.
+    Host-side bookkeeping, for use outside jit. It holds no arrays: a freed slot keeps
+    its old state on the device, so a new owner's first step passes `has_state` False.
 
         pool = SlotPool(num_slots)
         slots = pool.alloc("request 7", 1 + num_drafts)
@@ -96,8 +97,8 @@ class SlotPool:
         return freed
 
 
-def copy_slots(state: Any, src: Array, dst: Array) -> Any:
-    """Copies slot src[i] to slot dst[i] of every pool in `state`: forks, prefix caching.
+def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
+    """Copies slot src[i] to dst[i] of every pool in `state`: forks, prefix caching.
 
     Args:
       state: an array [P, ...] or a pytree of them. Donate it under jit: the copies then

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, tuning
@@ -18,19 +19,19 @@ from gdn_jax.ops.gated_delta.xla import xla
 
 
 def fused_update(
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    A_log: Array,
-    a: Array,
-    b: Array,
-    dt_bias: Array,
+    state: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    A_log: ArrayLike,
+    a: ArrayLike,
+    b: ArrayLike,
+    dt_bias: ArrayLike,
     *,
-    slots: Array | None = None,
-    cu_seqlens: Array | None = None,
-    num_accepted: Array | None = None,
-    has_state: Array | None = None,
+    slots: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    num_accepted: ArrayLike | None = None,
+    has_state: ArrayLike | None = None,
     null_slot: int | None = None,
     scale: float | None = None,
     qk_l2norm: bool = True,
@@ -147,17 +148,17 @@ def fused_update(
 
 
 def recurrent_update(
-    state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array,
-    beta: Array,
+    state: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    log_decay: ArrayLike,
+    beta: ArrayLike,
     *,
-    slots: Array | None = None,
-    cu_seqlens: Array | None = None,
-    num_accepted: Array | None = None,
-    has_state: Array | None = None,
+    slots: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    num_accepted: ArrayLike | None = None,
+    has_state: ArrayLike | None = None,
     null_slot: int | None = None,
     scale: float | None = None,
     qk_l2norm: bool = True,

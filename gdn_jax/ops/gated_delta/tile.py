@@ -1,14 +1,17 @@
-"""A tile of a value head's state as a warp's registers hold it.
+"""A tile of a value head's state as a program's registers hold it.
 
-Triton lays a load out over the lanes of a warp from the last axis to the first, so the
-shape of the index decides which lane holds what. A tile is C chunks of [R LV LK E]:
+Triton lays a load out from the last axis to the first: over a lane's 16 bytes, then the
+lanes of a warp, then the warps. So the shape of the index decides which lane holds
+what. A tile is C chunks of [R W LV LK E]:
 
-    K = C LK E: E neighbours in one 16-byte load, LK lanes side by side, C chunks
-    V = R LV:   LV lanes side by side, R in registers;  LV LK = 32, a warp
+    K = C LK E:   E neighbours in one 16-byte load, LK lanes side by side, C chunks
+    V = W R LV:   LV lanes side by side, R in registers, W warps;  LV LK = 32, a warp
 
 A sum over K then adds C E values within a lane and crosses only LK lanes: with LK = 8,
 3 shuffles for 4 rows at once, where a row across the whole warp takes 5 for each row
-(K=V=128, 8 rows, float32: 21 shuffles a program instead of 95). Chunks are separate
+(K=V=128, 8 rows, float32: 21 shuffles a program instead of 95). q and k are loaded once
+for each lane of W and LV: loaded without those axes they would bring a layout of their
+own, and the state would pass through shared memory to meet them. Chunks are separate
 values because a sum of products over them can use FMA; a reduction cannot.
 A load's size must be a power of two, so K and the tail of V are padded and masked.
 """
@@ -29,8 +32,8 @@ LOAD_BYTES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    v: Array  # [R LV 1 1], row numbers
-    k: Chunks  # [1 1 LK E], column numbers
+    v: Array  # [R W LV 1 1], row numbers
+    k: Chunks  # [1 1 1 LK E], column numbers
     in_v: Array | None  # None where no row is out of range
     in_k: Chunks | None
 
@@ -39,16 +42,18 @@ class Tile:
         """The `index`-th tile along V of a head of `state` [P HV V K]."""
         V, K = state.shape[2:]
         padded = pl.next_power_of_2(K)
-        lanes_v = min(config.lanes_v, config.block_v)
+        lanes_v = config.lanes_v
         vector = min(LOAD_BYTES // state.dtype.itemsize, padded)
         lanes_k = min(LANES // lanes_v, padded // vector)
-        r, lv, lk, e = (
+        warps = config.num_warps
+        per_lane = config.block_v // (lanes_v * warps)
+        r, w, lv, lk, e = (
             jnp.arange(n, dtype=jnp.int32).reshape(
-                [n if d == i else 1 for d in range(4)]
+                [-1 if d == i else 1 for d in range(5)]
             )
-            for i, n in enumerate((config.block_v // lanes_v, lanes_v, lanes_k, vector))
+            for i, n in enumerate((per_lane, warps, lanes_v, lanes_k, vector))
         )
-        v = index * config.block_v + r * lanes_v + lv
+        v = index * config.block_v + (w * per_lane + r) * lanes_v + lv
         first = lk * vector + e
         k = tuple(first + c for c in range(0, padded, lanes_k * vector))
         return cls(
@@ -59,14 +64,13 @@ class Tile:
         )
 
     def sum_k(self, x: Array) -> Array:
-        """[R LV LK E] -> [R LV 1 1]"""
+        """[R W LV LK E] -> [R W LV 1 1]"""
         within_lane = jnp.sum(x, axis=-1)
-        return jnp.sum(within_lane, axis=-1)[:, :, None, None]
+        return jnp.sum(within_lane, axis=-1)[:, :, :, None, None]
 
     def load_k(self, ref, *index) -> Chunks:
-        """[1 LV LK E]: loaded once for each lane of LV, which costs no traffic and
-        leaves every lane with the values that meet its part of the state."""
-        shape = (1, self.v.shape[1], *self.k[0].shape[2:])
+        """[1 W LV LK E]: every lane gets the values that meet its part of the state."""
+        shape = (1, *self.v.shape[1:3], *self.k[0].shape[3:])
         return tuple(
             _load(
                 ref.at[(*index, jnp.broadcast_to(k, shape))],

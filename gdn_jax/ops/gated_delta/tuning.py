@@ -1,7 +1,9 @@
 """Launch configs as data: what was measured, and a heuristic where nothing was."""
 
 import dataclasses
-import math
+import functools
+import importlib.resources
+import json
 
 import numpy as np
 
@@ -11,11 +13,11 @@ class LaunchConfig:
     """How `fused_update`'s kernel is cut up; see tile.py for what lanes hold.
 
     Attributes:
-      block_v: rows of V in a tile, the part of a state held in registers at once.
+      block_v: rows of V in a tile, the part of a state worked on at once.
       lanes_v: how many of them lie side by side across a warp's 32 lanes.
-      tiles: tiles that a program takes one after another; the next one's load is in
-        flight while one is worked on, and q, k and the gates are prepared once.
-      num_warps: warps of a program.
+      tiles: tiles of a program, loaded together and worked on one after another; with
+        one token a row, q, k and the gates are prepared once for all of them.
+      num_warps: warps of a program; they share out a tile's rows.
 
     Pinning a config makes a row's bits independent of the rest of the batch.
     """
@@ -32,10 +34,10 @@ class LaunchConfig:
                 raise ValueError(f"{field.name} must be a positive int; got {value!r}")
             if field.name != "tiles" and value & (value - 1):
                 raise ValueError(f"{field.name} must be a power of two; got {value}")
-        if self.lanes_v > min(self.block_v, 32):
+        if self.lanes_v > 32 or self.lanes_v * self.num_warps > self.block_v:
             raise ValueError(
-                f"lanes_v is a part of block_v and of a warp's 32 lanes; got "
-                f"lanes_v={self.lanes_v}, block_v={self.block_v}"
+                f"every warp has lanes_v <= 32 rows of block_v; got {self}. Take "
+                f"block_v >= lanes_v * num_warps."
             )
 
 
@@ -43,41 +45,55 @@ class LaunchConfig:
 class Tuned:
     """A measured row. It serves calls of at most `heads` rows times value heads."""
 
-    device_kind: str
     K: int
     V: int
     state_dtype: str
     single_token: bool
-    heads: float
+    heads: int
     config: LaunchConfig
     reason: str
 
 
-TABLE: tuple[Tuned, ...] = ()
+@functools.cache
+def table(device_kind: str) -> tuple[Tuned, ...]:
+    """What benchmarks/tune.py measured on a device; nothing where it never ran."""
+    name = device_kind.lower().replace(" ", "_")
+    file = importlib.resources.files(__package__) / "tuned" / f"{name}.json"
+    if not file.is_file():
+        return ()
+    rows = json.loads(file.read_text())["rows"]
+    return tuple(
+        Tuned(**row | {"config": LaunchConfig(**row["config"])}) for row in rows
+    )
 
 
 def find_config(
     device_kind: str, K: int, V: int, state_dtype, *, heads: int, single_token: bool
 ) -> LaunchConfig:
-    """The tuned config of the smallest bucket that holds the call, or the heuristic.
+    """The tuned config of the smallest bucket that holds the call, past the last bucket
+    the last one's; the heuristic for a device or a shape that was never measured.
 
     `heads` is rows times value heads; `single_token` is static: one token a row.
+    float16 takes bfloat16's rows: what counts is the size.
     """
-    key = (device_kind, K, V, np.dtype(state_dtype).name, single_token)
-    buckets = [
-        row
-        for row in TABLE
-        if (row.device_kind, row.K, row.V, row.state_dtype, row.single_token) == key
-        and heads <= row.heads
-    ]
-    if buckets:
-        return min(buckets, key=lambda row: row.heads).config
-    return heuristic(K, V)
+    name = np.dtype(state_dtype).name
+    key = (K, V, "bfloat16" if name == "float16" else name, single_token)
+    rows = sorted(
+        (
+            row
+            for row in table(device_kind)
+            if (row.K, row.V, row.state_dtype, row.single_token) == key
+        ),
+        key=lambda row: row.heads,
+    )
+    if not rows:
+        return heuristic(K, V)
+    return next((row for row in rows if heads <= row.heads), rows[-1]).config
 
 
 def heuristic(K: int, V: int) -> LaunchConfig:
-    """32 float32 values of state in a lane: what kept every device-independent bound
-    (registers, no spills) and won or came close wherever it was measured."""
+    """32 float32 values of state in a lane, one tile a program: no spills at any size,
+    and near the best wherever it was measured (see the reasons in tuned/)."""
     padded = _next_power_of_2(K)
     block_v = max(1, min(1024 // padded, _next_power_of_2(V)))
     return LaunchConfig(block_v=block_v, lanes_v=min(4, block_v))
@@ -90,4 +106,4 @@ def interpreter(V: int) -> LaunchConfig:
 
 
 def _next_power_of_2(n: int) -> int:
-    return 1 << math.ceil(math.log2(n))
+    return 1 << (n - 1).bit_length()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, rule
@@ -14,10 +15,10 @@ from gdn_jax.ops.gated_delta.reference import reference_gates
 
 
 def gates(
-    A_log: Array,
-    a: Array,
-    b: Array,
-    dt_bias: Array,
+    A_log: ArrayLike,
+    a: ArrayLike,
+    b: ArrayLike,
+    dt_bias: ArrayLike,
     *,
     softplus_beta: float = 1.0,
     softplus_threshold: float = 20.0,
