@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
@@ -56,9 +57,9 @@ def device_kind(arrays: Any) -> str:
 
 def _device(arrays: Any) -> Any:
     for leaf in jax.tree.leaves(arrays):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
             return next(iter(leaf.devices()))
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, tuning
-from gdn_jax.ops.gated_delta.call import GateLogits, GateOptions, Gates, Inputs, Options
+from gdn_jax.ops.gated_delta.call import GateOptions, Inputs, Options
 from gdn_jax.ops.gated_delta.reference import reference
 from gdn_jax.ops.gated_delta.triton import triton
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
@@ -130,7 +130,7 @@ def fused_update(
         q,
         k,
         v,
-        GateLogits(A_log, a, b, dt_bias),
+        (A_log, a, b, dt_bias),
         slots=slots,
         cu_seqlens=cu_seqlens,
         num_accepted=num_accepted,
@@ -185,7 +185,7 @@ def recurrent_update(
         q,
         k,
         v,
-        Gates(log_decay, beta),
+        (log_decay, beta),
         slots=slots,
         cu_seqlens=cu_seqlens,
         num_accepted=num_accepted,

@@ -28,7 +28,7 @@ def pack(
     q,
     k,
     v,
-    gates: GateLogits | Gates,
+    gates: tuple[Any, ...],
     *,
     slots,
     cu_seqlens,
@@ -41,11 +41,16 @@ def pack(
     out_dtype,
     gating: GateOptions,
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
-    """(inputs, options, unpack): `unpack` gives a packed result the caller's axes."""
+    """(inputs, options, unpack): `unpack` gives a packed result the caller's axes.
+
+    `gates` are the four logits, or log_decay and beta.
+    """
     state, q, k, v = (
         _floating(name, x) for name, x in dict(state=state, q=q, k=k, v=v).items()
     )
-    gates = type(gates)(*(_floating(n, x) for n, x in gates._asdict().items()))
+    kind = GateLogits if len(gates) == len(GateLogits._fields) else Gates
+    given = zip(kind._fields, gates, strict=True)
+    checked = kind(*(_floating(name, x) for name, x in given))
     slots = _integers("slots", slots)
     cu_seqlens = _integers("cu_seqlens", cu_seqlens)
     num_accepted = _integers("num_accepted", num_accepted)
@@ -56,7 +61,7 @@ def pack(
                 "has_state", has_state.dtype, "bool", "Compare it first, as in x > 0."
             )
     _check_heads(state, q, k, v)
-    _check_gates(gates, v.shape[:-1], state.shape[3])
+    _check_gates(checked, v.shape[:-1], state.shape[3])
     dense = q.ndim == 4
     if cu_seqlens is not None:
         _check_boundaries(cu_seqlens, dense)
@@ -72,14 +77,13 @@ def pack(
     def unpack(x: Array) -> Array:
         return x.reshape(*v.shape[:2], *x.shape[1:]) if dense else x
 
-    if isinstance(gates, GateLogits):
-        gates = gates._replace(a=packed(gates.a), b=packed(gates.b))
-    else:
-        gates = Gates(*(packed(x) for x in gates))
+    per_token = {name: packed(getattr(checked, name)) for name in kind.PER_TOKEN}
     inputs = Inputs(
         state,
-        *(packed(x) for x in (q, k, v)),
-        gates,
+        packed(q),
+        packed(k),
+        packed(v),
+        checked._replace(**per_token),
         slots,
         cu_seqlens,
         num_accepted,
@@ -121,10 +125,10 @@ def _fail(name: str, got: object, wanted: str, remedy: str) -> None:
 
 
 def _floating(name: str, x: Any) -> Array:
-    x = jnp.asarray(x)
-    if x.dtype.name not in FLOATS:
-        _fail(name, x.dtype, f"one of {', '.join(FLOATS)}", "Cast it first.")
-    return x
+    given = np.dtype(getattr(x, "dtype", np.float32))  # before JAX narrows float64
+    if given.name not in FLOATS:
+        _fail(name, given, f"one of {', '.join(FLOATS)}", "Cast it first.")
+    return jnp.asarray(x)
 
 
 def _integers(name: str, x: Any) -> Array | None:

@@ -106,7 +106,7 @@ def find_rows(x: Inputs, options: Options) -> Rows:
     """The null rule for whole rows; the kernel evaluates the same per program."""
     num_slots = x.state.shape[0]
     row = jnp.arange(x.num_rows, dtype=jnp.int32)
-    if x.cu_seqlens is None:
+    if options.tokens_per_row is not None:
         length = jnp.full_like(row, options.tokens_per_row)
         begin = row * options.tokens_per_row
     else:

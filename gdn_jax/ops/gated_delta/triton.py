@@ -7,6 +7,7 @@ back in place. Gates, norms and read-out never leave the program.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ MAX_HEAD_DIM = 256
 
 
 def fused_update_kernel(
-    x: Inputs,
+    x: Any,
     new_ref,
     out_ref,
     *,
@@ -31,7 +32,8 @@ def fused_update_kernel(
     config: LaunchConfig,
     interpret: bool,
 ) -> None:
-    """`new_ref` is the pool itself, or the per-token states where those were asked for.
+    """`x` is `Inputs` of references; `new_ref` is the pool itself, or the per-token
+    states where those were asked for.
 
     Grid: (groups of tiles along V, value heads, rows); with `cu_seqlens` one row more,
     whose programs clear the tokens that belong to no row.
@@ -97,12 +99,12 @@ def _scalar(ref, *index) -> Array:
     return ref[index].astype(jnp.float32)
 
 
-def _bounded(x: Inputs, row: Array) -> Array:
+def _bounded(x: Any, row: Array) -> Array:
     """Programs past the last row clear tokens; what they read of a row is not used."""
     return row if x.cu_seqlens is None else jnp.minimum(row, x.num_rows - 1)
 
 
-def _find_row(x: Inputs, row: Array, options: Options) -> tuple[Array, ...]:
+def _find_row(x: Any, row: Array, options: Options) -> tuple[Array, ...]:
     """(begin, length, slot, live) of one row: `call.find_rows` for scalars."""
     num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
     if x.cu_seqlens is None:
@@ -127,7 +129,7 @@ def _find_row(x: Inputs, row: Array, options: Options) -> tuple[Array, ...]:
     return begin, length, jnp.where(live, slot, 0), live
 
 
-def _column(x: Inputs, row: Array, step: Array, options: Options):
+def _column(x: Any, row: Array, step: Array, options: Options):
     """The slot that takes the state after token `step`, and whether there is one."""
     num_slots, columns = x.state.shape[0], x.slots.shape[1]
     slot = x.slots[row, jnp.minimum(step, columns - 1)]
@@ -136,7 +138,7 @@ def _column(x: Inputs, row: Array, step: Array, options: Options):
 
 
 def _token_loader(
-    x: Inputs, head: Array, tile: Tile, options: Options, arithmetic: rule.Arithmetic
+    x: Any, head: Array, tile: Tile, options: Options, arithmetic: rule.Arithmetic
 ) -> Callable[[Array], rule.Token]:
     """A function of a token's place that loads and prepares it."""
     key_head = head // (x.v.shape[1] // x.k.shape[1])
@@ -187,7 +189,7 @@ def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) 
 
 
 def _clear_unowned(
-    x: Inputs, new_ref, out_ref, program: Array, config: LaunchConfig, options: Options
+    x: Any, new_ref, out_ref, program: Array, config: LaunchConfig, options: Options
 ) -> None:
     """Clears the tokens that `cu_seqlens` gives to no row. The programs of the extra
     row share the tokens out; one that finds such a token clears it for all heads."""

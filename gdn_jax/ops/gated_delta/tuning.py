@@ -58,7 +58,9 @@ class Tuned:
 def table(device_kind: str) -> tuple[Tuned, ...]:
     """What benchmarks/tune.py measured on a device; nothing where it never ran."""
     name = device_kind.lower().replace(" ", "_")
-    file = importlib.resources.files(__package__) / "tuned" / f"{name}.json"
+    file = (
+        importlib.resources.files("gdn_jax.ops.gated_delta") / "tuned" / f"{name}.json"
+    )
     if not file.is_file():
         return ()
     rows = json.loads(file.read_text())["rows"]

@@ -46,7 +46,7 @@ def xla(x: Inputs, options: Options) -> tuple[Array, Array]:
         longest = options.tokens_per_row or jnp.max(length, initial=0)
         carry = lax.fori_loop(0, longest, body, carry)
     state, stored, out = carry
-    if options.per_token_states:
+    if stored is not None and options.per_token_states:
         return stored, out
     return _scatter(x, options, rows, state, stored), out
 

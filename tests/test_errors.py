@@ -1,0 +1,398 @@
+"""Wrong calls, calls that cannot run here, empty calls, and the slot checker."""
+
+import math
+import re
+
+import aot
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import testing
+
+N, T, L, P, S, H, HV, K, V = 2, 3, 5, 7, 3, 2, 4, 8, 6
+LOGITS = ("A_log", "a", "b", "dt_bias")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(monkeypatch):
+    """The tests' type checker would answer a wrong call before the library does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def zeros(*shape, dtype="float32"):
+    return np.zeros(shape, dtype)
+
+
+def ints(*shape):
+    return np.zeros(shape, np.int32)
+
+
+def _tokens(*axes):
+    return dict(
+        q=zeros(*axes, H, K),
+        k=zeros(*axes, H, K),
+        v=zeros(*axes, HV, V),
+        A_log=zeros(HV),
+        a=zeros(*axes, HV),
+        b=zeros(*axes, HV),
+        dt_bias=zeros(HV),
+    )
+
+
+POOL = dict(state=zeros(P, HV, V, K))
+ROWS = dict(state=zeros(N, HV, V, K)) | _tokens(N, T)
+DENSE = POOL | _tokens(N, T) | dict(slots=ints(N))
+DRAFTS = DENSE | dict(slots=ints(N, S), num_accepted=ints(N))
+PACKED = POOL | _tokens(L) | dict(slots=ints(N), cu_seqlens=ints(N + 1))
+KDA = DENSE | dict(a=zeros(N, T, HV, K), dt_bias=zeros(HV, K))
+
+
+def _fused(call):
+    return gdn_jax.fused_update(**call)
+
+
+def _recurrent(call):
+    """The same call for a caller with gates of its own."""
+    rest = {name: x for name, x in call.items() if name not in LOGITS}
+    return gdn_jax.recurrent_update(**rest, log_decay=call["a"], beta=call["b"])
+
+
+def _gates(call):
+    """The part of the call that makes the gates."""
+    tokens = ("state", "q", "k", "v", "slots")
+    return gdn_jax.gates(**{name: x for name, x in call.items() if name not in tokens})
+
+
+def _table(*blocks):
+    """Blocks of a good call, then what is said of it for each change that spoils it."""
+    return pytest.mark.parametrize(
+        ("call", "text"),
+        [
+            pytest.param(good | change, text, id=text)
+            for good, rows in blocks
+            for text, change in rows.items()
+        ],
+    )
+
+
+def _says(text):
+    """The message begins like this; "..." stands for anything."""
+    pattern = "^" + re.escape(text).replace(r"\.\.\.", ".*")
+    return pytest.raises(ValueError, match=pattern)
+
+
+STATE = "state must be [P or N, HV, V, K]"
+FLOATS = "must be one of float32, bfloat16, float16"
+SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
+
+
+@pytest.mark.parametrize("function", [_fused, _recurrent])
+@_table(
+    (
+        DENSE,
+        {
+            f"{STATE}; got (4, 6, 8)": dict(state=zeros(HV, V, K)),
+            "q must be [N, T, H, K] ... or [L, H, K] ...; got (2, 8)": dict(
+                q=zeros(H, K)
+            ),
+            "k must be of q's shape (2, 3, 2, 8); got (2, 3, 4, 8)": dict(
+                k=zeros(N, T, HV, K)
+            ),
+            "v must be (2, 3, 'HV', 'V'), ...; got (2, 4, 4, 6)": dict(
+                v=zeros(N, 4, HV, V)
+            ),
+            "v must be (2, 3, 'HV', 'V'), ...; got (6, 4, 6)": dict(
+                v=zeros(N * T, HV, V)
+            ),
+            "v must be ... (HV % H == 0); got 3 value heads over 2 key heads": dict(
+                v=zeros(N, T, 3, V)
+            ),
+            f"{STATE} = [.., 4, 6, 8]; got (7, 4, 8, 6). ...swapaxes": dict(
+                state=zeros(P, HV, K, V)
+            ),
+            f"{STATE} = [.., 4, 6, 8]; got (7, 2, 6, 8)": dict(state=zeros(P, H, V, K)),
+            f"{STATE} ...; got (7, 4, 6, 0)": dict(
+                state=zeros(P, HV, V, 0), q=zeros(N, T, H, 0), k=zeros(N, T, H, 0)
+            ),
+            f"{STATE} ...; got (7, 4, 0, 8)": dict(
+                state=zeros(P, HV, 0, K), v=zeros(N, T, HV, 0)
+            ),
+            f"state {FLOATS}; got int32": dict(state=ints(P, HV, V, K)),
+            f"q {FLOATS}; got int32": dict(q=ints(N, T, H, K)),
+            f"out_dtype {FLOATS}; got int8": dict(out_dtype=jnp.int8),
+            "slots must be int32; got int64": dict(slots=zeros(N, dtype="int64")),
+            "slots must be int32; got float32": dict(slots=zeros(N)),
+            "has_state must be bool; got int32": dict(has_state=ints(N)),
+            "has_state must be [N] = (2,); got (3,)": dict(has_state=ints(3) > 0),
+            f"{SLOTS}; got (3,)": dict(slots=ints(3)),
+            f"{SLOTS}; got (2, 3, 1)": dict(slots=ints(N, S, 1)),
+            "slots must be [N] where num_accepted is None; got (2, 3)": dict(
+                slots=ints(N, S)
+            ),
+            "num_accepted must be given with slots [N, S] ...; got slots (2,)": dict(
+                num_accepted=ints(N)
+            ),
+            "cu_seqlens must be given with packed tokens ...; got dense tokens": dict(
+                cu_seqlens=ints(N + 1)
+            ),
+            "scale must be a finite number > 0; got 0.0": dict(scale=0.0),
+            "scale must be a finite number > 0; got -1.0": dict(scale=-1.0),
+            "scale must be a finite number > 0; got nan": dict(scale=math.nan),
+            "null_slot must be an int or None; got 1.5": dict(null_slot=1.5),
+            "implementation must be None or one of triton, ...; got 'cuda'": dict(
+                implementation="cuda"
+            ),
+            "config must be a LaunchConfig or None; got {'block_v': 8}": dict(
+                config={"block_v": 8}
+            ),
+        },
+    ),
+    (
+        ROWS,
+        {
+            "state must be one state per row ...; got 7 states for 2 rows": POOL,
+            "num_accepted must be given with slots [N, S] ...; got no slots": dict(
+                num_accepted=ints(N)
+            ),
+        },
+    ),
+    (
+        DRAFTS,
+        {
+            "slots must be [N, S] with S >= T; got 3 tokens a row for 2 columns": dict(
+                slots=ints(N, 2)
+            ),
+            "slots must be [N, S] with S >= 1; got (2, 0)": dict(slots=ints(N, 0)),
+            "num_accepted must be int32; got int64": dict(
+                num_accepted=zeros(N, dtype="int64")
+            ),
+            "num_accepted must be [N] = (2,); got (3,)": dict(num_accepted=ints(3)),
+            "num_accepted must be [N] = (2,); got (2, 3)": dict(
+                num_accepted=ints(N, S)
+            ),
+        },
+    ),
+    (
+        PACKED,
+        {
+            "cu_seqlens must be int32; got int64": dict(
+                cu_seqlens=zeros(N + 1, dtype="int64")
+            ),
+            "cu_seqlens must be [N + 1]; got (1, 3)": dict(cu_seqlens=ints(1, N + 1)),
+            "cu_seqlens must be [N + 1]; got (0,)": dict(cu_seqlens=ints(0)),
+            f"{SLOTS}; got (5,)": dict(slots=ints(L)),
+        },
+    ),
+)
+def test_a_wrong_call_is_told(function, call, text):
+    with _says(text):
+        function(call)
+
+
+@pytest.mark.parametrize("function", [_fused, _gates])
+@_table(
+    (
+        DENSE,
+        {
+            "A_log must be [HV] = (4,); got (2,)": dict(A_log=zeros(H)),
+            f"A_log {FLOATS}; got int32": dict(A_log=ints(HV)),
+            "a must be (2, 3, 4), or ... (KDA); got (2, 3, 2)": dict(a=zeros(N, T, H)),
+            "dt_bias must be (4,); got (4, 8)": dict(dt_bias=zeros(HV, K)),
+            "softplus_beta must be ...number > 0; got 0.0": dict(softplus_beta=0.0),
+            "softplus_beta must be ...number > 0; got inf": dict(
+                softplus_beta=math.inf
+            ),
+            "softplus_threshold must be ...; got nan": dict(
+                softplus_threshold=math.nan
+            ),
+            "gate_lower_bound must be ...number < 0; got 0.0": dict(
+                gate_lower_bound=0.0
+            ),
+            "gate_lower_bound must be ...number < 0; got -inf": dict(
+                gate_lower_bound=-math.inf
+            ),
+            "implementation must be None or one of triton, ...; got 'cuda'": dict(
+                implementation="cuda"
+            ),
+        },
+    ),
+    (KDA, {"dt_bias must be (4, 8); got (4,)": dict(dt_bias=zeros(HV))}),
+)
+def test_wrong_gates_are_told(function, call, text):
+    with _says(text):
+        function(call)
+
+
+@_table(
+    (DENSE, {"b must be (2, 3, 4); got (2, 3, 2)": dict(b=zeros(N, T, H))}),
+    (
+        KDA,
+        {
+            "a must be ...(2, 3, 4, 8)...; got (2, 3, 4, 6)": dict(
+                a=zeros(N, T, HV, V)
+            ),
+            "b must be (2, 3, 4); got (2, 3, 4, 8)": dict(b=zeros(N, T, HV, K)),
+        },
+    ),
+)
+def test_gates_that_miss_the_tokens_are_told(call, text):
+    with _says(text):
+        _fused(call)
+
+
+@_table(
+    (
+        DENSE,
+        {
+            "log_decay must be (2, 3, 4), ...; got (2, 3, 2)": dict(a=zeros(N, T, H)),
+            "log_decay must be ...(2, 3, 4, 8)...; got (2, 3, 4, 6)": dict(
+                a=zeros(N, T, HV, V)
+            ),
+            "beta must be (2, 3, 4); got (2, 3, 2)": dict(b=zeros(N, T, H)),
+            f"beta {FLOATS}; got int32": dict(b=ints(N, T, HV)),
+        },
+    )
+)
+def test_own_gates_that_miss_the_tokens_are_told(call, text):
+    with _says(text):
+        _recurrent(call)
+
+
+def test_a_logit_without_heads_is_told():
+    with _says("b must be [.., HV]; got ()"):
+        _gates(DENSE | dict(b=zeros()))
+
+
+def test_float64_is_refused_where_jax_keeps_it():
+    with jax.enable_x64(True), _says(f"q {FLOATS}; got float64"):
+        _fused(DENSE | dict(q=zeros(N, T, H, K, dtype="float64")))
+
+
+@pytest.mark.parametrize(
+    "name", ["scale", "softplus_beta", "softplus_threshold", "gate_lower_bound"]
+)
+def test_a_traced_option_is_told(name):
+    with _says(f"{name} must be a Python number, it is static; got ...Tracer"):
+        jax.jit(lambda x: _fused(DENSE | {name: x}))(0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (dict(block_v=0, lanes_v=1), "block_v must be a positive int; got 0"),
+        (dict(block_v=8.0, lanes_v=1), "block_v must be a positive int; got 8.0"),
+        (dict(block_v=8, lanes_v=4, tiles=0), "tiles must be a positive int; got 0"),
+        (
+            dict(block_v=8, lanes_v=4, num_warps=3),  # aborts the process in LLVM
+            "num_warps must be a power of two; got 3",
+        ),
+        (dict(block_v=2, lanes_v=4), "lanes_v is a part of block_v...lanes_v=4"),
+        (dict(block_v=64, lanes_v=64), "lanes_v ...a warp's 32 lanes...lanes_v=64"),
+    ],
+)
+def test_a_wrong_config_is_told(fields, text):
+    with _says(text):
+        gdn_jax.LaunchConfig(**fields)
+
+
+@pytest.fixture
+def on_cpu():
+    """Arrays made here lie on a CPU, on a machine with a GPU as well."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.mark.parametrize("function", [_fused, _recurrent, _gates])
+def test_triton_without_a_gpu_names_the_way_out(function, on_cpu):
+    with pytest.raises(NotImplementedError, match=r"GPU.*implementation='xla'"):
+        function(DENSE | dict(implementation="triton"))
+
+
+WIDE = ROWS | dict(
+    state=zeros(N, HV, V, 512), q=zeros(N, T, H, 512), k=zeros(N, T, H, 512)
+)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "interpret"])
+def test_a_head_too_wide_for_the_kernel_names_the_way_out(implementation):
+    with (
+        jax.sharding.use_abstract_mesh(aot.ABSTRACT_H200),
+        pytest.raises(NotImplementedError, match=r"K=512.*implementation='xla'"),
+    ):
+        jax.eval_shape(lambda: _fused(WIDE | dict(implementation=implementation)))
+
+
+@pytest.mark.parametrize(("call", "has_kernel"), [(ROWS, True), (WIDE, False)])
+def test_none_takes_the_kernel_where_it_can_run(call, has_kernel):
+    assert (aot.KERNEL_CALL in aot.lower(lambda: _fused(call))) is has_kernel
+
+
+def test_none_is_xla_on_a_cpu(on_cpu):
+    call = jax.tree.map(jnp.ones_like, ROWS)
+    got, want = (_fused(call | dict(implementation=x)) for x in (None, "xla"))
+    for x, y in zip(got, want, strict=True):
+        assert np.array_equal(x, y)
+
+
+EMPTY = {
+    "no tokens, dense": ROWS | _tokens(N, 0),
+    "no tokens, packed": PACKED | _tokens(0),
+    "no tokens, single": POOL | _tokens(0) | dict(slots=ints(0)),
+    "no rows, dense": DENSE | _tokens(0, T) | dict(slots=ints(0)),
+    "no rows, packed": PACKED | dict(slots=ints(0), cu_seqlens=ints(1)),
+    "no slots": PACKED | dict(state=zeros(0, HV, V, K)),
+    "no slots, drafts": DRAFTS | dict(state=zeros(0, HV, V, K)),
+}
+
+
+@pytest.mark.parametrize("call", EMPTY.values(), ids=EMPTY)
+def test_an_empty_call_gives_zeros_and_the_state_back(call, path):
+    call = {k: np.ones_like(x) if k in ("state", "v") else x for k, x in call.items()}
+    state, out = _fused(call | dict(implementation=path))
+    assert np.array_equal(state, call["state"])
+    assert out.shape == call["v"].shape
+    assert not out.any()
+
+
+@pytest.mark.parametrize("call", EMPTY.values(), ids=EMPTY)
+def test_an_empty_call_gives_a_zero_state_for_each_token(call, path):
+    states, out = _fused(call | dict(implementation=path, per_token_states=True))
+    assert states.shape == (*call["v"].shape[:-1], V, K)
+    assert not states.any()
+    assert not out.any()
+
+
+GOOD = np.array([[0, 5, 2], [-1, 4, 1]])
+
+
+def test_a_good_slot_table_passes():
+    testing.check_slots(GOOD, 6, num_accepted=np.array([1, 3]))
+
+
+def test_the_null_slot_may_stand_in_many_places():
+    testing.check_slots(np.array([0, 3, 0]), 4, null_slot=0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "keywords", "text"),
+    [
+        (GOOD, dict(num_slots=5), "row 0, column 1: slot 5 is outside [0, 5)"),
+        ([-2, 1], {}, "row 0, column 0: slot -2 is outside [0, 6)"),
+        (GOOD, dict(num_accepted=[0, 1]), "row 0: num_accepted 0 is outside 1..3"),
+        (GOOD, dict(num_accepted=[1, 4]), "row 1: num_accepted 4 is outside 1..3"),
+        ([2, 3, 2], {}, "slot 2 is given to (row, column) (0, 0), (2, 0)"),
+        ([[2, 2]], {}, "slot 2 is given to (row, column) (0, 0), (0, 1)"),
+    ],
+)
+def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        testing.check_slots(slots, **dict(num_slots=6) | keywords)
+
+
+def test_every_fault_of_a_slot_table_is_counted():
+    with pytest.raises(ValueError, match=r"(?s)30 faults.*and 10 more"):
+        testing.check_slots(np.arange(30), 0)
