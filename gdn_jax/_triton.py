@@ -32,7 +32,7 @@ def device_kind(arrays: Any) -> str:
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
-        if abstract.platform != "cuda":
+        if abstract.platform not in ("cuda", "gpu"):
             raise NotImplementedError(
                 f"the triton implementation needs an NVIDIA GPU; the abstract device "
                 f"is {abstract.device_kind!r} on {abstract.platform!r}"

@@ -129,7 +129,7 @@ def _find_row(x: Any, row: Array, options: Options) -> tuple[Array, ...]:
     return begin, length, jnp.where(live, slot, 0), live
 
 
-def _column(x: Any, row: Array, step: Array, options: Options):
+def _column(x: Any, row: Array, step: Array | np.int32, options: Options):
     """The slot that takes the state after token `step`, and whether there is one."""
     num_slots, columns = x.state.shape[0], x.slots.shape[1]
     slot = x.slots[row, jnp.minimum(step, columns - 1)]

@@ -128,7 +128,7 @@ def _with_gradient(options: GateOptions, interpret: bool, x: GateLogits) -> Gate
 
 
 def _forward(options: GateOptions, interpret: bool, x: GateLogits):
-    return _triton_gates(options, interpret, x), x
+    return _with_gradient(options, interpret, x), x  # so that it has a gradient too
 
 
 def _backward(options: GateOptions, interpret: bool, x: GateLogits, cotangents):

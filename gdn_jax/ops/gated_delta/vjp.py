@@ -20,7 +20,7 @@ def differentiable(path: Path, options: Options, config: Any, x: Inputs):
 
 def _forward(path: Path, options: Options, config: Any, x: Inputs):
     """Keeps the inputs alone: the backward pass runs the recurrence again."""
-    return path(x, options, config), x
+    return differentiable(path, options, config, x), x  # so that it has a gradient too
 
 
 def _backward(path: Path, options: Options, config: Any, x: Inputs, cotangents):
