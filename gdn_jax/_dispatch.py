@@ -35,16 +35,3 @@ def run(
         except NotImplementedError as reason:
             reasons.append(reason)
     raise ExceptionGroup("no implementation can run this call here", reasons)
-
-
-def preferred(paths: Mapping[str, Callable[[], object]]) -> str:
-    """The name that `implementation=None` stands for."""
-
-    def named(name: str) -> Callable[[], str]:
-        def path() -> str:
-            paths[name]()
-            return name
-
-        return path
-
-    return run({name: named(name) for name in paths}, None)

@@ -106,7 +106,8 @@ def info() -> None:
     for package in packages:
         table.add_row(package, _version(package))
     table.add_row("available", ", ".join(_available()))
-    table.add_row("None picks", _dispatch.PREFERENCE[0 if _has_triton() else 1])
+    able = (name for name in _dispatch.PREFERENCE if name in _available())
+    table.add_row("None picks", next(able))
     console.print(table)
 
 

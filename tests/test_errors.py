@@ -290,8 +290,12 @@ def test_a_traced_option_is_told(name):
             dict(block_v=8, lanes_v=4, num_warps=3),  # aborts the process in LLVM
             "num_warps must be a power of two; got 3",
         ),
-        (dict(block_v=2, lanes_v=4), "lanes_v is a part of block_v...lanes_v=4"),
-        (dict(block_v=64, lanes_v=64), "lanes_v ...a warp's 32 lanes...lanes_v=64"),
+        (dict(block_v=2, lanes_v=4), "every warp has lanes_v...block_v=2, lanes_v=4"),
+        (dict(block_v=64, lanes_v=64), "every warp has lanes_v <= 32 ...lanes_v=64"),
+        (
+            dict(block_v=8, lanes_v=4, num_warps=4),
+            "every warp has lanes_v...num_warps=4)...block_v >= lanes_v * num_warps",
+        ),
     ],
 )
 def test_a_wrong_config_is_told(fields, text):

@@ -100,9 +100,9 @@ def fused_update(
     is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,
     writes nothing, and its `out` is exactly zero, as is that of tokens of no row. A
     null slot to WRITE skips that write alone. NaN in such tokens reaches nothing,
-    gradients included. Undefined: two live rows that write one slot, or one that reads
-    what another writes (`gdn_jax.testing.check_slots` finds them); `out` of a token
-    that a falling `cu_seqlens` gives to two rows.
+    gradients included. Undefined: one slot written by two live rows or twice by one, or
+    read by a live row and written by another (`gdn_jax.testing.check_slots` finds
+    them); `out` of a token that a falling `cu_seqlens` gives to two rows.
 
     Returns:
       state: like the argument, or with `per_token_states` [N, T, HV, V, K] or
@@ -114,7 +114,8 @@ def fused_update(
       NotImplementedError: the implementation asked for cannot run this call here.
 
     Transformations: `jax.grad` works with every implementation; the backward pass runs
-    the reference recurrence, so it is for correctness, not for long sequences. Under
+    the reference recurrence, so it is for correctness, not for long sequences. Forward
+    mode (`jax.jvp`) is the reference's alone. Under
     `jax.vmap` an unbatched pool is broadcast, one copy per batch entry. Under
     `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
     `jax.export` needs the kernel's custom call allowed:

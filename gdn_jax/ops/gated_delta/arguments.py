@@ -105,18 +105,21 @@ def gate_options(
     softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
 ) -> GateOptions:
     beta = _number("softplus_beta", softplus_beta)
-    if not beta > 0:
-        _fail("softplus_beta", beta, "a number > 0", "1.0 is the plain softplus.")
+    if not (beta > 0 and math.isfinite(beta)):
+        remedy = "1.0 is the plain softplus."
+        _fail("softplus_beta", beta, "a finite number > 0", remedy)
     if gate_lower_bound is not None:
         gate_lower_bound = _number("gate_lower_bound", gate_lower_bound)
-        if not gate_lower_bound < 0:
+        if not (gate_lower_bound < 0 and math.isfinite(gate_lower_bound)):
             _fail(
                 "gate_lower_bound",
                 gate_lower_bound,
-                "a number < 0",
+                "a finite number < 0",
                 "It is the smallest log-decay; GLM and Kimi-K3 use -5.",
             )
     threshold = _number("softplus_threshold", softplus_threshold)
+    if math.isnan(threshold):
+        _fail("softplus_threshold", threshold, "a number", "20.0 is vLLM's.")
     return GateOptions(beta, threshold, bool(allow_neg_eigval), gate_lower_bound)
 
 
@@ -134,9 +137,13 @@ def _floating(name: str, x: Any) -> Array:
 def _integers(name: str, x: Any) -> Array | None:
     if x is None:
         return None
-    given = getattr(x, "dtype", jnp.int32)
-    if given != jnp.int32:
-        _fail(name, given, "int32", f"Pass {name}.astype(jnp.int32).")
+    if hasattr(x, "dtype"):
+        fits = x.dtype == jnp.int32
+    else:  # a list of numbers
+        x = np.asarray(x)
+        fits = x.dtype.kind == "i"
+    if not fits:
+        _fail(name, x.dtype, "int32", f"Pass {name}.astype(jnp.int32).")
     return jnp.asarray(x, jnp.int32)
 
 
@@ -192,6 +199,9 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
             f"[P or N, HV, V, K] = [.., {', '.join(map(str, wanted))}]",
             "K is the last axis; a [.., K, V] state needs swapaxes(-1, -2).",
         )
+    if 0 in wanted:
+        axes = "[P or N, HV, V, K] with HV, V and K at least 1"
+        _fail("state", state.shape, axes, "Only N, T, L and P may be 0.")
 
 
 def check_gate_logits(A_log, a, b, dt_bias) -> GateLogits:

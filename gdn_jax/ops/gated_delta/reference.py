@@ -24,9 +24,11 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     rows = find_rows(x, options)
     row, step, live = _owners(x, options, rows)
     write = jnp.where(live, write_slots(x, options, rows, row, step), num_slots)
+    # Cast here: the scan sums the gradients of A_log and dt_bias in the dtype it sees.
+    gates = jax.tree.map(lambda y: y.astype(jnp.float32), x.gates)
     # A dead token's inputs are replaced before they meet arithmetic: a NaN there would
     # reach the gradients through a later select.
-    tokens = (x.q, x.k, x.v, *x.gates.per_token)
+    tokens = (x.q, x.k, x.v, *gates.per_token)
     tokens = jax.tree.map(lambda y: _where(live, y, 0.0), tokens)
     start = _where(rows.keeps_state, x.state[rows.read], 0.0).astype(jnp.float32)
 
@@ -40,10 +42,10 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
         pool, state = carry
         (q, k, v, a, b), row, step, live, write = now
         state = _where(step == 0, start[row], state)
-        if isinstance(x.gates, Gates):
-            log_decay, beta = a.astype(jnp.float32), b.astype(jnp.float32)
+        if isinstance(gates, Gates):
+            log_decay, beta = a, b
         else:
-            log_decay, beta = reference_gates(x.gates, a, b, options.gating)
+            log_decay, beta = reference_gates(gates, a, b, options.gating)
         new, out = _rule(state, q, k, v, log_decay, beta, options)
         state = _where(live, new, state)
         stored = state.astype(x.state.dtype)

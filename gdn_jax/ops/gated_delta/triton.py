@@ -224,7 +224,8 @@ def triton(
     V, K = x.state.shape[2:]
     if max(K, V) > MAX_HEAD_DIM:
         raise NotImplementedError(
-            f"head dims up to {MAX_HEAD_DIM} fit a program's registers; got {K=}, {V=}"
+            f"head dims up to {MAX_HEAD_DIM} fit a program's registers; got {K=}, "
+            f"{V=}. Use implementation='xla'."
         )
     rows = x.num_rows + (x.cu_seqlens is not None)
     grid = (pl.cdiv(V, config.block_v * config.tiles), x.v.shape[1], rows)
