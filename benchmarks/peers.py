@@ -11,7 +11,9 @@ tables to take turns with ([N], or [N, T] for verify; every entry a live slot, a
 twice in a table); and for verify num_accepted [N].
 
 All peers normalise q and k in the kernel and scale q by K**-0.5. torch and the peers
-are imported when a peer is asked for; where they lie is the caller's PYTHONPATH.
+are imported when a peer is asked for; where they lie is the caller's PYTHONPATH: vLLM
+0.33 (its Triton files alone will do), fla-core 0.6.0, and FlashInfer 0.6.18's
+gdn_kernels folder as the package `flashinfer_gdn`, with the CUTLASS DSL that it needs.
 """
 
 from __future__ import annotations
@@ -426,8 +428,8 @@ def _load(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         raise Unavailable(
-            f"{name} does not import ({type(error).__name__}: {error}); lay the peers "
-            "with fetch_peers.sh and set PYTHONPATH as its head says"
+            f"{name} does not import ({type(error).__name__}: {error}); put the peers "
+            "on PYTHONPATH as the head of benchmarks/peers.py says"
         ) from error
 
 
