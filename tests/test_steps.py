@@ -70,3 +70,21 @@ def test_verify_equals_single_steps(path):
             )
             _equal(path, got[kwargs["slots"][n, t]], single[slot])
             _equal(path, out[at], one[0])
+
+
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(path):
+    """Under one pinned config, whether the others are there, live or null."""
+    case = testing.Case("batch", (1,) * 4, K=64, V=32, tokens="single")
+    (state, *tokens, dt_bias), kwargs = testing.make(case, 3)
+    q, k, v, A_log, a, b = tokens
+    slots = kwargs["slots"]
+    others = np.where(np.arange(4) == 2, -1, slots)
+    call = functools.partial(_update, path=path, cfg=CONFIG)
+    everyone, out = call(state, (q, k, v, a, b), (A_log, dt_bias), slots)
+    with_null, same = call(state, (q, k, v, a, b), (A_log, dt_bias), others)
+    alone, one = call(
+        state, tuple(x[1:2] for x in (q, k, v, a, b)), (A_log, dt_bias), slots[1:2]
+    )
+    for got, row in ((with_null, same[1]), (alone, one[0])):
+        _equal(path, got[slots[1]], everyone[slots[1]])
+        _equal(path, row, out[1])

@@ -1,33 +1,10 @@
-"""Cases, inputs, an oracle and tolerances, for tests, benchmarks and notebooks."""
+"""Calls of `fused_update`: the table of cases, and inputs for one."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-
-# Relative RMS error against float64, by what is compared and its dtype. A 16-bit value
-# sits at its own rounding; float32 at a few units in the last place.
-TOLERANCE = {
-    ("state", "float32"): 1e-6,
-    ("state", "bfloat16"): 2e-3,
-    ("state", "float16"): 2.5e-4,
-    ("out", "float32"): 1e-6,
-    ("out", "bfloat16"): 2e-3,
-    ("out", "float16"): 2.5e-4,
-}
-
-
-def relative_error(got: Any, want: Any) -> float:
-    """|got - want| / |want| in float64; infinite where `got` is not finite."""
-    got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
-    if got.shape != want.shape:
-        raise ValueError(f"shapes differ: got {got.shape}, want {want.shape}")
-    difference = np.linalg.norm((got - want).ravel())
-    if not np.isfinite(difference):
-        return math.inf
-    return float(difference / max(np.linalg.norm(want.ravel()), 1e-30))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,128 +130,6 @@ def _state_and_slots(case: Case, random: np.random.Generator):
     elif case.slots == "paged":
         kwargs["slots"] = table[:, 0]
     return state, kwargs
-
-
-def oracle(args: tuple[Any, ...], kwargs: dict[str, Any]):
-    """`fused_update` in float64 NumPy, one token at a time: (states, out, written).
-
-    `states` is the pool, or the per-token states; `written` tells which of its slots a
-    live row wrote. Slots that are not written keep the argument's values.
-    """
-    exact = [np.asarray(x).astype(np.float64) for x in args]
-    state, q, k, v, A_log, a, b, dt_bias = exact
-    dense = q.ndim == 4
-    if dense:
-        N, T = q.shape[:2]
-        q, k, v, a, b = (x.reshape(N * T, *x.shape[2:]) for x in (q, k, v, a, b))
-        bounds = np.arange(N + 1) * T
-    else:
-        L = q.shape[0]
-        bounds = np.clip(kwargs.get("cu_seqlens", np.arange(L + 1)), 0, L)
-    per_token = kwargs.get("per_token_states", False)
-    P, (HV, V, K) = state.shape[0], state.shape[1:]
-    states = np.zeros((len(q), HV, V, K)) if per_token else state.copy()
-    written = np.zeros(len(states), bool)
-    out = np.zeros((len(q), HV, V))
-
-    def is_live(slot):
-        return 0 <= slot < P and slot != kwargs.get("null_slot")
-
-    for n in range(len(bounds) - 1):
-        slots = np.atleast_1d(kwargs["slots"][n] if "slots" in kwargs else n)
-        accepted = kwargs["num_accepted"][n] if "num_accepted" in kwargs else 1
-        length = bounds[n + 1] - bounds[n]
-        if not 1 <= accepted <= len(slots) or length <= 0:
-            continue
-        if not is_live(slots[accepted - 1]):
-            continue
-        S = state[slots[accepted - 1]].copy()
-        if not kwargs.get("has_state", np.ones(n + 1, bool))[n]:
-            S[:] = 0.0
-        for t in range(length):
-            at = bounds[n] + t
-            S, out[at] = _oracle_token(
-                S, q[at], k[at], v[at], A_log, a[at], b[at], dt_bias, kwargs
-            )
-            if per_token:
-                states[at], written[at] = S, True
-            elif "num_accepted" in kwargs:
-                if t < len(slots) and is_live(slots[t]):
-                    states[slots[t]], written[slots[t]] = S, True
-            elif t == length - 1:
-                states[slots[0]], written[slots[0]] = S, True
-    if dense:
-        out = out.reshape(N, T, HV, V)
-        if per_token:
-            states, written = states.reshape(N, T, HV, V, K), written.reshape(N, T)
-    return states, out, written
-
-
-def _oracle_token(S, q, k, v, A_log, a, b, dt_bias, kwargs):
-    K, group = q.shape[1], v.shape[0] // q.shape[0]
-    if kwargs.get("qk_l2norm", True):
-        q = q / np.sqrt((q**2).sum(-1, keepdims=True) + 1e-6)
-        k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
-    scale = kwargs.get("scale")
-    q = np.repeat(q * (K**-0.5 if scale is None else scale), group, axis=0)
-    k = np.repeat(k, group, axis=0)
-    x = a + dt_bias
-    A = np.exp(A_log) if x.ndim == 1 else np.exp(A_log)[:, None]
-    if kwargs.get("gate_lower_bound") is not None:
-        log_decay = kwargs["gate_lower_bound"] / (1 + np.exp(-A * x))
-    else:
-        beta, threshold = (
-            kwargs.get("softplus_beta", 1.0),
-            kwargs.get("softplus_threshold", 20.0),
-        )
-        softplus = np.logaddexp(beta * x, 0) / beta
-        log_decay = -A * np.where(beta * x <= threshold, softplus, x)
-    decay = np.exp(log_decay)
-    beta = (2.0 if kwargs.get("allow_neg_eigval") else 1.0) / (1 + np.exp(-b))
-    S = S * (decay[:, None, :] if x.ndim == 2 else decay[:, None, None])
-    u = beta[:, None] * (v - np.einsum("hvk,hk->hv", S, k))
-    S = S + u[:, :, None] * k[:, None, :]
-    return S, np.einsum("hvk,hk->hv", S, q)
-
-
-def check_slots(
-    slots: Any,
-    num_slots: int,
-    *,
-    num_accepted: Any = None,
-    null_slot: int | None = None,
-) -> None:
-    """Raises ValueError for a slot table that `fused_update` would take in silence.
-
-    Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
-    other than -1 and `null_slot` (they are null, which may not be meant), accepted
-    counts outside 1..S, and slots that two rows, or two columns of a row, would write.
-    """
-    table = np.asarray(slots)
-    table = table[:, None] if table.ndim == 1 else table
-    null = (table == -1) | (table == null_slot if null_slot is not None else False)
-    faults = [
-        f"row {n}, column {c}: slot {table[n, c]} is outside [0, {num_slots})"
-        for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))
-    ]
-    if num_accepted is not None:
-        accepted = np.asarray(num_accepted)
-        faults += [
-            f"row {n}: num_accepted {accepted[n]} is outside 1..{table.shape[1]}"
-            for n in np.flatnonzero((accepted < 1) | (accepted > table.shape[1]))
-        ]
-    owners: dict[int, list[tuple[int, int]]] = {}
-    for n, c in np.argwhere(~null):
-        owners.setdefault(int(table[n, c]), []).append((int(n), int(c)))
-    faults += [
-        f"slot {slot} is given to (row, column) {', '.join(map(str, places))}"
-        for slot, places in owners.items()
-        if len(places) > 1
-    ]
-    if faults:
-        shown = "\n  ".join(faults[:20])
-        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError(f"slots has {len(faults)} faults:\n  {shown}{more}")
 
 
 CASES = (

@@ -1,0 +1,28 @@
+"""How far a result may be from the oracle's."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+# Relative RMS error against float64, by what is compared and its dtype. A 16-bit value
+# sits at its own rounding; float32 at a few units in the last place.
+TOLERANCE = {
+    ("state", "float32"): 1e-6,
+    ("state", "bfloat16"): 2e-3,
+    ("state", "float16"): 2.5e-4,
+    ("out", "float32"): 1e-6,
+    ("out", "bfloat16"): 2e-3,
+    ("out", "float16"): 2.5e-4,
+}
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """|got - want| / |want| in float64; infinite where `got` is not finite."""
+    got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
+    if got.shape != want.shape:
+        raise ValueError(f"shapes differ: got {got.shape}, want {want.shape}")
+    difference = np.linalg.norm((got - want).ravel())
+    if not np.isfinite(difference):
+        return math.inf
+    return float(difference / max(np.linalg.norm(want.ravel()), 1e-30))

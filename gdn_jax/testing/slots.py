@@ -1,0 +1,45 @@
+"""What a slot table may hide under jit, found on the host."""
+
+from typing import Any
+
+import numpy as np
+
+
+def check_slots(
+    slots: Any,
+    num_slots: int,
+    *,
+    num_accepted: Any = None,
+    null_slot: int | None = None,
+) -> None:
+    """Raises ValueError for a slot table that `fused_update` would take in silence.
+
+    Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
+    other than -1 and `null_slot` (they are null, which may not be meant), accepted
+    counts outside 1..S, and slots that two rows, or two columns of a row, would write.
+    """
+    table = np.asarray(slots)
+    table = table[:, None] if table.ndim == 1 else table
+    null = (table == -1) | (table == null_slot if null_slot is not None else False)
+    faults = [
+        f"row {n}, column {c}: slot {table[n, c]} is outside [0, {num_slots})"
+        for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))
+    ]
+    if num_accepted is not None:
+        accepted = np.asarray(num_accepted)
+        faults += [
+            f"row {n}: num_accepted {accepted[n]} is outside 1..{table.shape[1]}"
+            for n in np.flatnonzero((accepted < 1) | (accepted > table.shape[1]))
+        ]
+    owners: dict[int, list[tuple[int, int]]] = {}
+    for n, c in np.argwhere(~null):
+        owners.setdefault(int(table[n, c]), []).append((int(n), int(c)))
+    faults += [
+        f"slot {slot} is given to (row, column) {', '.join(map(str, places))}"
+        for slot, places in owners.items()
+        if len(places) > 1
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"slots has {len(faults)} faults:\n  {shown}{more}")
