@@ -20,6 +20,7 @@ import peers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from slot_copy import slot_copy
 
 import gdn_jax
 from gdn_jax import testing, timing
@@ -153,6 +154,19 @@ def copy(problem: Problem, inputs: Mapping[str, Any]):
     return peers.Call(run, lambda: (None, None), lambda name: True, "")
 
 
+def slots_alone(problem: Problem, inputs: Mapping[str, Any]):
+    """The pool's slots read and written in place, and nothing else."""
+    if problem.T > 1:
+        raise peers.Unavailable("one token a row only")
+    held = {"state": jnp.array(inputs["state"])}
+
+    def run(i):
+        table = inputs["slots"][i % len(inputs["slots"])]
+        held["state"] = slot_copy(held["state"], table)
+
+    return peers.Call(run, lambda: (None, None), lambda name: True, "no arithmetic")
+
+
 OURS = ("triton", "unfused", "xla")
 
 
@@ -160,6 +174,7 @@ def contenders(problem: Problem) -> dict[str, Callable]:
     kernels = peers.DECODE if problem.T == 1 else peers.VERIFY
     return {
         "copy": copy,
+        "slots": slots_alone,
         "triton": functools.partial(ours, implementation="triton"),
         "unfused": functools.partial(ours, implementation="triton", unfused=True),
         "xla": functools.partial(ours, implementation="xla"),

@@ -25,6 +25,7 @@ STYLE = {
     "vllm_fused_sigmoid_gating": ("vLLM PR 35777", "#56B4E9", "D"),
     "fla_fused_recurrent": ("FLA (no gates, no pool)", "#CC79A7", "P"),
     "xla": ("XLA", "#666666", "x"),
+    "slots": ("slots copied in place", "#999999", "1"),
     "copy": ("copy of as many bytes", "#000000", "_"),
 }
 STATES = ("float32", "bfloat16")
@@ -53,7 +54,7 @@ def plot(result: dict, path: pathlib.Path) -> None:
                 continue
             batches = sorted(rows)
             style = dict(color=colour, marker=marker, label=label, linewidth=1.5)
-            style["linestyle"] = "--" if name in ("copy", "unfused") else "-"
+            style["linestyle"] = "--" if name in ("copy", "slots", "unfused") else "-"
             style["zorder"] = 3 if name == "triton" else 2
             time.plot(batches, [rows[n]["median_us"] for n in batches], **style)
             if name == "xla":
