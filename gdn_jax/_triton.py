@@ -27,8 +27,8 @@ warnings.filterwarnings("ignore", message=DEPRECATION, category=DeprecationWarni
 def device_kind(arrays: Any) -> str:
     """The kind of the NVIDIA GPU that a kernel over `arrays` would be compiled for.
 
-    An abstract device (lowering and compiling ahead of time) comes first, then the
-    device of an array that has one, then JAX's default. Under `jit` arrays have none.
+    An abstract device (lowering and compiling ahead of time) comes first, then that of
+    the first array if it has one, then JAX's default. Under `jit` arrays have none.
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
@@ -56,9 +56,9 @@ def device_kind(arrays: Any) -> str:
 
 
 def _device(arrays: Any) -> Any:
-    for leaf in jax.tree.leaves(arrays):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-            return next(iter(leaf.devices()))
+    first = next(iter(jax.tree.leaves(arrays)), None)  # the state, or the first logits
+    if isinstance(first, jax.Array) and not isinstance(first, Tracer):
+        return next(iter(first.devices()))
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 

@@ -9,6 +9,9 @@ import pytest
 
 import gdn_jax
 from gdn_jax import testing
+from gdn_jax.ops.gated_delta import arguments
+from gdn_jax.ops.gated_delta.call import GateOptions
+from gdn_jax.ops.gated_delta.triton import triton
 
 CONFIG = gdn_jax.LaunchConfig(block_v=8, lanes_v=4, tiles=2)
 BIT_EXACT = ("interpret", "triton")
@@ -88,3 +91,24 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(path):
     for got, row in ((with_null, same[1]), (alone, one[0])):
         _equal(path, got[slots[1]], everyone[slots[1]])
         _equal(path, row, out[1])
+
+
+@pytest.mark.parametrize("name", ["decode, nulls", "checkpoints, T=1", "decode, KDA"])
+def test_the_kernel_without_its_loop_agrees_too(name):
+    """One token a row takes this path on a GPU; here it is interpreted."""
+    [case] = [case for case in testing.CASES if case.name == name]
+    (state, *tokens), kwargs = testing.make(case)
+    want_state, want_out, written = testing.oracle((state, *tokens), kwargs)
+    q, k, v, A_log, a, b, dt_bias = tokens
+    x, options, unpack = arguments.pack(
+        state, q, k, v, (A_log, a, b, dt_bias),
+        slots=kwargs["slots"], cu_seqlens=None,
+        num_accepted=kwargs.get("num_accepted"), has_state=kwargs.get("has_state"),
+        null_slot=None, scale=None, qk_l2norm=True, per_token_states=False,
+        out_dtype=jnp.float32, gating=GateOptions(),
+    )  # fmt: skip
+    new, out = triton(x, options, CONFIG, interpret=True, straight=True)
+    assert testing.relative_error(new[written], want_state[written]) < 1e-6
+    assert testing.relative_error(unpack(out), want_out) < 1e-6
+    untouched = np.asarray(new)[~written]
+    assert np.array_equal(untouched, state[~written], equal_nan=True)

@@ -211,3 +211,30 @@ def test_numpy_inputs_equal_jax_arrays():
 def test_a_call_outside_jit_equals_one_inside(path):
     call = _make(SINGLE)
     _close(_update(path)(*call), jax.jit(_update(path))(*call))
+
+
+@pytest.mark.parametrize("path", ["xla", "reference"])
+def test_rows_shard_over_a_pool_that_every_device_holds(path):
+    """The state does not vary over the mesh and the tokens do: out, and its gradient."""
+    case = dataclasses.replace(SHARDED_ROWS, slots="paged", lengths=(3,) * 4)
+    args, kwargs = testing.make(case)
+    state = jnp.nan_to_num(args[0])
+
+    def update(state, q, k, v, A_log, a, b, dt_bias, slots):
+        _, out = gdn_jax.fused_update(
+            state, q, k, v, A_log, a, b, dt_bias, slots=slots, implementation=path
+        )
+        return out.astype(jnp.float32)
+
+    rest = (*args[1:], kwargs["slots"])
+    rows, whole = P("x"), P()
+    specs = (whole, rows, rows, rows, whole, rows, rows, whole, rows)
+    sharded = jax.shard_map(update, mesh=_mesh(), in_specs=specs, out_specs=rows)
+    _close(jax.jit(sharded)(state, *rest), jax.jit(update)(state, *rest))
+
+    def gradient(update):
+        return jax.jit(jax.grad(lambda state: jnp.sum(update(state, *rest) ** 2)))(
+            state
+        )
+
+    _close(gradient(sharded), gradient(update))

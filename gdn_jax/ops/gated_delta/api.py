@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
@@ -102,7 +102,8 @@ def fused_update(
     null slot to WRITE skips that write alone. NaN in such tokens reaches nothing,
     gradients included. Undefined: one slot written by two live rows or twice by one, or
     read by a live row and written by another (`gdn_jax.testing.check_slots` finds
-    them); `out` of a token that a falling `cu_seqlens` gives to two rows.
+    them); `out` of a token that a falling `cu_seqlens` gives to two rows, and those
+    rows' states and gradients.
 
     Returns:
       state: like the argument, or with `per_token_states` [N, T, HV, V, K] or
@@ -209,6 +210,7 @@ def _update(
     config: LaunchConfig | None,
 ) -> tuple[Array, Array]:
     _dispatch.check_name(implementation)
+    x = x._replace(state=_varying_like(x.state, x))
     if config is not None and not isinstance(config, LaunchConfig):
         raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
     if 0 in (x.q.shape[0], x.num_rows, x.state.shape[0]):
@@ -216,6 +218,13 @@ def _update(
     else:
         state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
+
+
+def _varying_like(state: Array, x: Inputs) -> Array:
+    """Under `shard_map` the new state varies over every mesh axis that anything does;
+    loops carry it, so the old one is made to."""
+    axes = _triton.varying_axes(x).varying - jax.typeof(state).manual_axis_type.varying
+    return lax.pcast(state, tuple(axes), to="varying") if axes else state
 
 
 def _paths(x: Inputs, options: Options, config: LaunchConfig | None):

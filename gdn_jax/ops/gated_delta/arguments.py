@@ -128,7 +128,9 @@ def _fail(name: str, got: object, wanted: str, remedy: str) -> None:
 
 
 def _floating(name: str, x: Any) -> Array:
-    given = np.dtype(getattr(x, "dtype", np.float32))  # before JAX narrows float64
+    if not hasattr(x, "dtype"):  # a list of numbers
+        return jnp.asarray(x, jnp.float32)
+    given = np.dtype(x.dtype)  # before JAX narrows float64
     if given.name not in FLOATS:
         _fail(name, given, f"one of {', '.join(FLOATS)}", "Cast it first.")
     return jnp.asarray(x)
@@ -141,16 +143,19 @@ def _integers(name: str, x: Any) -> Array | None:
         fits = x.dtype == jnp.int32
     else:  # a list of numbers
         x = np.asarray(x)
-        fits = x.dtype.kind == "i"
+        limits = np.iinfo(np.int32)
+        fits = (
+            x.dtype.kind == "i" and (limits.min <= x).all() and (x <= limits.max).all()
+        )
     if not fits:
-        _fail(name, x.dtype, "int32", f"Pass {name}.astype(jnp.int32).")
+        _fail(name, x.dtype, "int32", f"Pass jnp.asarray({name}, jnp.int32).")
     return jnp.asarray(x, jnp.int32)
 
 
 def _number(name: str, x: Any) -> float:
     try:
         return float(x)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"{name} must be a Python number, it is static; got {type(x).__name__}. "
             f"Close over it instead of passing it through jit."

@@ -39,9 +39,9 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     )
 
     def body(carry, now):
-        pool, state = carry
+        pool, state, last = carry
         (q, k, v, a, b), row, step, live, write = now
-        state = _where(step == 0, start[row], state)
+        state = _where((step == 0) | (row != last), start[row], state)
         if isinstance(gates, Gates):
             log_decay, beta = a, b
         else:
@@ -52,12 +52,13 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
         pool = pool.at[write].set(stored, mode="drop")
         out = _where(live, out, 0.0).astype(options.out_dtype)
         kept = _where(live, stored, 0.0) if options.per_token_states else None
-        return (pool, state), (out, kept)
+        return (pool, state, row), (out, kept)
 
     if options.per_token_states:
         timeline = (*timeline[:-1], jnp.full_like(timeline[-1], num_slots))
     state = _where(jnp.zeros(lanes, bool), start[:lanes], 0.0)
-    (pool, _), (out, kept) = lax.scan(body, (x.state, state), timeline)
+    carry = (x.state, state, jnp.full_like(timeline[1][0], -1))
+    (pool, *_), (out, kept) = lax.scan(body, carry, timeline)
     out, kept = jax.tree.map(
         lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), (out, kept)
     )

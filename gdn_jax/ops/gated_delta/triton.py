@@ -21,6 +21,7 @@ from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 
 MAX_HEAD_DIM = 256
+ROWS_AT_ONCE = 512  # of cu_seqlens, in the registers of one warp
 
 
 def fused_update_kernel(
@@ -31,12 +32,14 @@ def fused_update_kernel(
     options: Options,
     config: LaunchConfig,
     interpret: bool,
+    straight: bool,
 ) -> None:
     """`x` is `Inputs` of references; `new_ref` is the pool itself, or the per-token
     states where those were asked for.
 
     Grid: (groups of tiles along V, value heads, rows); with `cu_seqlens` one row more,
-    whose programs clear the tokens that belong to no row.
+    whose programs clear the tokens that belong to no row. `straight`: one token a row,
+    without the loop over tokens.
     """
     group, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, length, slot, live = _find_row(x, row, options)
@@ -65,12 +68,12 @@ def fused_update_kernel(
 
     # All loads before any work: what is in flight decides the speed.
     loaded = [tile.load_state(x.state, reads, slot, head) for tile in tiles]
-    if options.tokens_per_row == 1:
+    if straight:
         token = load_token(begin)
         values = [tile.load_v(x.v, begin, head) for tile in tiles]
     for i, tile in enumerate(tiles):
         state = tuple(chunk.astype(jnp.float32) for chunk in loaded[i])
-        if options.tokens_per_row == 1:
+        if straight:
             state = advance(tile, np.int32(0), state, token, values[i])
         else:
 
@@ -196,14 +199,23 @@ def _clear_unowned(
     num_tokens, heads, V = x.v.shape
     tiles = np.int32(pl.cdiv(V, config.block_v))
     programs = pl.cdiv(V, config.block_v * config.tiles) * heads
-    row = jnp.arange(pl.next_power_of_2(x.num_rows), dtype=jnp.int32)
-    is_row = row < x.num_rows
-    begin = _triton.load(x.cu_seqlens.at[row], mask=is_row, other=0)
-    end = _triton.load(x.cu_seqlens.at[row + 1], mask=is_row, other=0)
+    block = min(pl.next_power_of_2(x.num_rows), ROWS_AT_ONCE)
+
+    def is_owned(at):
+        def look(turn, found):
+            row = turn * block + jnp.arange(block, dtype=jnp.int32)
+            is_row = row < x.num_rows
+            begin = _triton.load(x.cu_seqlens.at[row], mask=is_row, other=0)
+            end = _triton.load(x.cu_seqlens.at[row + 1], mask=is_row, other=0)
+            here = ((begin <= at) & (at < end)).astype(jnp.int32)
+            return jnp.maximum(found, jnp.max(here))
+
+        turns = np.int32(pl.cdiv(x.num_rows, block))
+        return lax.fori_loop(np.int32(0), turns, look, jnp.int32(0))
 
     def visit(turn, _):
         at = program + turn * programs
-        owned = jnp.max(((begin <= at) & (at < end)).astype(jnp.int32))
+        owned = is_owned(at)
 
         def clear(part, _):
             head, index = lax.div(part, tiles), lax.rem(part, tiles)
@@ -218,9 +230,21 @@ def _clear_unowned(
 
 
 def triton(
-    x: Inputs, options: Options, config: LaunchConfig, *, interpret: bool = False
+    x: Inputs,
+    options: Options,
+    config: LaunchConfig,
+    *,
+    interpret: bool = False,
+    straight: bool | None = None,
 ) -> tuple[Array, Array]:
-    """One launch; the pool is aliased in place unless per-token states are returned."""
+    """One launch; the pool is aliased in place unless per-token states are returned.
+
+    One token a row needs no loop. On a GPU leaving it out changes no bit: the
+    arithmetic is spelled out, FMA included. XLA on a CPU contracts products into sums
+    as it likes, so the interpreter keeps the loop unless `straight` says otherwise.
+    """
+    if straight is None:
+        straight = options.tokens_per_row == 1 and not interpret
     V, K = x.state.shape[2:]
     if max(K, V) > MAX_HEAD_DIM:
         raise NotImplementedError(
@@ -234,7 +258,11 @@ def triton(
         new = (x.q.shape[0], *new[1:])
     return _triton.launch(
         functools.partial(
-            fused_update_kernel, options=options, config=config, interpret=interpret
+            fused_update_kernel,
+            options=options,
+            config=config,
+            interpret=interpret,
+            straight=straight,
         ),
         x,
         ((new, x.state.dtype), (x.v.shape, options.out_dtype)),
