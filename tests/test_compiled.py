@@ -96,7 +96,7 @@ def test_every_mode_is_one_launch_in_place(modes):
 
 
 def test_a_long_batch_needs_no_more_registers():
-    """The programs that clear tokens of no row go through `cu_seqlens` piece by piece."""
+    """The programs that clear tokens of no row read `cu_seqlens` piece by piece."""
     shapes = _shapes(16384, 1, 1, 128, 128, "float32", T=2, packed=True)
     compiled = aot.compile_for_h200(_update, *shapes, donate_argnums=0)
     _one_launch_in_place(compiled, _bytes(shapes[0]))

@@ -213,16 +213,16 @@ def test_a_call_outside_jit_equals_one_inside(path):
     _close(_update(path)(*call), jax.jit(_update(path))(*call))
 
 
-@pytest.mark.parametrize("path", ["xla", "reference"])
-def test_rows_shard_over_a_pool_that_every_device_holds(path):
-    """The state does not vary over the mesh and the tokens do: out, and its gradient."""
+@pytest.mark.parametrize("name", ["xla", "reference"])
+def test_rows_shard_over_a_pool_that_every_device_holds(name):
+    """The tokens vary over the mesh and the state does not: out, and its gradient."""
     case = dataclasses.replace(SHARDED_ROWS, slots="paged", lengths=(3,) * 4)
     args, kwargs = testing.make(case)
     state = jnp.nan_to_num(args[0])
 
     def update(state, q, k, v, A_log, a, b, dt_bias, slots):
         _, out = gdn_jax.fused_update(
-            state, q, k, v, A_log, a, b, dt_bias, slots=slots, implementation=path
+            state, q, k, v, A_log, a, b, dt_bias, slots=slots, implementation=name
         )
         return out.astype(jnp.float32)
 
