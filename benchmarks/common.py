@@ -26,7 +26,7 @@ import gdn_jax
 from gdn_jax import testing, timing
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-L2_BYTES = 64 * 2**20
+L2_BYTES = 64 * 2**20  # an H200's 60 MB, the largest of the GPUs this ran on
 REPEATS = 30
 CHECKED_ROWS = 16
 
@@ -216,12 +216,10 @@ def check(problem: Problem, inputs: Mapping[str, Any], call: peers.Call):
     return errors
 
 
-def passed(problem: Problem, errors: Mapping[str, float]) -> bool:
-    """Peers round more than we do in places; 4x the table still tells right from
-    wrong."""
+def passed(problem: Problem, errors: Mapping[str, float], slack: int) -> bool:
     dtypes = {"state": problem.state_dtype, "out": problem.act_dtype}
     return all(
-        error < 4 * testing.TOLERANCE[what, dtypes[what]]
+        error < slack * testing.TOLERANCE[what, dtypes[what]]
         for what, error in errors.items()
     )
 
@@ -246,23 +244,13 @@ def time_contender(name: str, build: Callable, problem: Problem, inputs) -> dict
             raise
         return row | {"absent": f"failed: {type(error).__name__}: {error}"[:400]}
     row |= {"note": call.note, "errors": errors}
-    if not passed(problem, errors):
+    # peers round more than we do in places; that still tells right from wrong
+    if not passed(problem, errors, 1 if name in OURS else 4):
         return row | {"absent": "wrong results"}
     found = timing.measure(call.run, REPEATS, wait=wait, belongs=call.kernels)
     row |= dataclasses.asdict(found)
     row["tb_per_s"] = problem.moved_bytes / found.median_us / 1e6
     return row
-
-
-def copy_bandwidth() -> float:
-    """TB/s, read plus written, of an in-place scaling of 1 GiB."""
-    scale = jax.jit(lambda x: x * jnp.float32(1.0001), donate_argnums=0)
-    held = {"x": jax.random.normal(jax.random.key(0), (2**28,))}
-
-    def run(i):
-        held["x"] = scale(held["x"])
-
-    return 2 * 2**30 / timing.measure(run, 10, wait=wait).median_us / 1e6
 
 
 def header() -> dict[str, Any]:
@@ -292,7 +280,7 @@ def header() -> dict[str, Any]:
 
 def run_suite(suite: str, problems: list[Problem], out: pathlib.Path | None) -> None:
     """Checks and times every contender on every problem; prints and writes the rows."""
-    result = header() | {"copy_tb_per_s": copy_bandwidth(), "rows": []}
+    result = header() | {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
     for problem in track(problems, description=suite, console=console):
         inputs = make_inputs(problem)
         for name, build in contenders(problem).items():

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +85,14 @@ def measure(
         for i in range(0, len(mine), each)
     ]
     return Timing(statistics.median(calls), min(calls), max(calls), each)
+
+
+def copy_bandwidth() -> float:
+    """TB/s, read plus written, of an in-place scaling of 1 GiB of random numbers."""
+    scale = jax.jit(lambda x: x * jnp.float32(1.0001), donate_argnums=0)
+    held = {"x": jax.random.normal(jax.random.key(0), (2**28,))}
+
+    def run(_: int) -> None:
+        held["x"] = jax.block_until_ready(scale(held["x"]))
+
+    return 2 * 2**30 / measure(run, 10, wait=lambda: None).median_us / 1e6

@@ -28,7 +28,8 @@ def oracle(args: tuple[Any, ...], kwargs: dict[str, Any]):
     out = np.zeros((len(q), HV, V))
 
     def is_live(slot):
-        return 0 <= slot < P and slot != kwargs.get("null_slot")
+        reserved = kwargs.get("null_slot") if "slots" in kwargs else None
+        return 0 <= slot < P and slot != reserved
 
     for n in range(len(bounds) - 1):
         slots = np.atleast_1d(kwargs["slots"][n] if "slots" in kwargs else n)

@@ -213,10 +213,7 @@ def _update(
     x = x._replace(state=_varying_like(x.state, x))
     if config is not None and not isinstance(config, LaunchConfig):
         raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
-    if 0 in (x.q.shape[0], x.num_rows, x.state.shape[0]):
-        state, out = _nothing(x, options)
-    else:
-        state, out = _dispatch.run(_paths(x, options, config), implementation)
+    state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
 
 
@@ -229,6 +226,8 @@ def _varying_like(state: Array, x: Inputs) -> Array:
 
 def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
     V, K = x.state.shape[2:]
+    empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
+    run = _nothing if empty else _differentiable
 
     def run_triton():
         device_kind = _triton.device_kind(x)
@@ -240,15 +239,17 @@ def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
             heads=x.num_rows * x.v.shape[1],
             single_token=options.tokens_per_row == 1,
         )
-        return _differentiable(_compiled, options, launch, x)
+        return run(_compiled, options, launch, x)
 
     return {
         "triton": run_triton,
-        "interpret": lambda: _differentiable(
+        "interpret": lambda: run(
             _interpreted, options, config or tuning.interpreter(V), x
         ),
-        "xla": lambda: _differentiable(_batched, options, None, x),
-        "reference": lambda: _reference(x, options),
+        "xla": lambda: run(_batched, options, None, x),
+        "reference": lambda: (
+            run(None, options, None, x) if empty else _reference(x, options)
+        ),
     }
 
 
@@ -270,8 +271,10 @@ _differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
 _reference = jax.jit(reference, static_argnums=1)
 
 
-def _nothing(x: Inputs, options: Options) -> tuple[Array, Array]:
-    """No tokens, no rows or no slots: every row is null."""
+def _nothing(path: Any, options: Options, config: Any, x: Inputs):
+    """In place of `_differentiable` where there are no tokens, rows or slots: every row
+    is null."""
+    del path, config
     out = jnp.zeros(x.v.shape, options.out_dtype)
     if options.per_token_states:
         return jnp.zeros((x.q.shape[0], *x.state.shape[1:]), x.state.dtype), out

@@ -93,7 +93,7 @@ def pack(
         tokens_per_row=tokens,
         scale=_check_scale(scale, q.shape[-1]),
         qk_l2norm=bool(qk_l2norm),
-        null_slot=None if null_slot is None else int(null_slot),
+        null_slot=_real_slot(null_slot, state, slots),
         per_token_states=bool(per_token_states),
         out_dtype=_check_out_dtype(out_dtype, v.dtype),
         gating=gating,
@@ -160,6 +160,13 @@ def _number(name: str, x: Any) -> float:
             f"{name} must be a Python number, it is static; got {type(x).__name__}. "
             f"Close over it instead of passing it through jit."
         ) from None
+
+
+def _real_slot(null_slot: Any, state: Array, slots: Array | None) -> int | None:
+    """None where it names no slot: no table is given, or it is outside the pool."""
+    if null_slot is None or slots is None or not 0 <= null_slot < state.shape[0]:
+        return None
+    return int(null_slot)
 
 
 def _check_scale(scale: Any, K: int) -> float:

@@ -50,16 +50,17 @@ def gates(
     options = arguments.gate_options(
         softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
     )
-    if logits.b.size == 0:
-        implementation = "xla"
 
-    def compiled():
-        _triton.device_kind(logits)
-        return _differentiable(options, False, logits)
+    def kernel(interpret: bool) -> Gates:
+        if not interpret:
+            _triton.device_kind(logits)
+        if 0 in (logits.a.size, logits.b.size):  # nothing to launch
+            return _xla(options, logits)
+        return _differentiable(options, interpret, logits)
 
     paths = {
-        "triton": compiled,
-        "interpret": lambda: _differentiable(options, True, logits),
+        "triton": lambda: kernel(interpret=False),
+        "interpret": lambda: kernel(interpret=True),
         "xla": lambda: _xla(options, logits),
         "reference": lambda: _reference(options, logits),
     }
