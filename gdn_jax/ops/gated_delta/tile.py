@@ -5,21 +5,23 @@ lanes of a warp, then the warps. So the shape of the index decides which lane ho
 what. A tile is C chunks of [R W LV LK E]:
 
     K = C LK E:   E neighbours in one 16-byte load, LK lanes side by side, C chunks
-    V = W R LV:   LV lanes side by side, R in registers, W warps;  LV LK = 32, a warp
+    V = W LV R:   R neighbours in a lane, LV lanes side by side, W warps;  LV LK = 32
 
-A sum over K then adds C E values within a lane and crosses only LK lanes: with LK = 8,
-3 shuffles for 4 rows at once, where a row across the whole warp takes 5 for each row
-(K=V=128, 8 rows, float32: 21 shuffles a program instead of 95). q and k are loaded once
-for each lane of W and LV: loaded without those axes they would bring a layout of their
-own, and the state would pass through shared memory to meet them. Chunks are separate
-values because a sum of products over them can use FMA; a reduction cannot.
+A sum over K then adds C E values within a lane and crosses only LK lanes, for R rows at
+once. R neighbouring rows of v and out are one access. Whatever meets the state is
+loaded once for each lane that needs it, q and k with the axes of V, v and out with LK:
+loaded without them they would bring a layout of their own, and pass through shared
+memory to meet the state.
+
+In registers a chunk is cut along E into values of their own (`unpack`), because a sum
+of products over separate values can use FMA; a reduction cannot.
 A load's size must be a power of two, so K and the tail of V are padded and masked.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
@@ -32,7 +34,7 @@ LOAD_BYTES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    v: Array  # [R W LV 1 1], row numbers
+    v: Array  # [R W LV LK 1], row numbers
     k: Chunks  # [1 1 1 LK E], column numbers
     in_v: Array | None  # None where no row is out of range
     in_k: Chunks | None
@@ -42,20 +44,19 @@ class Tile:
         """The `index`-th tile along V of a head of `state` [P HV V K]."""
         V, K = state.shape[2:]
         padded = pl.next_power_of_2(K)
-        lanes_v = config.lanes_v
+        lanes_v, warps = config.lanes_v, config.num_warps
         vector = min(LOAD_BYTES // state.dtype.itemsize, padded)
         lanes_k = min(LANES // lanes_v, padded // vector)
-        warps = config.num_warps
-        per_lane = config.block_v // (lanes_v * warps)
+        rows = config.block_v // (lanes_v * warps)
         r, w, lv, lk, e = (
             jnp.arange(n, dtype=jnp.int32).reshape(
                 [-1 if d == i else 1 for d in range(5)]
             )
-            for i, n in enumerate((per_lane, warps, lanes_v, lanes_k, vector))
+            for i, n in enumerate((rows, warps, lanes_v, lanes_k, vector))
         )
-        v = index * config.block_v + (w * per_lane + r) * lanes_v + lv
-        first = lk * vector + e
-        k = tuple(first + c for c in range(0, padded, lanes_k * vector))
+        v = index * config.block_v + (w * lanes_v + lv) * rows + r
+        v = jnp.broadcast_to(v, (*v.shape[:3], lanes_k, 1))
+        k = tuple(lk * vector + e + c for c in range(0, padded, lanes_k * vector))
         return cls(
             v,
             k,
@@ -64,52 +65,85 @@ class Tile:
         )
 
     def sum_k(self, x: Array) -> Array:
-        """[R W LV LK E] -> [R W LV 1 1]"""
-        within_lane = jnp.sum(x, axis=-1)
-        return jnp.sum(within_lane, axis=-1)[:, :, :, None, None]
+        """[R W LV LK 1] -> [R W LV 1 1]"""
+        return jnp.sum(x, axis=(3, 4), keepdims=True)
+
+    # Loads keep the dtype they find: a conversion would wait for the load to arrive.
 
     def load_k(self, ref, *index) -> Chunks:
-        """[1 W LV LK E]: every lane gets the values that meet its part of the state."""
-        shape = (1, *self.v.shape[1:3], *self.k[0].shape[3:])
+        """[1 W LV LK E] along K of `ref`."""
+        shape = (1, *self.v.shape[1:4], self.k[0].shape[4])
         return tuple(
             _load(
                 ref.at[(*index, jnp.broadcast_to(k, shape))],
                 None if mask is None else jnp.broadcast_to(mask, shape),
-            ).astype(jnp.float32)
+            )
             for k, mask in zip(self.k, self._k_masks(), strict=True)
         )
 
     def load_v(self, ref, *index) -> Array:
-        return _load(ref.at[(*index, self.v)], self.in_v).astype(jnp.float32)
-
-    def store_v(self, ref, value: Array, *index) -> None:
-        _triton.store(ref.at[(*index, self.v)], value.astype(ref.dtype), mask=self.in_v)
+        """[R W LV LK 1] along V of `ref`."""
+        return _load(ref.at[(*index, self.v)], self.in_v)
 
     def load_state(self, ref, wanted: Array, *index) -> Chunks:
-        """In the state's own dtype: a conversion would wait for the load to arrive."""
+        """[R W LV LK E], zeros unless `wanted`."""
         return tuple(
             _load(ref.at[(*index, self.v, k)], mask)
             for k, mask in zip(self.k, self._state_masks(wanted), strict=True)
         )
 
+    def store_v(self, ref, value: Array, *index) -> None:
+        value = jnp.broadcast_to(value, self.v.shape).astype(ref.dtype)
+        _triton.store(ref.at[(*index, self.v)], value, mask=self.in_v)
+
     def store_state(self, ref, state: Chunks, wanted: Array | bool, *index) -> None:
+        """`state` as `unpack` gave it."""
+        chunks = _pack(tuple(x.astype(ref.dtype) for x in state), len(self.k))
         masks = self._state_masks(wanted)
-        for k, chunk, mask in zip(self.k, state, masks, strict=True):
-            at = ref.at[(*index, self.v, k)]
-            _triton.store(at, chunk.astype(ref.dtype), mask=mask)
+        for k, chunk, mask in zip(self.k, chunks, masks, strict=True):
+            _triton.store(ref.at[(*index, self.v, k)], chunk, mask=mask)
 
     def zeros(self) -> Chunks:
-        shape = jnp.broadcast_shapes(self.v.shape, self.k[0].shape)
-        return (jnp.zeros(shape),) * len(self.k)
+        return (jnp.zeros(self.v.shape),) * (len(self.k) * self.k[0].shape[-1])
 
     def _k_masks(self) -> tuple[Array | None, ...]:
         return (None,) * len(self.k) if self.in_k is None else self.in_k
 
     def _state_masks(self, wanted: Array | bool) -> Chunks:
-        shape = jnp.broadcast_shapes(self.v.shape, self.k[0].shape)
+        shape = (*self.v.shape[:4], self.k[0].shape[4])
         mask = jnp.broadcast_to(wanted, shape)
         mask = mask if self.in_v is None else mask & self.in_v
         return tuple(mask if k is None else mask & k for k in self._k_masks())
+
+
+def unpack(chunks: Chunks) -> Chunks:
+    """Float32 values [... 1], E of them for each chunk [... E]."""
+    return tuple(
+        part
+        for chunk in chunks
+        for part in lax.split(
+            chunk.astype(jnp.float32), (1,) * chunk.shape[-1], axis=chunk.ndim - 1
+        )
+    )
+
+
+def _pack(parts: Chunks, chunks: int) -> Chunks:
+    """The inverse of `unpack`, pair by pair: Triton joins no more than two values."""
+    each = len(parts) // chunks
+    return tuple(
+        _join([part[..., 0] for part in parts[i : i + each]])
+        for i in range(0, len(parts), each)
+    )
+
+
+def _join(parts: list[Array]) -> Array:
+    """[...] x E -> [... E]"""
+    shape = (*parts[0].shape, len(parts))
+    while len(parts) > 1:
+        half = len(parts) // 2
+        pairs = zip(parts[:half], parts[half:], strict=True)
+        parts = [jnp.stack(pair, axis=-1) for pair in pairs]
+    return parts[0].reshape(shape)
 
 
 def _load(at, mask: Array | None) -> Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options
-from gdn_jax.ops.gated_delta.tile import Tile
+from gdn_jax.ops.gated_delta.tile import Tile, unpack
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 
 MAX_HEAD_DIM = 256
@@ -42,8 +42,10 @@ def fused_update_kernel(
     without the loop over tokens.
     """
     group, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    begin, length, slot, live = _find_row(x, row, options)
-    reads = live if x.has_state is None else live & x.has_state[_bounded(x, row)]
+    is_row = row < x.num_rows
+    row = jnp.minimum(row, np.int32(x.num_rows - 1))
+    begin, length, slot, live = _find_row(x, row, is_row, options)
+    reads = live if x.has_state is None else live & x.has_state[row]
     checkpoints = x.slots is not None and len(x.slots.shape) == 2
     tiles = [
         Tile.of(x.state, group * config.tiles + i, config) for i in range(config.tiles)
@@ -52,38 +54,54 @@ def fused_update_kernel(
         tiles[0].sum_k,
         (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
-    load_token = _token_loader(x, head, tiles[0], options, arithmetic)
+    load_token, prepare = _token_steps(x, head, tiles[0], options, arithmetic)
 
-    def advance(tile: Tile, step, state, token, v):
+    def load_target(step):
+        """The slot named for the state after that step."""
+        if not checkpoints:
+            return None
+        return x.slots[row, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
+
+    def load_step(tile: Tile, step):
+        """All that a step reads; past the row's end, what lies there."""
+        at = jnp.minimum(begin + step, np.int32(x.q.shape[0] - 1))
+        return load_token(at), tile.load_v(x.v, at, head), load_target(step)
+
+    def advance(tile: Tile, step, state, token, v, target):
         at = begin + step
-        state, out = rule.update(state, token, v, arithmetic)
+        state, out = rule.update(state, token, v.astype(jnp.float32), arithmetic)
         tile.store_v(out_ref, jnp.where(live, out, 0.0), at, head)
         if options.per_token_states:
-            kept = tuple(jnp.where(live, chunk, 0.0) for chunk in state)
+            kept = tuple(jnp.where(live, part, 0.0) for part in state)
             tile.store_state(new_ref, kept, True, at, head)
         elif checkpoints:
-            column, wanted = _column(x, row, step, options)
-            tile.store_state(new_ref, state, live & wanted, column, head)
+            wanted = live & (step < x.slots.shape[1])
+            wanted &= options.is_live_slot(target, x.state.shape[0])
+            target = jnp.where(wanted, target, 0)
+            tile.store_state(new_ref, state, wanted, target, head)
         return state
 
     # All loads before any work: what is in flight decides the speed.
     loaded = [tile.load_state(x.state, reads, slot, head) for tile in tiles]
     if straight:
-        token = load_token(begin)
+        token, target = load_token(begin), load_target(np.int32(0))
         values = [tile.load_v(x.v, begin, head) for tile in tiles]
+        token = prepare(token)
     for i, tile in enumerate(tiles):
-        state = tuple(chunk.astype(jnp.float32) for chunk in loaded[i])
+        state = unpack(loaded[i])
         if straight:
-            state = advance(tile, np.int32(0), state, token, values[i])
+            state = advance(tile, np.int32(0), state, token, values[i], target)
         else:
 
-            def body(step, state, tile=tile):
-                at = begin + step
-                v = tile.load_v(x.v, at, head)
-                return advance(tile, step, state, load_token(at), v)
+            def body(step, carry, tile=tile):
+                state, (token, v, target) = carry
+                following = load_step(tile, step + 1)
+                state = advance(tile, step, state, prepare(token), v, target)
+                return state, following
 
-            steps = jnp.where(live, length, np.int32(0))
-            state = lax.fori_loop(0, steps, body, state)
+            count = jnp.where(live, length, np.int32(0))
+            first = load_step(tile, np.int32(0))
+            state, _ = lax.fori_loop(0, count, body, (state, first))
             dead = jnp.where(live, np.int32(0), length)
             _clear(new_ref, out_ref, begin, dead, head, tile, options)
         if not (options.per_token_states or checkpoints):
@@ -93,32 +111,22 @@ def fused_update_kernel(
         groups = pl.cdiv(x.v.shape[2], config.block_v * config.tiles)
         program = group + groups * head
 
-        @pl.when(row == x.num_rows)
+        @pl.when(~is_row)
         def _():
             _clear_unowned(x, new_ref, out_ref, program, config, options)
 
 
-def _scalar(ref, *index) -> Array:
-    return ref[index].astype(jnp.float32)
-
-
-def _bounded(x: Any, row: Array) -> Array:
-    """Programs past the last row clear tokens; what they read of a row is not used."""
-    return row if x.cu_seqlens is None else jnp.minimum(row, x.num_rows - 1)
-
-
-def _find_row(x: Any, row: Array, options: Options) -> tuple[Array, ...]:
+def _find_row(x: Any, row: Array, is_row, options: Options) -> tuple[Array, ...]:
     """(begin, length, slot, live) of one row: `call.find_rows` for scalars."""
     num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
     if x.cu_seqlens is None:
         length = jnp.int32(options.tokens_per_row)
-        begin, live = row * length, jnp.bool_(True)
+        begin, live = row * length, is_row
     else:
-        live, row = row < x.num_rows, _bounded(x, row)
         begin = jnp.clip(x.cu_seqlens[row], 0, num_tokens)
         length = jnp.clip(x.cu_seqlens[row + 1], 0, num_tokens) - begin
-        length = jnp.where(live, jnp.maximum(length, 0), 0)
-        live &= length > 0
+        length = jnp.where(is_row, jnp.maximum(length, 0), 0)
+        live = length > 0
     if x.slots is None:
         slot = row
     elif len(x.slots.shape) == 1:
@@ -132,32 +140,32 @@ def _find_row(x: Any, row: Array, options: Options) -> tuple[Array, ...]:
     return begin, length, jnp.where(live, slot, 0), live
 
 
-def _column(x: Any, row: Array, step: Array | np.int32, options: Options):
-    """The slot that takes the state after token `step`, and whether there is one."""
-    num_slots, columns = x.state.shape[0], x.slots.shape[1]
-    slot = x.slots[row, jnp.minimum(step, columns - 1)]
-    wanted = (step < columns) & options.is_live_slot(slot, num_slots)
-    return jnp.where(wanted, slot, 0), wanted
-
-
-def _token_loader(
+def _token_steps(
     x: Any, head: Array, tile: Tile, options: Options, arithmetic: rule.Arithmetic
-) -> Callable[[Array], rule.Token]:
-    """A function of a token's place that loads and prepares it."""
+) -> tuple[Callable[[Array], Any], Callable[[Any], rule.Token]]:
+    """(load, prepare): a token's place to what memory holds of it, and that to what
+    the update takes. A loop loads a token while it works on the one before."""
     key_head = head // (x.v.shape[1] // x.k.shape[1])
     per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
 
     def load_decay(ref, *index) -> rule.Chunks:
-        return tile.load_k(ref, *index) if per_k else (_scalar(ref, *index),)
+        return tile.load_k(ref, *index) if per_k else (ref[index],)
+
+    def float_decay(loaded: rule.Chunks) -> rule.Chunks:
+        return unpack(loaded) if per_k else (loaded[0].astype(jnp.float32),)
 
     if not isinstance(x.gates, Gates):
-        A_log = _scalar(x.gates.A_log, head)
-        dt_bias = load_decay(x.gates.dt_bias, head)
+        A_log = x.gates.A_log[head].astype(jnp.float32)
+        dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
 
-    def load_token(at: Array) -> rule.Token:
+    def load(at: Array):
         q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
-        a = load_decay(x.gates.per_token[0], at, head)
-        b = _scalar(x.gates.per_token[1], at, head)
+        a, b = x.gates.per_token
+        return q, k, load_decay(a, at, head), b[at, head]
+
+    def prepare(loaded) -> rule.Token:
+        q, k, a, b = loaded
+        a, b = float_decay(a), b.astype(jnp.float32)
         if isinstance(x.gates, Gates):
             log_decay, beta = a, b
         else:
@@ -167,8 +175,8 @@ def _token_loader(
             )
             beta = rule.beta(b, options.gating)
         return rule.prepare(
-            q,
-            k,
+            unpack(q),
+            unpack(k),
             log_decay if per_k else log_decay[0],
             beta,
             arithmetic,
@@ -176,7 +184,7 @@ def _token_loader(
             qk_l2norm=options.qk_l2norm,
         )
 
-    return load_token
+    return load, prepare
 
 
 def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -> None:
