@@ -10,8 +10,9 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,11 +183,15 @@ def contenders(problem: Problem) -> dict[str, Callable]:
     }
 
 
-def check(problem: Problem, inputs: Mapping[str, Any], call: peers.Call):
-    """Errors of the first call's state and out against our oracle, over a few rows.
+class Expected(NamedTuple):
+    """What our oracle says of the first call's first rows."""
 
-    A peer that fails is reported with its errors and has no time.
-    """
+    touched: np.ndarray  # slots
+    state: jax.Array
+    out: jax.Array
+
+
+def expect(problem: Problem, inputs: Mapping[str, Any]) -> Expected:
     rows = min(problem.N, CHECKED_ROWS)
     some = {
         name: inputs[name][: rows * problem.T] for name in ("q", "k", "v", "a", "b")
@@ -194,7 +199,7 @@ def check(problem: Problem, inputs: Mapping[str, Any], call: peers.Call):
     some |= {name: inputs[name] for name in ("A_log", "dt_bias")}
     table = inputs["slots"][0][:rows]
     accepted = inputs["num_accepted"][:rows] if problem.T > 1 else None
-    want_state, want_out = jax.jit(
+    state, out = jax.jit(
         functools.partial(update, implementation="reference", out_dtype=jnp.float32)
     )(
         inputs["state"].astype(jnp.float32),
@@ -203,16 +208,19 @@ def check(problem: Problem, inputs: Mapping[str, Any], call: peers.Call):
         accepted,
         boundaries(dataclasses.replace(problem, N=rows)),
     )
-    call.run(0)
-    state, out = call.result()
+    touched = np.asarray(table).ravel()
+    return Expected(touched, state[touched], out)
+
+
+def errors_of(expected: Expected, state, out) -> dict[str, float]:
+    """Of what a first call left; of nothing where a contender has no such result."""
     errors = {}
     if state is not None:
-        touched = np.asarray(table).ravel()
-        got = np.asarray(state[touched], np.float32)
-        errors["state"] = testing.relative_error(got, want_state[touched])
+        got = np.asarray(state[expected.touched], np.float32)
+        errors["state"] = testing.relative_error(got, expected.state)
     if out is not None:
-        got = np.asarray(out[: rows * problem.T], np.float32)
-        errors["out"] = testing.relative_error(got, want_out)
+        got = np.asarray(out[: len(expected.out)], np.float32)
+        errors["out"] = testing.relative_error(got, expected.out)
     return errors
 
 
@@ -231,12 +239,20 @@ def wait() -> None:
         sys.modules["torch"].cuda.synchronize()
 
 
-def time_contender(name: str, build: Callable, problem: Problem, inputs) -> dict:
-    """One row of a results file."""
+def time_contender(
+    name: str, build: Callable, problem: Problem, inputs, expected: Expected
+) -> dict:
+    """One row of a results file. `first_call_s` is what a user waits for the first
+    call, compilation included; a peer may have compiled for an earlier problem."""
     row = {"contender": name, **dataclasses.asdict(problem)}
     try:
         call = build(problem, inputs)
-        errors = check(problem, inputs, call)
+        wait()
+        begin = time.perf_counter()
+        call.run(0)
+        wait()
+        row["first_call_s"] = time.perf_counter() - begin
+        errors = errors_of(expected, *call.result())
     except peers.Unavailable as reason:
         return row | {"absent": str(reason)}
     except Exception as error:
@@ -253,7 +269,7 @@ def time_contender(name: str, build: Callable, problem: Problem, inputs) -> dict
     return row
 
 
-def header() -> dict[str, Any]:
+def header(repeats: int = REPEATS) -> dict[str, Any]:
     def version(package: str) -> str | None:
         try:
             return importlib.metadata.version(package)
@@ -274,7 +290,7 @@ def header() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
         "inputs": "normal q, k, v, a, b, dt_bias; state 0.1 * normal; A in [1, 16]",
-        "time": f"device kernels, median of {REPEATS} calls over rotating slots",
+        "time": f"device kernels, median of {repeats} calls over rotating slots",
     }
 
 
@@ -283,8 +299,10 @@ def run_suite(suite: str, problems: list[Problem], out: pathlib.Path | None) -> 
     result = header() | {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
     for problem in track(problems, description=suite, console=console):
         inputs = make_inputs(problem)
+        expected = expect(problem, inputs)
         for name, build in contenders(problem).items():
-            result["rows"].append(time_contender(name, build, problem, inputs))
+            row = time_contender(name, build, problem, inputs, expected)
+            result["rows"].append(row)
         console.print(table(result, problem))
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
@@ -301,7 +319,8 @@ def table(result: Mapping[str, Any], problem: Problem) -> Table:
         f"copy {result['copy_tb_per_s']:.2f} TB/s"
     )
     shown = Table(title=title, title_justify="left")
-    for column in ("contender", "us", "min", "max", "kernels", "TB/s", "of copy"):
+    columns = ("contender", "us", "min", "max", "kernels", "TB/s", "of copy", "first s")
+    for column in columns:
         shown.add_column(column, justify="left" if column == "contender" else "right")
     shown.add_column("errors (state, out) or why absent", overflow="fold")
     for row in result["rows"]:
@@ -309,7 +328,7 @@ def table(result: Mapping[str, Any], problem: Problem) -> Table:
             continue
         errors = " ".join(f"{e:.1e}" for e in row.get("errors", {}).values())
         if "absent" in row:
-            shown.add_row(row["contender"], *[""] * 6, f"{row['absent']} {errors}")
+            shown.add_row(row["contender"], *[""] * 7, f"{row['absent']} {errors}")
             continue
         shown.add_row(
             row["contender"],
@@ -317,6 +336,7 @@ def table(result: Mapping[str, Any], problem: Problem) -> Table:
             str(row["kernels"]),
             f"{row['tb_per_s']:.2f}",
             f"{row['tb_per_s'] / result['copy_tb_per_s']:.0%}",
+            f"{row['first_call_s']:.1f}",
             errors,
         )
     return shown

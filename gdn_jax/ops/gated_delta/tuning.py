@@ -96,16 +96,16 @@ def find_config(
 def heuristic(K: int, V: int) -> LaunchConfig:
     """32 float32 values of state in a lane, one tile a program: no spills at any size,
     and near the best wherever it was measured (see the reasons in tuned/)."""
-    padded = _next_power_of_2(K)
-    block_v = max(1, min(1024 // padded, _next_power_of_2(V)))
+    padded = next_power_of_2(K)
+    block_v = max(1, min(1024 // padded, next_power_of_2(V)))
     return LaunchConfig(block_v=block_v, lanes_v=min(2, block_v))
 
 
 def interpreter(V: int) -> LaunchConfig:
     """One program for a whole head: the interpreter pays for every program, and for
     every value that K is cut into."""
-    return LaunchConfig(block_v=_next_power_of_2(V), lanes_v=1)
+    return LaunchConfig(block_v=next_power_of_2(V), lanes_v=1)
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
