@@ -26,28 +26,33 @@ REPEATS = 24
 VALUES_IN_A_LANE = 64  # of state, at most; more would spill
 
 
-def problems() -> list[Problem]:
-    states = ("float32", "bfloat16")
-    decode = [Problem(N, state_dtype=s) for s in states for N in (1, 8, 64, 256, 1024)]
-    verify = [Problem(N, T=4, state_dtype=s) for s in states for N in (1, 8, 64, 128)]
-    olmo = dict(H=30, HV=30, K=96, V=192)
-    other = [Problem(N, **olmo, state_dtype=s) for s in states for N in (8, 64, 256)]
-    return decode + verify + other
+STATES = ("float32", "bfloat16")
+OLMO = dict(H=30, HV=30, K=96, V=192)
+SUITES = {
+    "decode": [
+        Problem(N, state_dtype=s) for s in STATES for N in (1, 8, 64, 256, 1024)
+    ],
+    "verify": [Problem(N, T=4, state_dtype=s) for s in STATES for N in (1, 8, 64, 128)],
+    "olmo": [Problem(N, **OLMO, state_dtype=s) for s in STATES for N in (8, 64, 256)],
+}
 
 
 def candidates(problem: Problem) -> list[LaunchConfig]:
     """With more than one token a tile's tokens are walked before the next tile's, so
     further tiles would prepare every token again."""
-    sizes, tiles = (4, 8, 16, 32), (1, 2, 4) if problem.T == 1 else (1,)
+    sizes, warps = (4, 8, 16, 32), (1, 2)
+    tiles = (1, 2) if problem.T == 1 else (1,)
+    padded = tuning.next_power_of_2(problem.K)
+    # few lanes along K leave less of it to mask where K is no power of two
+    lanes_v = (1, 2, 4) if padded == problem.K else (2, 4, 8)
     itemsize = jnp.dtype(problem.state_dtype).itemsize
-    loads = tuning.next_power_of_2(problem.K) * itemsize // tile.LOAD_BYTES  # of a row
-    values = tuning.next_power_of_2(problem.K) / tile.LANES
+    loads = padded * itemsize // tile.LOAD_BYTES  # of a row
     return [
         LaunchConfig(block_v=v, lanes_v=lanes, tiles=count, num_warps=warps)
-        for v, lanes, count, warps in itertools.product(sizes, (1, 2, 4), tiles, (1, 2))
+        for v, lanes, count, warps in itertools.product(sizes, lanes_v, tiles, warps)
         if lanes * warps <= v
         and tile.LANES // lanes <= loads  # no lane without work
-        and v * count * values <= VALUES_IN_A_LANE * warps
+        and v * count * padded <= VALUES_IN_A_LANE * tile.LANES * warps
     ]
 
 
@@ -119,17 +124,25 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
     }
 
 
-def main(out: pathlib.Path = FOLDER) -> None:
+def main(suite: list[str] | None = None, out: pathlib.Path = FOLDER) -> None:
+    """Measures the suites named, or all, and replaces their runs in the table."""
     header = common.header(REPEATS)
-    table = []
-    for problem in track(problems(), description="tune", console=common.console):
-        rows = measure(problem)
-        table.append(tuned_row(problem, rows))
-        for row in rows[:4]:
-            common.console.print(problem.N, problem.T, problem.state_dtype, row)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{header['device'].lower().replace(' ', '_')}.json"
-    path.write_text(json.dumps(header | {"rows": table}, indent=1) + "\n")
+    name = f"{header['device'].lower().replace(' ', '_')}.json"
+    path = out / name
+    old = FOLDER / name
+    runs = json.loads(old.read_text())["runs"] if old.is_file() else []
+    for chosen in suite or SUITES:
+        table = []
+        problems = SUITES[chosen]
+        for problem in track(problems, description=chosen, console=common.console):
+            rows = measure(problem)
+            table.append(tuned_row(problem, rows))
+            for row in rows[:4]:
+                common.console.print(problem.N, problem.state_dtype, row["us"], row)
+        runs = [run for run in runs if run["suite"] != chosen]
+        runs.append({"suite": chosen} | header | {"rows": table})
+        path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     common.console.print(f"wrote {path}")
 
 

@@ -15,7 +15,8 @@ memory to meet the state.
 
 In registers a chunk is cut along E into values of their own (`unpack`), because a sum
 of products over separate values can use FMA; a reduction cannot.
-A load's size must be a power of two, so K and the tail of V are padded and masked.
+A load's size must be a power of two, so the last chunk of K and the last tile of V may
+reach past the end, and are masked.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ class Tile:
         lanes_v, warps = config.lanes_v, config.num_warps
         vector = min(LOAD_BYTES // state.dtype.itemsize, padded)
         lanes_k = min(LANES // lanes_v, padded // vector)
+        chunk = lanes_k * vector
         rows = config.block_v // (lanes_v * warps)
         r, w, lv, lk, e = (
             jnp.arange(n, dtype=jnp.int32).reshape(
@@ -56,17 +58,17 @@ class Tile:
         )
         v = index * config.block_v + (w * lanes_v + lv) * rows + r
         v = jnp.broadcast_to(v, (*v.shape[:3], lanes_k, 1))
-        k = tuple(lk * vector + e + c for c in range(0, padded, lanes_k * vector))
+        k = tuple(lk * vector + e + first for first in range(0, K, chunk))
         return cls(
             v,
             k,
             None if V % (config.block_v * config.tiles) == 0 else v < V,
-            None if padded == K else tuple(chunk < K for chunk in k),
+            None if K % chunk == 0 else tuple(columns < K for columns in k),
         )
 
     def sum_k(self, x: Array) -> Array:
         """[R W LV LK 1] -> [R W LV 1 1]"""
-        return jnp.sum(x, axis=(3, 4), keepdims=True)
+        return jnp.sum(x[..., 0], axis=3)[..., None, None]
 
     # Loads keep the dtype they find: a conversion would wait for the load to arrive.
 

@@ -67,15 +67,19 @@ def fused_update_kernel(
         at = jnp.minimum(begin + step, np.int32(x.q.shape[0] - 1))
         return load_token(at), tile.load_v(x.v, at, head), load_target(step)
 
+    def or_zeros(value):
+        return jnp.where(live, value, 0.0) if straight else value
+
     def advance(tile: Tile, step, state, token, v, target):
+        """A loop takes no step for a dead row; without a loop its stores are masked."""
         at = begin + step
         state, out = rule.update(state, token, v.astype(jnp.float32), arithmetic)
-        tile.store_v(out_ref, jnp.where(live, out, 0.0), at, head)
+        tile.store_v(out_ref, or_zeros(out), at, head)
         if options.per_token_states:
-            kept = tuple(jnp.where(live, part, 0.0) for part in state)
+            kept = tuple(or_zeros(part) for part in state)
             tile.store_state(new_ref, kept, True, at, head)
         elif checkpoints:
-            wanted = live & (step < x.slots.shape[1])
+            wanted = (step < x.slots.shape[1]) & (live if straight else True)
             wanted &= options.is_live_slot(target, x.state.shape[0])
             target = jnp.where(wanted, target, 0)
             tile.store_state(new_ref, state, wanted, target, head)

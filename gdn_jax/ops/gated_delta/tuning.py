@@ -63,9 +63,10 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     )
     if not file.is_file():
         return ()
-    rows = json.loads(file.read_text())["rows"]
     return tuple(
-        Tuned(**row | {"config": LaunchConfig(**row["config"])}) for row in rows
+        Tuned(**row | {"config": LaunchConfig(**row["config"])})
+        for run in json.loads(file.read_text())["runs"]
+        for row in run["rows"]
     )
 
 
