@@ -295,8 +295,12 @@ def header(repeats: int = REPEATS) -> dict[str, Any]:
 
 
 def run_suite(suite: str, problems: list[Problem], out: pathlib.Path | None) -> None:
-    """Checks and times every contender on every problem; prints and writes the rows."""
+    """Checks and times every contender on every problem; prints and writes the rows,
+    problem by problem."""
     result = header() | {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
+    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}.json"
     for problem in track(problems, description=suite, console=console):
         inputs = make_inputs(problem)
         expected = expect(problem, inputs)
@@ -304,10 +308,7 @@ def run_suite(suite: str, problems: list[Problem], out: pathlib.Path | None) -> 
             row = time_contender(name, build, problem, inputs, expected)
             result["rows"].append(row)
         console.print(table(result, problem))
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {path}")
 
 

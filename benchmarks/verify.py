@@ -13,8 +13,8 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
     batches, tokens = ((8, 128), (4,)) if quick else ((8, 64, 128), (4, 8))
     problems = [
         Problem(N, T=T, state_dtype=state)
-        for state in ("float32", "bfloat16")
         for T in tokens
+        for state in ("float32", "bfloat16")
         for N in batches
     ]
     run_suite("verify", problems, out)
