@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gdn_jax import LaunchConfig, _triton
-from gdn_jax.ops.gated_delta.tile import Tile
+from gdn_jax.ops.gated_delta.tile import Tile, unpack
 
 CONFIG = LaunchConfig(block_v=8, lanes_v=2)
 
@@ -22,7 +22,7 @@ def slot_copy_kernel(x, new_ref, *, config: LaunchConfig) -> None:
     tile = Tile.of(state, pl.program_id(0), config)
     head, slot = pl.program_id(1), slots[pl.program_id(2)]
     loaded = tile.load_state(state, jnp.bool_(True), slot, head)
-    scaled = tuple(chunk.astype(jnp.float32) * 0.999 for chunk in loaded)
+    scaled = tuple(value * 0.999 for value in unpack(loaded))
     tile.store_state(new_ref, scaled, True, slot, head)
 
 

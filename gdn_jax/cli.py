@@ -39,9 +39,12 @@ class Row:
     out_error: float
     microseconds: float
     moved_bytes: int
+    fault: str = ""  # what it raised instead
 
     @property
     def passed(self) -> bool:
+        if self.fault:
+            return False
         out = dict(self.case.options).get("out_dtype", self.case.act_dtype)
         state_bar = testing.TOLERANCE["state", self.case.state_dtype]
         out_bar = testing.TOLERANCE["out", np.dtype(jnp.dtype(out)).name]
@@ -85,10 +88,14 @@ def check(
         for case in cases:
             for name in names:
                 progress.update(task, description=f"{name}: {case.name}")
-                rows.append(_run(case, name))
+                rows.append(_run_or_fail(case, name))
                 progress.advance(task)
     console.print(_table(rows, copy))
     failed = [row for row in rows if not row.passed]
+    for row in failed:
+        if row.fault:
+            where = f"{row.implementation}, {row.case.name}"
+            console.print(f"{where}: {row.fault}", markup=False)
     device = jax.devices()[0].device_kind
     console.print(f"{len(rows) - len(failed)} of {len(rows)} passed on {device}.")
     if failed:
@@ -136,6 +143,15 @@ def _available() -> list[str]:
     """What `check` runs: the kernel, compiled or else interpreted, and the others."""
     first = "triton" if _has_triton() else "interpret"
     return [first, "xla", "reference"]
+
+
+def _run_or_fail(case: testing.Case, implementation: str) -> Row:
+    """One failure must not lose the others' results."""
+    try:
+        return _run(case, implementation)
+    except Exception as error:
+        nan, fault = float("nan"), f"{type(error).__name__}: {error}"
+        return Row(case, implementation, nan, nan, nan, 0, fault[:200])
 
 
 def _run(case: testing.Case, implementation: str) -> Row:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from gdn_jax.ops.gated_delta import arguments
+
 
 class SlotPool:
     """Hands out the slots of a pool [P, ...] and knows who owns them.
@@ -113,12 +115,11 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
     Raises:
       ValueError: src and dst are not int32 [M] of one length.
     """
-    src, dst = jnp.asarray(src), jnp.asarray(dst)
+    src, dst = arguments.integers("src", src), arguments.integers("dst", dst)
     for name, slots in (("src", src), ("dst", dst)):
-        if slots.dtype != jnp.int32 or slots.ndim != 1:
+        if slots.ndim != 1:
             raise ValueError(
-                f"{name} must be [M] int32; got {slots.shape} {slots.dtype}. Pass one "
-                f"list of slots, {name}.astype(jnp.int32)."
+                f"{name} must be [M]; got {slots.shape}. Pass one list of slots."
             )
     if src.shape != dst.shape:
         raise ValueError(

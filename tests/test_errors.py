@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gdn_jax
 from gdn_jax import testing
@@ -124,6 +125,8 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             f"state {FLOATS}; got int32": dict(state=ints(P, HV, V, K)),
             f"q {FLOATS}; got int32": dict(q=ints(N, T, H, K)),
             f"out_dtype {FLOATS}; got int8": dict(out_dtype=jnp.int8),
+            f"out_dtype {FLOATS}; got float7": dict(out_dtype="float7"),
+            "qk_l2norm must be a Python bool; got int": dict(qk_l2norm=1),
             "slots must be int32; got int64": dict(slots=zeros(N, dtype="int64")),
             "slots must be int32; got float32": dict(slots=zeros(N)),
             "has_state must be bool; got int32": dict(has_state=ints(N)),
@@ -280,9 +283,30 @@ def test_a_traced_option_is_told(name):
         jax.jit(lambda x: _fused(DENSE | {name: x}))(0.5)
 
 
+@pytest.mark.parametrize("name", ["qk_l2norm", "per_token_states", "allow_neg_eigval"])
+def test_a_traced_flag_is_told(name):
+    with _says(f"{name} must be a Python bool; got ...Tracer"):
+        jax.jit(lambda x: _fused(DENSE | {name: x}))(True)
+
+
+def test_slots_may_be_a_list_of_traced_numbers():
+    def update(slot):
+        return _fused(DENSE | dict(slots=[slot, 3]))
+
+    assert jax.jit(update)(jnp.int32(1))[1].shape == (N, T, HV, V)
+
+
+def test_arrays_over_explicit_mesh_axes_are_told():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    split = NamedSharding(mesh, PartitionSpec("x"))
+    with jax.set_mesh(mesh), _says("q must be whole, or ...; got ...'x'...shard_map"):
+        _fused(DENSE | dict(q=jax.device_put(jnp.zeros((N, T, H, K)), split)))
+
+
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
+        (dict(block_v=True, lanes_v=1), "block_v must be a positive int; got True"),
         (dict(block_v=0, lanes_v=1), "block_v must be a positive int; got 0"),
         (dict(block_v=8.0, lanes_v=1), "block_v must be a positive int; got 8.0"),
         (dict(block_v=8, lanes_v=4, tiles=0), "tiles must be a positive int; got 0"),

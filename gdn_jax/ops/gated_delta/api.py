@@ -10,7 +10,13 @@ from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, tuning
-from gdn_jax.ops.gated_delta.call import GateOptions, Inputs, Options
+from gdn_jax.ops.gated_delta.call import (
+    GateLogits,
+    GateOptions,
+    Gates,
+    Inputs,
+    Options,
+)
 from gdn_jax.ops.gated_delta.reference import reference
 from gdn_jax.ops.gated_delta.triton import triton
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
@@ -119,20 +125,28 @@ def fused_update(
     mode (`jax.jvp`) is the reference's alone. Under
     `jax.vmap` an unbatched pool is broadcast, one copy per batch entry. Under
     `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
-    `jax.export` needs the kernel's custom call allowed:
+    `jax.export` of a jitted `f` needs the kernel's custom call allowed:
 
         from jax import export
         allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
         make = export.export(f, platforms=["cuda"], disabled_checks=[allowed])
         data = make(*args).serialize()          # needs the flatbuffers package
         export.deserialize(data).call(*args)
+
+    On a machine without a GPU (export, lowering, compiling ahead of time) name the
+    device that the launch is for, around the tracing:
+
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+        h200 = AbstractDevice("NVIDIA H200", 1, "cuda")
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+            jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
     """
     x, options, unpack = arguments.pack(
         state,
         q,
         k,
         v,
-        (A_log, a, b, dt_bias),
+        GateLogits(A_log, a, b, dt_bias),
         slots=slots,
         cu_seqlens=cu_seqlens,
         num_accepted=num_accepted,
@@ -187,7 +201,7 @@ def recurrent_update(
         q,
         k,
         v,
-        (log_decay, beta),
+        Gates(log_decay, beta),
         slots=slots,
         cu_seqlens=cu_seqlens,
         num_accepted=num_accepted,

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -28,7 +29,7 @@ def pack(
     q,
     k,
     v,
-    gates: tuple[Any, ...],
+    gates: GateLogits | Gates,
     *,
     slots,
     cu_seqlens,
@@ -41,19 +42,14 @@ def pack(
     out_dtype,
     gating: GateOptions,
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
-    """(inputs, options, unpack): `unpack` gives a packed result the caller's axes.
-
-    `gates` are the four logits, or log_decay and beta.
-    """
+    """(inputs, options, unpack): `unpack` gives a packed result the caller's axes."""
     state, q, k, v = (
         _floating(name, x) for name, x in dict(state=state, q=q, k=k, v=v).items()
     )
-    kind = GateLogits if len(gates) == len(GateLogits._fields) else Gates
-    given = zip(kind._fields, gates, strict=True)
-    checked = kind(*(_floating(name, x) for name, x in given))
-    slots = _integers("slots", slots)
-    cu_seqlens = _integers("cu_seqlens", cu_seqlens)
-    num_accepted = _integers("num_accepted", num_accepted)
+    gates = _floating_gates(gates)
+    slots = integers("slots", slots)
+    cu_seqlens = integers("cu_seqlens", cu_seqlens)
+    num_accepted = integers("num_accepted", num_accepted)
     if has_state is not None:
         has_state = jnp.asarray(has_state)
         if has_state.dtype != jnp.bool_:
@@ -61,7 +57,7 @@ def pack(
                 "has_state", has_state.dtype, "bool", "Compare it first, as in x > 0."
             )
     _check_heads(state, q, k, v)
-    _check_gates(checked, v.shape[:-1], state.shape[3])
+    _check_gates(gates, v.shape[:-1], state.shape[3])
     dense = q.ndim == 4
     if cu_seqlens is not None:
         _check_boundaries(cu_seqlens, dense)
@@ -77,13 +73,16 @@ def pack(
     def unpack(x: Array) -> Array:
         return x.reshape(*v.shape[:2], *x.shape[1:]) if dense else x
 
-    per_token = {name: packed(getattr(checked, name)) for name in kind.PER_TOKEN}
+    arrays = dict(state=state, q=q, k=k, v=v, slots=slots, cu_seqlens=cu_seqlens)
+    arrays |= dict(num_accepted=num_accepted, has_state=has_state, **gates._asdict())
+    _check_sharding(arrays)
+    per_token = {name: packed(getattr(gates, name)) for name in gates.PER_TOKEN}
     inputs = Inputs(
         state,
         packed(q),
         packed(k),
         packed(v),
-        checked._replace(**per_token),
+        gates._replace(**per_token),
         slots,
         cu_seqlens,
         num_accepted,
@@ -92,9 +91,9 @@ def pack(
     options = Options(
         tokens_per_row=tokens,
         scale=_check_scale(scale, q.shape[-1]),
-        qk_l2norm=bool(qk_l2norm),
+        qk_l2norm=_flag("qk_l2norm", qk_l2norm),
         null_slot=_real_slot(null_slot, state, slots),
-        per_token_states=bool(per_token_states),
+        per_token_states=_flag("per_token_states", per_token_states),
         out_dtype=_check_out_dtype(out_dtype, v.dtype),
         gating=gating,
     )
@@ -120,7 +119,8 @@ def gate_options(
     threshold = _number("softplus_threshold", softplus_threshold)
     if math.isnan(threshold):
         _fail("softplus_threshold", threshold, "a number", "20.0 is vLLM's.")
-    return GateOptions(beta, threshold, bool(allow_neg_eigval), gate_lower_bound)
+    doubled = _flag("allow_neg_eigval", allow_neg_eigval)
+    return GateOptions(beta, threshold, doubled, gate_lower_bound)
 
 
 def _fail(name: str, got: object, wanted: str, remedy: str) -> None:
@@ -136,20 +136,39 @@ def _floating(name: str, x: Any) -> Array:
     return jnp.asarray(x)
 
 
-def _integers(name: str, x: Any) -> Array | None:
+def _floating_gates(gates: GateLogits | Gates) -> Any:
+    given = zip(gates._fields, gates, strict=True)
+    return type(gates)(*(_floating(name, x) for name, x in given))
+
+
+def integers(name: str, x: Any) -> Array | None:
     if x is None:
         return None
-    if hasattr(x, "dtype"):
-        fits = x.dtype == jnp.int32
-    else:  # a list of numbers
-        x = np.asarray(x)
-        limits = np.iinfo(np.int32)
-        fits = (
-            x.dtype.kind == "i" and (limits.min <= x).all() and (x <= limits.max).all()
-        )
-    if not fits:
+    if not hasattr(x, "dtype"):
+        x = _integers_of_list(x)
+    if x.dtype != jnp.int32:
         _fail(name, x.dtype, "int32", f"Pass jnp.asarray({name}, jnp.int32).")
-    return jnp.asarray(x, jnp.int32)
+    return jnp.asarray(x)
+
+
+def _integers_of_list(x: Any) -> np.ndarray | Array:
+    """int32 where that holds every number, whatever width JAX's own default has."""
+    try:
+        values = np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(x)
+    limits = np.iinfo(np.int32)
+    fits = (values >= limits.min) & (values <= limits.max)
+    return (
+        values.astype(np.int32) if values.dtype.kind == "i" and fits.all() else values
+    )
+
+
+def _flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        remedy = "It is static: close over it instead of passing it through jit."
+        _fail(name, type(x).__name__, "a Python bool", remedy)
+    return bool(x)
 
 
 def _number(name: str, x: Any) -> float:
@@ -179,10 +198,28 @@ def _check_scale(scale: Any, K: int) -> float:
 
 
 def _check_out_dtype(out_dtype: Any, default: Any) -> np.dtype:
-    dtype = np.dtype(default if out_dtype is None else out_dtype)
-    if dtype.name not in FLOATS:
-        _fail("out_dtype", dtype, f"one of {', '.join(FLOATS)}", "None takes v's.")
+    try:
+        dtype = np.dtype(default if out_dtype is None else out_dtype)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOATS:
+        got = out_dtype if dtype is None else dtype
+        _fail("out_dtype", got, f"one of {', '.join(FLOATS)}", "None takes v's.")
     return dtype
+
+
+def _check_sharding(arrays: dict[str, Array | None]) -> None:
+    """Sharding in types leaves every gather to the caller; a kernel needs shard_map."""
+    for name, x in arrays.items():
+        spec = () if x is None else jax.typeof(x).sharding.spec
+        if any(axis is not None for axis in spec):
+            _fail(
+                name,
+                f"{spec} over explicit mesh axes",
+                "whole, or split over automatic mesh axes or by shard_map",
+                "Split heads or rows with jax.shard_map, or make the axes "
+                "AxisType.Auto.",
+            )
 
 
 def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
@@ -218,8 +255,7 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
 
 def check_gate_logits(A_log, a, b, dt_bias) -> GateLogits:
     """The logits alone: b [.. HV] says how many value heads and tokens there are."""
-    given = dict(A_log=A_log, a=a, b=b, dt_bias=dt_bias)
-    logits = GateLogits(*(_floating(name, x) for name, x in given.items()))
+    logits = _floating_gates(GateLogits(A_log, a, b, dt_bias))
     if logits.b.ndim == 0:
         _fail(
             "b", logits.b.shape, "[.., HV]", "It has one entry a token and value head."

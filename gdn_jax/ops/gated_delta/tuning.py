@@ -30,7 +30,7 @@ class LaunchConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{field.name} must be a positive int; got {value!r}")
             if field.name != "tiles" and value & (value - 1):
                 raise ValueError(f"{field.name} must be a power of two; got {value}")
