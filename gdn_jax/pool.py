@@ -115,23 +115,23 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
     Raises:
       ValueError: src and dst are not int32 [M] of one length.
     """
-    src, dst = arguments.integers("src", src), arguments.integers("dst", dst)
-    for name, slots in (("src", src), ("dst", dst)):
+    source, target = arguments.integers("src", src), arguments.integers("dst", dst)
+    for name, slots in (("src", source), ("dst", target)):
         if slots.ndim != 1:
             raise ValueError(
                 f"{name} must be [M]; got {slots.shape}. Pass one list of slots."
             )
-    if src.shape != dst.shape:
+    if source.shape != target.shape:
         raise ValueError(
-            f"src and dst must be of one length; got {src.shape} and {dst.shape}."
+            f"src and dst must be of one length; got {source.shape} and {target.shape}."
         )
 
     def copy(pool: Array) -> Array:
         P = pool.shape[0]
         if P == 0:
             return pool
-        real = (src >= 0) & (src < P) & (dst >= 0) & (dst < P)
-        taken = pool[jnp.where(real, src, 0)]
-        return pool.at[jnp.where(real, dst, P)].set(taken, mode="drop")
+        real = (source >= 0) & (source < P) & (target >= 0) & (target < P)
+        taken = pool[jnp.where(real, source, 0)]
+        return pool.at[jnp.where(real, target, P)].set(taken, mode="drop")
 
     return jax.tree.map(copy, state)

@@ -6,7 +6,7 @@ cannot be checked under jit; the null rule makes bad slots and counts harmless i
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from gdn_jax.ops.gated_delta.call import (
     Inputs,
     Options,
 )
+
+AnyGates = TypeVar("AnyGates", GateLogits, Gates)
 
 FLOATS = ("float32", "bfloat16", "float16")
 
@@ -46,10 +48,10 @@ def pack(
     state, q, k, v = (
         _floating(name, x) for name, x in dict(state=state, q=q, k=k, v=v).items()
     )
-    gates = _floating_gates(gates)
-    slots = integers("slots", slots)
-    cu_seqlens = integers("cu_seqlens", cu_seqlens)
-    num_accepted = integers("num_accepted", num_accepted)
+    tables = dict(slots=slots, cu_seqlens=cu_seqlens, num_accepted=num_accepted)
+    slots, cu_seqlens, num_accepted = (
+        None if x is None else integers(name, x) for name, x in tables.items()
+    )
     if has_state is not None:
         has_state = jnp.asarray(has_state)
         if has_state.dtype != jnp.bool_:
@@ -136,14 +138,7 @@ def _floating(name: str, x: Any) -> Array:
     return jnp.asarray(x)
 
 
-def _floating_gates(gates: GateLogits | Gates) -> Any:
-    given = zip(gates._fields, gates, strict=True)
-    return type(gates)(*(_floating(name, x) for name, x in given))
-
-
-def integers(name: str, x: Any) -> Array | None:
-    if x is None:
-        return None
+def integers(name: str, x: Any) -> Array:
     if not hasattr(x, "dtype"):
         x = _integers_of_list(x)
     if x.dtype != jnp.int32:
@@ -200,11 +195,10 @@ def _check_scale(scale: Any, K: int) -> float:
 def _check_out_dtype(out_dtype: Any, default: Any) -> np.dtype:
     try:
         dtype = np.dtype(default if out_dtype is None else out_dtype)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in FLOATS:
-        got = out_dtype if dtype is None else dtype
-        _fail("out_dtype", got, f"one of {', '.join(FLOATS)}", "None takes v's.")
+    except TypeError:  # no dtype at all
+        dtype = np.dtype(object)
+    if dtype.name not in FLOATS:
+        _fail("out_dtype", out_dtype, f"one of {', '.join(FLOATS)}", "None: v's.")
     return dtype
 
 
@@ -253,16 +247,19 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
         _fail("state", state.shape, axes, "Only N, T, L and P may be 0.")
 
 
-def check_gate_logits(A_log, a, b, dt_bias) -> GateLogits:
+def floating_gates(kind: type[AnyGates], *given: Any) -> AnyGates:
+    names = zip(kind._fields, given, strict=True)
+    return kind(*(_floating(name, x) for name, x in names))
+
+
+def check_gate_logits(logits: GateLogits) -> None:
     """The logits alone: b [.. HV] says how many value heads and tokens there are."""
-    logits = _floating_gates(GateLogits(A_log, a, b, dt_bias))
     if logits.b.ndim == 0:
         _fail(
             "b", logits.b.shape, "[.., HV]", "It has one entry a token and value head."
         )
     per_k = logits.a.ndim > logits.b.ndim
     _check_gates(logits, logits.b.shape, logits.a.shape[-1] if per_k else 0)
-    return logits
 
 
 def _check_gates(gates: GateLogits | Gates, per_head: tuple[int, ...], K: int) -> None:

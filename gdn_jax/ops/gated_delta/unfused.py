@@ -46,7 +46,8 @@ def gates(
       NotImplementedError: the implementation asked for cannot run this call here.
     """
     _dispatch.check_name(implementation)
-    logits = arguments.check_gate_logits(A_log, a, b, dt_bias)
+    logits = arguments.floating_gates(GateLogits, A_log, a, b, dt_bias)
+    arguments.check_gate_logits(logits)
     options = arguments.gate_options(
         softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
     )
