@@ -22,7 +22,8 @@ from gdn_jax import LaunchConfig, timing
 from gdn_jax.ops.gated_delta import tile, tuning
 
 FOLDER = pathlib.Path(tuning.__file__).parent / "tuned"
-REPEATS = 24
+REPEATS = 30
+NOISE = 0.005  # by so much do the medians of two runs differ
 VALUES_IN_A_LANE = 64  # of state, at most; more would spill
 
 
@@ -91,14 +92,14 @@ def measure(problem: Problem) -> list[dict]:
         state = state.at[tables[0].ravel()].set(start)
         rows.append({"config": config, "errors": errors})
     with timing.record() as kernels:
-        for step in steps:
-            for i in range(REPEATS):
+        for i in range(REPEATS):  # in turns, so that no candidate has a better minute
+            for step in steps:
                 table = tables[i % len(tables)]
                 state, _ = step(state, tokens, table, accepted, bounds)
         common.wait()
     times = [k.duration_us for k in kernels if "fused_update" in k.name]
     for i, row in enumerate(rows):
-        row["us"] = statistics.median(times[i * REPEATS + 1 : (i + 1) * REPEATS])
+        row["us"] = statistics.median(times[i :: len(steps)])
     wrong = [row for row in rows if not common.passed(problem, row["errors"], 1)]
     if wrong:
         raise SystemExit(f"wrong results at {problem}: {wrong}")
@@ -106,9 +107,10 @@ def measure(problem: Problem) -> list[dict]:
 
 
 def tuned_row(problem: Problem, rows: list[dict]) -> dict:
-    best = rows[0]
+    """The fastest, unless the heuristic is as fast for all that a run can tell."""
     plain = tuning.heuristic(problem.K, problem.V)
-    heuristic = next(row["us"] for row in rows if row["config"] == plain)
+    heuristic = next(row for row in rows if row["config"] == plain)
+    best = heuristic if heuristic["us"] <= rows[0]["us"] * (1 + NOISE) else rows[0]
     return {
         "K": problem.K,
         "V": problem.V,
@@ -117,9 +119,9 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
         "heads": problem.N * problem.HV,
         "config": vars(best["config"]),
         "reason": (
-            f"{best['us']:.2f} us at N={problem.N} T={problem.T} HV={problem.HV}; next "
-            f"{rows[1]['us']:.2f}, heuristic {heuristic:.2f}, worst "
-            f"{rows[-1]['us']:.2f} of {len(rows)}"
+            f"{best['us']:.2f} us at N={problem.N} T={problem.T} HV={problem.HV}; "
+            f"fastest {rows[0]['us']:.2f}, next {rows[1]['us']:.2f}, heuristic "
+            f"{heuristic['us']:.2f}, slowest {rows[-1]['us']:.2f} of {len(rows)}"
         ),
     }
 
