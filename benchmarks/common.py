@@ -36,7 +36,10 @@ console = Console(width=120)
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call: N rows of T tokens. T > 1 is a checkpoint verify with T columns."""
+    """One call: N rows of T tokens. T > 1 is a checkpoint verify with T columns.
+
+    `gib` makes the pool at least so large: past 4 GiB offsets take 64 bits.
+    """
 
     N: int
     T: int = 1
@@ -46,6 +49,7 @@ class Problem:
     V: int = 128
     state_dtype: str = "float32"
     act_dtype: str = "bfloat16"
+    gib: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -57,8 +61,9 @@ class Problem:
     @property
     def P(self) -> int:
         """Enough slots that the calls rotate through four times the L2 cache."""
-        tables = max(1, -(-4 * L2_BYTES // (self.state_bytes * self.N * self.T)))
-        return self.N * self.T * min(tables, 64)
+        call = self.state_bytes * self.N * self.T
+        tables = max(1, -(-4 * L2_BYTES // call))
+        return self.N * self.T * max(min(tables, 64), -(-self.gib * 2**30 // call))
 
     @property
     def moved_bytes(self) -> int:

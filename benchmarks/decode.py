@@ -23,6 +23,7 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
         problems += [
             Problem(64, H=30, HV=30, K=96, V=192, state_dtype=s) for s in STATES
         ]
+        problems += [Problem(64, gib=5, state_dtype=s) for s in STATES]
     run_suite("decode", problems, out)
 
 

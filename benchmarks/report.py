@@ -45,6 +45,7 @@ def rows_of(result: dict, state: str, contender: str, T: int) -> dict[int, dict]
         row["N"]: row
         for row in result["rows"]
         if "median_us" in row
+        and not row.get("gib")
         and all(row[key] == value for key, value in wanted.items())
     }
 
@@ -153,21 +154,25 @@ def table(result: dict) -> str:
 def other_shapes(result: dict) -> str:
     """Decode at 64 sequences, the shapes that have no bar, as Markdown."""
     rows = [row for row in result["rows"] if row["N"] == 64 and row["T"] == 1]
-    shapes = sorted({(r["K"], r["V"], r["H"], r["HV"]) for r in rows})
+    shapes = sorted({(r["K"], r["V"], r["H"], r["HV"], r.get("gib", 0)) for r in rows})
     names = [name for name in STYLE if any(r["contender"] == name for r in rows)]
     names = [name for name in names if name not in ("xla", "slots", "unfused")]
     lines = [f"| N=64 | {' | '.join(STYLE[name][0] for name in names)} |"]
     lines += ["| --- |" + " ---: |" * len(names)]
-    for state, (K, V, H, HV) in itertools.product(STATES, shapes):
+    for state, shape in itertools.product(STATES, shapes):
+        K, V, H, HV, gib = shape
         times = {
             row["contender"]: row["median_us"]
             for row in rows
-            if (row["K"], row["V"], row["H"], row["HV"]) == (K, V, H, HV)
+            if (row["K"], row["V"], row["H"], row["HV"], row.get("gib", 0)) == shape
             and row["state_dtype"] == state
             and "median_us" in row
         }
         cells = [f"{times[name]:.1f}" if name in times else "-" for name in names]
-        lines.append(f"| {state}, H={H} HV={HV} K={K} V={V} | {' | '.join(cells)} |")
+        pool = f", pool of {gib} GiB" if gib else ""
+        lines.append(
+            f"| {state}, H={H} HV={HV} K={K} V={V}{pool} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

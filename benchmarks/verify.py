@@ -11,12 +11,15 @@ from common import Problem, run_suite
 
 def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
     batches, tokens = ((8, 128), (4,)) if quick else ((8, 64, 128), (4, 8))
+    states = ("float32", "bfloat16")
     problems = [
         Problem(N, T=T, state_dtype=state)
         for T in tokens
-        for state in ("float32", "bfloat16")
+        for state in states
         for N in batches
     ]
+    if not quick:
+        problems += [Problem(64, T=4, gib=5, state_dtype=state) for state in states]
     run_suite("verify", problems, out)
 
 
