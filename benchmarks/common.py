@@ -299,9 +299,18 @@ def header(repeats: int = REPEATS) -> dict[str, Any]:
     }
 
 
+def need_gpu() -> None:
+    if jax.default_backend() != "gpu":
+        raise SystemExit(
+            f"The benchmarks time kernels on a GPU; JAX's default backend here is "
+            f"{jax.default_backend()!r}."
+        )
+
+
 def run_suite(suite: str, problems: list[Problem], out: pathlib.Path | None) -> None:
     """Checks and times every contender on every problem; prints and writes the rows,
     problem by problem."""
+    need_gpu()
     result = header() | {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)

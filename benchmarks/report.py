@@ -222,6 +222,7 @@ def main() -> None:
     splice(readme, "shapes", other_shapes(decode))
     splice(readme, "verify", table(verify))
     splice(readme, "first call", first_call(decode, verify))
+    print(f"wrote {RESULTS}/decode.png, verify.png and the tables of {readme}")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
 
 def main(suite: list[str] | None = None, out: pathlib.Path = FOLDER) -> None:
     """Measures the suites named, or all, and replaces their runs in the table."""
+    common.need_gpu()
     header = common.header(REPEATS)
     out.mkdir(parents=True, exist_ok=True)
     name = f"{header['device'].lower().replace(' ', '_')}.json"

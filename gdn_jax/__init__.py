@@ -1,9 +1,25 @@
-"""Gated DeltaNet for JAX on NVIDIA GPUs."""
+"""Gated DeltaNet for JAX on NVIDIA GPUs.
 
-from gdn_jax import testing as testing
-from gdn_jax.ops.gated_delta.api import fused_update as fused_update
-from gdn_jax.ops.gated_delta.api import recurrent_update as recurrent_update
-from gdn_jax.ops.gated_delta.tuning import LaunchConfig as LaunchConfig
-from gdn_jax.ops.gated_delta.unfused import gates as gates
-from gdn_jax.pool import SlotPool as SlotPool
-from gdn_jax.pool import copy_slots as copy_slots
+fused_update                one kernel: gates, norms, delta rule, read-out
+gates, recurrent_update     the same in two launches, for gates of your own
+SlotPool, copy_slots        who owns which slot of a pool; copies between slots
+LaunchConfig                a kernel's launch, to pin
+testing                     cases, an oracle, tolerances, check_slots
+"""
+
+from gdn_jax import testing
+from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
+from gdn_jax.ops.gated_delta.tuning import LaunchConfig
+from gdn_jax.ops.gated_delta.unfused import gates
+from gdn_jax.pool import SlotPool, copy_slots
+
+__version__ = "0.1.0"
+__all__ = [
+    "LaunchConfig",
+    "SlotPool",
+    "copy_slots",
+    "fused_update",
+    "gates",
+    "recurrent_update",
+    "testing",
+]

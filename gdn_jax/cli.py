@@ -1,4 +1,4 @@
-"""`gdn-jax check` and `gdn-jax info`."""
+"""What gdn_jax can do on this machine, and whether it does it right."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from rich.table import Table
 import gdn_jax
 from gdn_jax import _dispatch, _triton, testing, timing
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=gdn_jax.__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
 REPEATS = 5
@@ -106,12 +106,13 @@ def check(
 def info() -> None:
     """Prints the device, versions, and what `implementation=None` picks."""
     table = Table(show_header=False)
-    packages = ("gdn-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")
     for device in jax.devices():
         table.add_row(
             "device", f"{device.id}: {device.device_kind} ({device.platform})"
         )
     table.add_row("python", platform.python_version())
+    table.add_row("gdn-jax", gdn_jax.__version__)
     for package in packages:
         table.add_row(package, _version(package))
     table.add_row("check runs", ", ".join(_available()))
@@ -207,10 +208,16 @@ def _microseconds(step: Callable[[int], Any]) -> float:
     return 1e6 * sorted(times)[REPEATS // 2]
 
 
+def _bars():
+    return testing.TOLERANCE.items()
+
+
 def _table(rows: list[Row], copy: float | None) -> Table:
     clock = "device" if copy else "wall clock"
     title = f"copy {copy:.0f} GB/s, in the same run" if copy else None
-    table = Table(title=title, title_justify="left")
+    bars = ", ".join(f"{what} {d} {bar:g}" for (what, d), bar in _bars())
+    caption = f"Relative RMS errors against float64; passed below: {bars}."
+    table = Table(title=title, title_justify="left", caption=caption)
     for name in ("case", "implementation"):
         table.add_column(name)
     for name in ("state error", "out error", f"us ({clock})", "GB/s"):

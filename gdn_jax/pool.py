@@ -42,6 +42,10 @@ class SlotPool:
         self._free = [i for i in reversed(range(num_slots)) if i != null_slot]
         self._owned: dict[Hashable, list[int]] = {}
 
+    def __repr__(self) -> str:
+        owners = f"{len(self._owned)} owners"
+        return f"SlotPool({self.num_slots} slots, {self.num_free} free, {owners})"
+
     @property
     def num_free(self) -> int:
         return len(self._free)

@@ -124,6 +124,7 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             ),
             f"state {FLOATS}; got int32": dict(state=ints(P, HV, V, K)),
             f"q {FLOATS}; got int32": dict(q=ints(N, T, H, K)),
+            "q must be an array; got None": dict(q=None),
             f"out_dtype {FLOATS}; got ...int8": dict(out_dtype=jnp.int8),
             f"out_dtype {FLOATS}; got float7": dict(out_dtype="float7"),
             "qk_l2norm must be a Python bool; got int": dict(qk_l2norm=1),

@@ -8,7 +8,7 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 def test_every_python_block_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)

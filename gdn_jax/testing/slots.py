@@ -42,4 +42,5 @@ def check_slots(
     if faults:
         shown = "\n  ".join(faults[:20])
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError(f"slots has {len(faults)} faults:\n  {shown}{more}")
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise ValueError(f"slots has {count}:\n  {shown}{more}")

@@ -52,7 +52,8 @@ def fused_update(
 ) -> tuple[Array, Array]:
     """Gates, normalises and applies the gated delta rule: (state, out).
 
-    For each sequence and value head, token by token and in float32:
+    For each sequence and value head, token by token and in float32, whatever of
+    float32, bfloat16 and float16 each argument is:
 
         decay = exp(-exp(A_log) * softplus(a + dt_bias))        beta = sigmoid(b)
         q, k  = q / |q| * scale, k / |k|                        (if qk_l2norm)
@@ -81,10 +82,11 @@ def fused_update(
       cu_seqlens: [N + 1] int32: sequence n owns the packed tokens from cu_seqlens[n] to
         cu_seqlens[n + 1], clipped to [0, L]; a step that does not grow is an empty
         sequence. Without it each packed token is a sequence of its own (decoding).
-      num_accepted: [N] int32 in 1..S. Sequence n starts from slot
-        slots[n, num_accepted[n] - 1] and leaves the state after token t in slot
-        slots[n, t], so that the next step can start at whichever draft was accepted.
-        Packed tokens past column S - 1 give `out` and store nothing.
+      num_accepted: [N] int32 in 1..S, how many tokens of the last step stand: 1 + the
+        drafts accepted. Sequence n starts from slot slots[n, num_accepted[n] - 1] and
+        leaves the state after token t in slot slots[n, t], so that the next step can
+        start at whichever draft was accepted. After a prefill into slots[:, 0] it is 1.
+        Dense T <= S; packed tokens past column S - 1 give `out` and store nothing.
       has_state: [N] bool. False starts a sequence from zeros, whatever its slot holds.
       null_slot: a slot that means "none", for callers that reserve one (vLLM: 0).
       scale: of q, > 0; K**-0.5 if None.
@@ -134,7 +136,8 @@ def fused_update(
         export.deserialize(data).call(*args)
 
     On a machine without a GPU (export, lowering, compiling ahead of time) name the
-    device that the launch is for, around the tracing:
+    device that the launch is for, by its kind as JAX prints it, around the tracing.
+    Without one, implementation=None is xla there:
 
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
         h200 = AbstractDevice("NVIDIA H200", 1, "cuda")

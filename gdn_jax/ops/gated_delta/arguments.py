@@ -63,9 +63,16 @@ def pack(
     dense = q.ndim == 4
     if cu_seqlens is not None:
         _check_boundaries(cu_seqlens, dense)
-    rows = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else q.shape[0]
-    tokens = None if cu_seqlens is not None else (q.shape[1] if dense else 1)
-    _check_slots(state, slots, num_accepted, has_state, rows, tokens)
+    if cu_seqlens is not None:
+        rows, tokens = cu_seqlens.shape[0] - 1, None
+        source = f"cu_seqlens of {rows + 1} entries makes {rows} rows"
+    elif dense:
+        rows, tokens = q.shape[:2]
+        source = f"q {q.shape} has {rows} rows"
+    else:
+        rows, tokens = q.shape[0], 1
+        source = f"without cu_seqlens each of {rows} packed tokens is a row"
+    _check_slots(state, slots, num_accepted, has_state, rows, tokens, source)
     if null_slot is not None and not isinstance(null_slot, int | np.integer):
         _fail("null_slot", repr(null_slot), "an int or None", "It is static.")
 
@@ -130,6 +137,8 @@ def _fail(name: str, got: object, wanted: str, remedy: str) -> None:
 
 
 def _floating(name: str, x: Any) -> Array:
+    if x is None:
+        _fail(name, "None", "an array", "It has no default.")
     if not hasattr(x, "dtype"):  # a list of numbers
         return jnp.asarray(x, jnp.float32)
     given = np.dtype(x.dtype)  # before JAX narrows float64
@@ -225,7 +234,8 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
         _fail("k", k.shape, f"of q's shape {q.shape}", "Keys and queries share heads.")
     if v.shape[:-2] != q.shape[:-2] or v.ndim != q.ndim:
         wanted = f"{(*q.shape[:-2], 'HV', 'V')}, q's leading axes"
-        _fail("v", v.shape, wanted, "Pass the same tokens in q, k and v.")
+        remedy = "Pass the same tokens in q, k and v, heads after tokens: [N, T, H, K]."
+        _fail("v", v.shape, wanted, remedy)
     heads, value_heads = q.shape[-2], v.shape[-2]
     if heads == 0 or value_heads % heads:
         _fail(
@@ -240,7 +250,8 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
             "state",
             state.shape,
             f"[P or N, HV, V, K] = [.., {', '.join(map(str, wanted))}]",
-            "K is the last axis; a [.., K, V] state needs swapaxes(-1, -2).",
+            "A [.., K, V] state needs swapaxes(-1, -2); heads come after tokens in q, "
+            "k and v, [N, T, H, K].",
         )
     if 0 in wanted:
         axes = "[P or N, HV, V, K] with HV, V and K at least 1"
@@ -259,17 +270,20 @@ def check_gate_logits(logits: GateLogits) -> None:
             "b", logits.b.shape, "[.., HV]", "It has one entry a token and value head."
         )
     per_k = logits.a.ndim > logits.b.ndim
-    _check_gates(logits, logits.b.shape, logits.a.shape[-1] if per_k else 0)
+    _check_gates(logits, logits.b.shape, logits.a.shape[-1] if per_k else None)
 
 
-def _check_gates(gates: GateLogits | Gates, per_head: tuple[int, ...], K: int) -> None:
+def _check_gates(
+    gates: GateLogits | Gates, per_head: tuple[int, ...], K: int | None
+) -> None:
     decay, beta = gates.per_token
     decay_name, beta_name = gates.PER_TOKEN
     each = "It has one entry a token and value head."
     if beta.shape != per_head:
         _fail(beta_name, beta.shape, str(per_head), each)
     if decay.shape not in (per_head, (*per_head, K)):
-        wanted = f"{per_head}, or {(*per_head, K)} for one decay per K (KDA)"
+        per_k = (*per_head, "K" if K is None else K)
+        wanted = f"{per_head}, or {per_k} for one decay per K (KDA)"
         _fail(decay_name, decay.shape, wanted, each)
     if isinstance(gates, GateLogits):
         heads = per_head[-1:]
@@ -303,17 +317,8 @@ def _check_slots(
     has_state: Array | None,
     rows: int,
     tokens: int | None,
+    source: str,
 ) -> None:
-    if slots is None and state.shape[0] != rows:
-        _fail(
-            "state",
-            f"{state.shape[0]} states for {rows} rows",
-            "one state per row where slots is None",
-            "Pass slots to use a pool.",
-        )
-    if slots is not None and (slots.ndim not in (1, 2) or slots.shape[0] != rows):
-        wanted = f"[N] or, for speculative decoding, [N, S], with N = {rows}"
-        _fail("slots", slots.shape, wanted, "One row of the table per sequence.")
     speculative = slots is not None and slots.ndim == 2
     if num_accepted is not None and not speculative:
         _fail(
@@ -323,6 +328,16 @@ def _check_slots(
             "Speculative decoding keeps a state per token: pass a 2-D table, or leave "
             "num_accepted out.",
         )
+    if slots is None and state.shape[0] != rows:
+        _fail(
+            "state",
+            f"{state.shape[0]} states for {rows} rows",
+            "one state per row where slots is None",
+            f"Pass slots to use a pool ({source}).",
+        )
+    if slots is not None and (slots.ndim not in (1, 2) or slots.shape[0] != rows):
+        wanted = f"[N] or, for speculative decoding, [N, S], with N = {rows}"
+        _fail("slots", slots.shape, wanted, f"One entry a row: {source}.")
     if speculative:
         if num_accepted is None:
             _fail(
@@ -342,4 +357,4 @@ def _check_slots(
             )
     for name, x in dict(num_accepted=num_accepted, has_state=has_state).items():
         if x is not None and x.shape != (rows,):
-            _fail(name, x.shape, f"[N] = ({rows},)", "One entry a row.")
+            _fail(name, x.shape, f"[N] = ({rows},)", f"One entry a row: {source}.")
