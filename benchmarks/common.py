@@ -60,10 +60,11 @@ class Problem:
 
     @property
     def P(self) -> int:
-        """Enough slots that the calls rotate through four times the L2 cache."""
+        """Enough slots that the calls rotate through four times the L2 cache (a cap
+        keeps tiny states from making thousands of tables)."""
         call = self.state_bytes * self.N * self.T
         tables = max(1, -(-4 * L2_BYTES // call))
-        return self.N * self.T * max(min(tables, 64), -(-self.gib * 2**30 // call))
+        return self.N * self.T * max(min(tables, 256), -(-self.gib * 2**30 // call))
 
     @property
     def moved_bytes(self) -> int:
@@ -173,7 +174,7 @@ def slots_alone(problem: Problem, inputs: Mapping[str, Any]):
     return peers.Call(run, lambda: (None, None), lambda name: True, "no arithmetic")
 
 
-OURS = ("triton", "unfused", "xla")
+OURS = ("copy", "slots", "triton", "unfused", "xla")
 
 
 def contenders(problem: Problem) -> dict[str, Callable]:

@@ -9,7 +9,7 @@ S   columns of a speculative table     V    value head dim
 
 from typing import TypeAlias
 
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 State: TypeAlias = Float[Array, "P HV V K"]
 Query: TypeAlias = Float[Array, "L H K"]
@@ -18,7 +18,6 @@ Value: TypeAlias = Float[Array, "L HV V"]
 
 PerHead: TypeAlias = Float[Array, " HV"]
 PerToken: TypeAlias = Float[Array, "L HV"]
-Decays: TypeAlias = Float32[Array, "*tokens HV"] | Float32[Array, "*tokens HV K"]
 
 Slots: TypeAlias = Int32[Array, " N"] | Int32[Array, "N S"]
 Boundaries: TypeAlias = Int32[Array, " N_plus_1"]

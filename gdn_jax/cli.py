@@ -186,14 +186,10 @@ def _run(case: testing.Case, implementation: str) -> Row:
     untouched = np.zeros_like(new) if kept else np.asarray(args[0])
     if not np.array_equal(new[~written], untouched[~written], equal_nan=True):
         errors = (float("inf"), errors[1])  # a slot that is not the call's was written
-    passes = 1 if kept else 2
-    return Row(
-        case,
-        implementation,
-        *errors,
-        _microseconds(step),
-        passes * int(written.sum()) * state[0].nbytes + sum(x.nbytes for x in tokens),
-    )
+    reads = case.N - len(case.dead | set(case.fresh))
+    slots = reads + int(written.sum())
+    moved = slots * state[0].nbytes + sum(x.nbytes for x in (*tokens, out))
+    return Row(case, implementation, *errors, _microseconds(step), moved)
 
 
 def _microseconds(step: Callable[[int], Any]) -> float:
@@ -208,14 +204,11 @@ def _microseconds(step: Callable[[int], Any]) -> float:
     return 1e6 * sorted(times)[REPEATS // 2]
 
 
-def _bars():
-    return testing.TOLERANCE.items()
-
-
 def _table(rows: list[Row], copy: float | None) -> Table:
     clock = "device" if copy else "wall clock"
     title = f"copy {copy:.0f} GB/s, in the same run" if copy else None
-    bars = ", ".join(f"{what} {d} {bar:g}" for (what, d), bar in _bars())
+    table_of_bars = testing.TOLERANCE.items()
+    bars = ", ".join(f"{what} {dtype} {bar:g}" for (what, dtype), bar in table_of_bars)
     caption = f"Relative RMS errors against float64; passed below: {bars}."
     table = Table(title=title, title_justify="left", caption=caption)
     for name in ("case", "implementation"):

@@ -14,11 +14,27 @@ ROWS = tuning.table("NVIDIA H200")
 ODD = [(64, 64), (96, 192), (192, 96), (256, 256), (100, 50)]
 
 
-def _shapes(N, H, HV, K, V, state, *, columns=None, packed=False, T=1, kda=False):
+def _shapes(
+    N,
+    H,
+    HV,
+    K,
+    V,
+    state,
+    *,
+    columns=None,
+    packed=False,
+    T=1,
+    kda=False,
+    fresh=False,
+    paged=True,
+):
     """Arguments of a call as shapes: (state, tokens, keywords)."""
     S, act = jax.ShapeDtypeStruct, jnp.bfloat16
     L = N * T
-    kwargs = {"slots": S((N, columns) if columns else (N,), jnp.int32)}
+    kwargs = {"slots": S((N, columns) if columns else (N,), jnp.int32)} if paged else {}
+    if fresh:
+        kwargs["has_state"] = S((N,), jnp.bool_)
     if columns:
         kwargs["num_accepted"] = S((N,), jnp.int32)
     lead = (L,) if packed or T == 1 else (N, T)
@@ -34,7 +50,7 @@ def _shapes(N, H, HV, K, V, state, *, columns=None, packed=False, T=1, kda=False
         S((*lead, HV), act),
         S((HV, *per_k), act),
     )
-    P = N * (columns or 1) + 1
+    P = N * (columns or 1) + 1 if paged else N
     return S((P, HV, V, K), jnp.dtype(state)), tokens, kwargs
 
 
@@ -68,6 +84,7 @@ def test_a_tuned_row_is_one_launch_in_place_without_spills(row):
     assert aot.KERNEL_CALL in aot.lower(update, *shapes)
     compiled = aot.compile_for_h200(update, *shapes, donate_argnums=0)
     _one_launch_in_place(compiled, _bytes(shapes[0]))
+    assert compiled.resources()["registers"] <= 128  # 16 warps on an SM
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
@@ -85,6 +102,8 @@ def test_an_untuned_shape_compiles_without_spills(K, V, state):
         {"kda": True, "T": 4, "columns": 4, "packed": True},
         {"T": 2, "columns": 4},
         {"T": 5, "packed": True},
+        {"fresh": True},
+        {"paged": False},
     ],
     ids=str,
 )
@@ -121,6 +140,22 @@ def test_the_unfused_pair_is_two_launches():
     compiled = aot.compile_for_h200(pair, state, tokens, kwargs, donate_argnums=0)
     assert len(compiled.launches()) == 2
     assert compiled.alias_bytes == _bytes(state)
+
+
+@pytest.mark.parametrize("per_k", [(), (128,)], ids=["one decay", "KDA"])
+def test_the_gates_are_one_launch_without_spills(per_k):
+    S, act, HV = jax.ShapeDtypeStruct, jnp.bfloat16, 32
+    shapes = (
+        S((HV,), jnp.float32),
+        S((8, HV, *per_k), act),
+        S((8, HV), act),
+        S((HV, *per_k), act),
+    )
+    gates = functools.partial(gdn_jax.gates, implementation="triton")
+    compiled = aot.compile_for_h200(gates, *shapes)
+    [launch] = compiled.launches()
+    assert aot.KERNEL_CALL in launch
+    assert compiled.resources()["spills"] == 0
 
 
 def test_the_pool_stays_in_place_as_a_scan_carry():

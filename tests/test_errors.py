@@ -143,9 +143,11 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             "cu_seqlens must be given with packed tokens ...; got dense tokens": dict(
                 cu_seqlens=ints(N + 1)
             ),
-            "scale must be a finite number > 0; got 0.0": dict(scale=0.0),
-            "scale must be a finite number > 0; got -1.0": dict(scale=-1.0),
-            "scale must be a finite number > 0; got nan": dict(scale=math.nan),
+            "scale must be a finite number > 0 in float32; got 0.0": dict(scale=0.0),
+            "scale must be a finite number > 0 in float32; got -1.0": dict(scale=-1.0),
+            "scale must be a finite number > 0 in float32; got nan": dict(
+                scale=math.nan
+            ),
             "null_slot must be an int or None; got 1.5": dict(null_slot=1.5),
             "implementation must be None or one of triton, ...; got 'cuda'": dict(
                 implementation="cuda"
@@ -298,7 +300,9 @@ def test_slots_may_be_a_list_of_traced_numbers():
 
 
 def test_arrays_over_explicit_mesh_axes_are_told():
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh(
+        (1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1]
+    )
     split = NamedSharding(mesh, PartitionSpec("x"))
     with jax.set_mesh(mesh), _says("q must be whole, or ...; got ...'x'...shard_map"):
         _fused(DENSE | dict(q=jax.device_put(jnp.zeros((N, T, H, K)), split)))
@@ -314,6 +318,10 @@ def test_arrays_over_explicit_mesh_axes_are_told():
         (
             dict(block_v=8, lanes_v=4, num_warps=3),  # aborts the process in LLVM
             "num_warps must be a power of two; got 3",
+        ),
+        (
+            dict(block_v=64, lanes_v=1, num_warps=64),
+            "num_warps must be at most 32, CUDA's limit of a block; got 64",
         ),
         (dict(block_v=2, lanes_v=4), "every warp has lanes_v...block_v=2, lanes_v=4"),
         (dict(block_v=64, lanes_v=64), "every warp has lanes_v <= 32 ...lanes_v=64"),
@@ -425,3 +433,25 @@ def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
 def test_every_fault_of_a_slot_table_is_counted():
     with pytest.raises(ValueError, match=r"(?s)30 faults.*and 10 more"):
         testing.check_slots(np.arange(30), 0)
+
+
+def test_a_launch_that_would_spill_is_told():
+    config = gdn_jax.LaunchConfig(block_v=64, lanes_v=4)
+
+    def update(state, q, v, a):
+        return gdn_jax.fused_update(
+            state, q, q, v, a[0], a, a, a[0], implementation="triton", config=config
+        )
+
+    shapes = ((2, HV, 64, 128), (2, H, 128), (2, HV, 64), (2, HV))
+    with _says("config must leave at most 128 values ...256 at K=128...more warps"):
+        aot.lower(update, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+
+
+def test_columns_that_no_token_writes_may_name_anything():
+    table, rows = np.array([[0, 1, 99], [3, 0, 1]]), dict(num_accepted=[1, 1])
+    with _says("slots has 3 faults"):
+        testing.check_slots(table, 6, **rows)
+    testing.check_slots(table, 6, **rows, cu_seqlens=[0, 2, 3])
+    with pytest.raises(ValueError, match=r"1 fault:\s+slot 0 .* \(0, 0\), \(1, 1\)"):
+        testing.check_slots(table, 6, **rows, cu_seqlens=[0, 1, 3])

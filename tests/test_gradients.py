@@ -198,4 +198,4 @@ def test_a_gradient_has_a_gradient(update, path):
     def size(args):
         return sum(jnp.sum(x**2) for x in jax.grad(loss)(args))
 
-    assert jax.eval_shape(jax.grad(size), args)
+    assert all(jnp.isfinite(x).all() for x in jax.jit(jax.grad(size))(args))

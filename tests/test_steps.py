@@ -10,7 +10,7 @@ import pytest
 import gdn_jax
 from gdn_jax import testing
 from gdn_jax.ops.gated_delta import arguments
-from gdn_jax.ops.gated_delta.call import GateOptions
+from gdn_jax.ops.gated_delta.call import GateLogits, GateOptions
 from gdn_jax.ops.gated_delta.triton import triton
 
 CONFIG = gdn_jax.LaunchConfig(block_v=8, lanes_v=4, tiles=2)
@@ -93,7 +93,16 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(path):
         _equal(path, row, out[1])
 
 
-@pytest.mark.parametrize("name", ["decode, nulls", "checkpoints, T=1", "decode, KDA"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decode, nulls",
+        "decode, odd dims",
+        "decode, K=96 V=192",
+        "decode, KDA",
+        "checkpoints, T=1",
+    ],
+)
 def test_the_kernel_without_its_loop_agrees_too(name):
     """One token a row takes this path on a GPU; here it is interpreted."""
     [case] = [case for case in testing.CASES if case.name == name]
@@ -101,7 +110,8 @@ def test_the_kernel_without_its_loop_agrees_too(name):
     want_state, want_out, written = testing.oracle((state, *tokens), kwargs)
     q, k, v, A_log, a, b, dt_bias = tokens
     x, options, unpack = arguments.pack(
-        state, q, k, v, (A_log, a, b, dt_bias),
+        state, q, k, v,
+        arguments.floating_gates(GateLogits, A_log, a, b, dt_bias),
         slots=kwargs["slots"], cu_seqlens=None,
         num_accepted=kwargs.get("num_accepted"), has_state=kwargs.get("has_state"),
         null_slot=None, scale=None, qk_l2norm=True, per_token_states=False,

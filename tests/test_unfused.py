@@ -69,3 +69,26 @@ def test_the_pair_equals_the_fused_update(path, name):
         same = np.isnan(y)
         assert np.array_equal(np.isnan(x), same)
         assert testing.relative_error(x[~same], y[~same]) < 1e-6
+
+
+def test_nan_in_a_null_rows_logits_reaches_no_gradient(path):
+    case = testing.Case("nulls", (2,) * 3, null_rows=(1,), act_dtype="float32")
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
+    state = np.nan_to_num(state)
+
+    def pair(A_log, a, b, dt_bias):
+        gates = gdn_jax.gates(A_log, a, b, dt_bias, implementation=path)
+        tokens = (state, q, k, v, *gates)
+        _, out = gdn_jax.recurrent_update(*tokens, **kwargs, implementation=path)
+        return jax.numpy.sum(out**2)
+
+    def fused(A_log, a, b, dt_bias):
+        tokens = (state, q, k, v, A_log, a, b, dt_bias)
+        _, out = gdn_jax.fused_update(*tokens, **kwargs, implementation=path)
+        return jax.numpy.sum(out**2)
+
+    given, places = (A_log, a, b, dt_bias), (0, 1, 2, 3)
+    got = jax.jit(jax.grad(pair, places))(*given)
+    want = jax.jit(jax.grad(fused, places))(*given)
+    for x, y in zip(got, want, strict=True):
+        assert testing.relative_error(x, y) < 1e-5

@@ -10,6 +10,7 @@ def check_slots(
     num_slots: int,
     *,
     num_accepted: Any = None,
+    cu_seqlens: Any = None,
     null_slot: int | None = None,
 ) -> None:
     """Raises ValueError for a slot table that `fused_update` would take in silence.
@@ -17,10 +18,19 @@ def check_slots(
     Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
     other than -1 and `null_slot` (they are null, which may not be meant), accepted
     counts outside 1..S, and slots that two rows, or two columns of a row, would write.
+    Every column counts as used, or with `cu_seqlens` those that the rows' tokens write
+    and the one that each row reads.
     """
     table = np.asarray(slots)
     table = table[:, None] if table.ndim == 1 else table
     null = (table == -1) | (table == null_slot if null_slot is not None else False)
+    if cu_seqlens is not None:
+        column = np.arange(table.shape[1])
+        lengths = np.diff(np.asarray(cu_seqlens))[:, None]
+        used = (column < lengths) if num_accepted is not None else lengths > 0
+        if num_accepted is not None:
+            used |= (column == np.asarray(num_accepted)[:, None] - 1) & (lengths > 0)
+        null |= ~used
     faults = [
         f"row {n}, column {c}: slot {table[n, c]} is outside [0, {num_slots})"
         for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))

@@ -100,9 +100,11 @@ def fused_update(
       out_dtype: of `out`; v's if None. float16 overflows past 65504: ask for float32.
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla",
-        "reference" (`lax.scan`, the oracle). None: triton where it can run, else xla.
-      config: the kernel's launch; None takes the tuning table. Pinned, it makes a row's
-        bits independent of the batch. `xla` and `reference` have no launch.
+        "reference" (`lax.scan`, the oracle). None: triton where it can run, else xla;
+        under jit JAX's default device decides, wherever the arrays lie.
+      config: the kernel's launch; None takes the tuning table ("interpret": one program
+        a head). Pinned, it makes a row's bits independent of the batch. `xla` and
+        `reference` have no launch.
 
     Null rule: a slot outside [0, P), or `null_slot`, is null. A row whose slot to READ
     is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,

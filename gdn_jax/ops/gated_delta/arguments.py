@@ -73,7 +73,8 @@ def pack(
         rows, tokens = q.shape[0], 1
         source = f"without cu_seqlens each of {rows} packed tokens is a row"
     _check_slots(state, slots, num_accepted, has_state, rows, tokens, source)
-    if null_slot is not None and not isinstance(null_slot, int | np.integer):
+    is_int = isinstance(null_slot, int | np.integer) and not isinstance(null_slot, bool)
+    if null_slot is not None and not is_int:
         _fail("null_slot", repr(null_slot), "an int or None", "It is static.")
 
     def packed(x: Array) -> Array:
@@ -161,6 +162,8 @@ def _integers_of_list(x: Any) -> np.ndarray | Array:
         values = np.asarray(x)
     except jax.errors.TracerArrayConversionError:
         return jnp.asarray(x)
+    if values.size == 0:
+        return values.astype(np.int32)
     limits = np.iinfo(np.int32)
     fits = (values >= limits.min) & (values <= limits.max)
     return (
@@ -177,6 +180,8 @@ def _flag(name: str, x: Any) -> bool:
 
 def _number(name: str, x: Any) -> float:
     try:
+        if isinstance(x, bool | str):
+            raise TypeError
         return float(x)
     except (TypeError, ValueError):
         raise ValueError(
@@ -196,8 +201,8 @@ def _check_scale(scale: Any, K: int) -> float:
     if scale is None:
         return K**-0.5
     number = _number("scale", scale)
-    if not (number > 0 and math.isfinite(number)):
-        _fail("scale", scale, "a finite number > 0", "None takes K**-0.5.")
+    if not 0 < number <= np.finfo(np.float32).max:
+        _fail("scale", scale, "a finite number > 0 in float32", "None takes K**-0.5.")
     return number
 
 
@@ -265,6 +270,7 @@ def floating_gates(kind: type[AnyGates], *given: Any) -> AnyGates:
 
 def check_gate_logits(logits: GateLogits) -> None:
     """The logits alone: b [.. HV] says how many value heads and tokens there are."""
+    _check_sharding(logits._asdict())
     if logits.b.ndim == 0:
         _fail(
             "b", logits.b.shape, "[.., HV]", "It has one entry a token and value head."

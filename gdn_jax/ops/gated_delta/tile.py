@@ -5,7 +5,9 @@ lanes of a warp, then the warps. So the shape of the index decides which lane ho
 what. A tile is C chunks of [R W LV LK E]:
 
     K = C LK E:   E neighbours in one 16-byte load, LK lanes side by side, C chunks
-    V = W LV R:   R neighbours in a lane, LV lanes side by side, W warps;  LV LK = 32
+    V = W LV R:   R neighbours in a lane, LV lanes side by side, W warps
+
+LV LK is a warp's 32 lanes, or less where K is too short to fill them.
 
 A sum over K then adds C E values within a lane and crosses only LK lanes, for R rows at
 once. R neighbouring rows of v and out are one access. Whatever meets the state is

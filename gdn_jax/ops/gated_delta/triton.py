@@ -7,7 +7,7 @@ back in place. Gates, norms and read-out never leave the program.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options
-from gdn_jax.ops.gated_delta.tile import Tile, unpack
+from gdn_jax.ops.gated_delta.tile import LANES, Tile, unpack
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 
 MAX_HEAD_DIM = 256
+MAX_VALUES_IN_A_LANE = 128  # beyond, registers spill and compiling takes minutes
 ROWS_AT_ONCE = 512  # of cu_seqlens, in the registers of one warp
 
 
@@ -42,11 +43,6 @@ def fused_update_kernel(
     without the loop over tokens.
     """
     group, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    is_row = row < x.num_rows
-    row = jnp.minimum(row, np.int32(x.num_rows - 1))
-    begin, length, slot, live = _find_row(x, row, is_row, options)
-    reads = live if x.has_state is None else live & x.has_state[row]
-    checkpoints = x.slots is not None and len(x.slots.shape) == 2
     tiles = [
         Tile.of(x.state, group * config.tiles + i, config) for i in range(config.tiles)
     ]
@@ -54,62 +50,19 @@ def fused_update_kernel(
         tiles[0].sum_k,
         (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
-    load_token, prepare = _token_steps(x, head, tiles[0], options, arithmetic)
-
-    def load_target(step):
-        """The slot named for the state after that step."""
-        if not checkpoints:
-            return None
-        return x.slots[row, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
-
-    def load_step(tile: Tile, step):
-        """All that a step reads; past the row's end, what lies there."""
-        at = jnp.minimum(begin + step, np.int32(x.q.shape[0] - 1))
-        return load_token(at), tile.load_v(x.v, at, head), load_target(step)
-
-    def or_zeros(value):
-        return jnp.where(live, value, 0.0) if straight else value
-
-    def advance(tile: Tile, step, state, token, v, target):
-        """A loop takes no step for a dead row; without a loop its stores are masked."""
-        at = begin + step
-        state, out = rule.update(state, token, v.astype(jnp.float32), arithmetic)
-        tile.store_v(out_ref, or_zeros(out), at, head)
-        if options.per_token_states:
-            kept = tuple(or_zeros(part) for part in state)
-            tile.store_state(new_ref, kept, True, at, head)
-        elif checkpoints:
-            wanted = (step < x.slots.shape[1]) & (live if straight else True)
-            wanted &= options.is_live_slot(target, x.state.shape[0])
-            target = jnp.where(wanted, target, 0)
-            tile.store_state(new_ref, state, wanted, target, head)
-        return state
+    is_row = row < x.num_rows
+    row = _Row.find(x, jnp.minimum(row, np.int32(x.num_rows - 1)), is_row, options)
+    tokens = _Tokens.of(x, head, tiles[0], options, arithmetic)
+    store = _Store(x, new_ref, out_ref, head, row, options)
 
     # All loads before any work: what is in flight decides the speed.
-    loaded = [tile.load_state(x.state, reads, slot, head) for tile in tiles]
+    reads = row.live if x.has_state is None else row.live & x.has_state[row.number]
+    loaded = [tile.load_state(x.state, reads, row.slot, head) for tile in tiles]
     if straight:
-        token, target = load_token(begin), load_target(np.int32(0))
-        values = [tile.load_v(x.v, begin, head) for tile in tiles]
-        token = prepare(token)
-    for i, tile in enumerate(tiles):
-        state = unpack(loaded[i])
-        if straight:
-            state = advance(tile, np.int32(0), state, token, values[i], target)
-        else:
-
-            def body(step, carry, tile=tile):
-                state, (token, v, target) = carry
-                following = load_step(tile, step + 1)
-                state = advance(tile, step, state, prepare(token), v, target)
-                return state, following
-
-            count = jnp.where(live, length, np.int32(0))
-            first = load_step(tile, np.int32(0))
-            state, _ = lax.fori_loop(0, count, body, (state, first))
-            dead = jnp.where(live, np.int32(0), length)
-            _clear(new_ref, out_ref, begin, dead, head, tile, options)
-        if not (options.per_token_states or checkpoints):
-            tile.store_state(new_ref, state, live, slot, head)
+        _take_one_token(x, tiles, loaded, tokens, store)
+    else:
+        for tile, state in zip(tiles, loaded, strict=True):
+            _walk_tokens(x, tile, state, tokens, store)
 
     if x.cu_seqlens is not None:
         groups = pl.cdiv(x.v.shape[2], config.block_v * config.tiles)
@@ -120,75 +73,180 @@ def fused_update_kernel(
             _clear_unowned(x, new_ref, out_ref, program, config, options)
 
 
-def _find_row(x: Any, row: Array, is_row, options: Options) -> tuple[Array, ...]:
-    """(begin, length, slot, live) of one row: `call.find_rows` for scalars."""
-    num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
-    if x.cu_seqlens is None:
-        length = jnp.int32(options.tokens_per_row)
-        begin, live = row * length, is_row
-    else:
-        begin = jnp.clip(x.cu_seqlens[row], 0, num_tokens)
-        length = jnp.clip(x.cu_seqlens[row + 1], 0, num_tokens) - begin
-        length = jnp.where(is_row, jnp.maximum(length, 0), 0)
-        live = length > 0
-    if x.slots is None:
-        slot = row
-    elif len(x.slots.shape) == 1:
-        slot = x.slots[row]
-    else:
-        columns = x.slots.shape[1]
-        accepted = x.num_accepted[row]
-        live &= (accepted >= 1) & (accepted <= columns)
-        slot = x.slots[row, jnp.clip(accepted - 1, 0, columns - 1)]
-    live &= options.is_live_slot(slot, num_slots)
-    return begin, length, jnp.where(live, slot, 0), live
+def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -> None:
+    row = store.row
+    token, target = tokens.load(row.begin), row.load_target(x, np.int32(0))
+    values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
+    token = tokens.prepare(token)
+    for tile, state, v in zip(tiles, loaded, values, strict=True):
+        v = v.astype(jnp.float32)
+        state, out = rule.update(unpack(state), token, v, tokens.arithmetic)
+        out, kept = jnp.where(row.live, out, 0.0), state
+        if store.options.per_token_states:
+            kept = tuple(jnp.where(row.live, part, 0.0) for part in state)
+        store.token(tile, np.int32(0), kept, out, target, row.live)
+        store.end(tile, state)
 
 
-def _token_steps(
-    x: Any, head: Array, tile: Tile, options: Options, arithmetic: rule.Arithmetic
-) -> tuple[Callable[[Array], Any], Callable[[Any], rule.Token]]:
-    """(load, prepare): a token's place to what memory holds of it, and that to what
-    the update takes. A loop loads a token while it works on the one before."""
-    key_head = head // (x.v.shape[1] // x.k.shape[1])
-    per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
+def _walk_tokens(
+    x: Any, tile: Tile, loaded, tokens: "_Tokens", store: "_Store"
+) -> None:
+    """Loads a token while it works on the one before. A dead row takes no step."""
+    row = store.row
 
-    def load_decay(ref, *index) -> rule.Chunks:
-        return tile.load_k(ref, *index) if per_k else (ref[index],)
-
-    def float_decay(loaded: rule.Chunks) -> rule.Chunks:
-        return unpack(loaded) if per_k else (loaded[0].astype(jnp.float32),)
-
-    if not isinstance(x.gates, Gates):
-        A_log = x.gates.A_log[head].astype(jnp.float32)
-        dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
-
-    def load(at: Array):
-        q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
-        a, b = x.gates.per_token
-        return q, k, load_decay(a, at, head), b[at, head]
-
-    def prepare(loaded) -> rule.Token:
-        q, k, a, b = loaded
-        a, b = float_decay(a), b.astype(jnp.float32)
-        if isinstance(x.gates, Gates):
-            log_decay, beta = a, b
-        else:
-            log_decay = tuple(
-                rule.log_decay(A_log, logits, bias, options.gating)
-                for logits, bias in zip(a, dt_bias, strict=True)
-            )
-            beta = rule.beta(b, options.gating)
-        return rule.prepare(
-            unpack(q),
-            unpack(k),
-            log_decay if per_k else log_decay[0],
-            beta,
-            arithmetic,
-            scale=options.scale,
-            qk_l2norm=options.qk_l2norm,
+    def load(step):
+        """All that a step reads; past the row's end, what lies there."""
+        at = jnp.minimum(row.begin + step, np.int32(x.q.shape[0] - 1))
+        # q and k first: after v, ptxas takes 140 registers where 128 do (16 rows, bf16)
+        return (
+            tokens.load(at),
+            tile.load_v(x.v, at, store.head),
+            row.load_target(x, step),
         )
 
-    return load, prepare
+    def body(step, carry):
+        state, (token, v, target) = carry
+        following = load(step + 1)
+        token, v = tokens.prepare(token), v.astype(jnp.float32)
+        state, out = rule.update(state, token, v, tokens.arithmetic)
+        store.token(tile, step, state, out, target, True)
+        return state, following
+
+    steps = jnp.where(row.live, row.length, np.int32(0))
+    carry = unpack(loaded), load(np.int32(0))
+    state, _ = lax.fori_loop(0, steps, body, carry)
+    dead = jnp.where(row.live, np.int32(0), row.length)
+    store.clear(tile, dead)
+    store.end(tile, state)
+
+
+class _Row(NamedTuple):
+    """`call.find_rows` for one row, in scalars."""
+
+    number: Array
+    begin: Array
+    length: Array
+    slot: Array
+    live: Array
+
+    @classmethod
+    def find(cls, x: Any, number: Array, exists: Array, options: Options) -> "_Row":
+        num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
+        if x.cu_seqlens is None:
+            length = jnp.int32(options.tokens_per_row)
+            begin, live = number * length, exists
+        else:
+            begin = jnp.clip(x.cu_seqlens[number], 0, num_tokens)
+            length = jnp.clip(x.cu_seqlens[number + 1], 0, num_tokens) - begin
+            length = jnp.where(exists, jnp.maximum(length, 0), 0)
+            live = length > 0
+        if x.slots is None:
+            slot = number
+        elif len(x.slots.shape) == 1:
+            slot = x.slots[number]
+        else:
+            columns = x.slots.shape[1]
+            accepted = x.num_accepted[number]
+            live &= (accepted >= 1) & (accepted <= columns)
+            slot = x.slots[number, jnp.clip(accepted - 1, 0, columns - 1)]
+        live &= options.is_live_slot(slot, num_slots)
+        return cls(number, begin, length, jnp.where(live, slot, 0), live)
+
+    def load_target(self, x: Any, step: Array | np.int32) -> Array | None:
+        """The slot named for the state after that step, where there is a table."""
+        if x.slots is None or len(x.slots.shape) == 1:
+            return None
+        return x.slots[self.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
+
+
+class _Tokens(NamedTuple):
+    """Reads a head's tokens (`load`), and makes of them what the update takes
+    (`prepare`): apart, so that a token can be on its way during another's work."""
+
+    load: Callable[[Array], Any]
+    prepare: Callable[[Any], rule.Token]
+    arithmetic: rule.Arithmetic
+
+    @classmethod
+    def of(
+        cls, x: Any, head, tile: Tile, options: Options, arithmetic: rule.Arithmetic
+    ) -> "_Tokens":
+        key_head = head // (x.v.shape[1] // x.k.shape[1])
+        per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
+
+        def load_decay(ref, *index) -> rule.Chunks:
+            return tile.load_k(ref, *index) if per_k else (ref[index],)
+
+        def float_decay(loaded: rule.Chunks) -> rule.Chunks:
+            return unpack(loaded) if per_k else (loaded[0].astype(jnp.float32),)
+
+        if not isinstance(x.gates, Gates):
+            A_log = x.gates.A_log[head].astype(jnp.float32)
+            dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
+
+        def load(at: Array):
+            q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
+            a, b = x.gates.per_token
+            return q, k, load_decay(a, at, head), b[at, head]
+
+        def prepare(loaded) -> rule.Token:
+            q, k, a, b = loaded
+            a, b = float_decay(a), b.astype(jnp.float32)
+            if isinstance(x.gates, Gates):
+                log_decay, beta = a, b
+            else:
+                log_decay = tuple(
+                    rule.log_decay(A_log, logits, bias, options.gating)
+                    for logits, bias in zip(a, dt_bias, strict=True)
+                )
+                beta = rule.beta(b, options.gating)
+            return rule.prepare(
+                unpack(q),
+                unpack(k),
+                log_decay if per_k else log_decay[0],
+                beta,
+                arithmetic,
+                scale=options.scale,
+                qk_l2norm=options.qk_l2norm,
+            )
+
+        return cls(load, prepare, arithmetic)
+
+
+class _Store(NamedTuple):
+    """Where a row's results go."""
+
+    x: Any
+    new_ref: Any
+    out_ref: Any
+    head: Array
+    row: _Row
+    options: Options
+
+    def token(
+        self, tile: Tile, step, state, out: Array, target: Array | None, live
+    ) -> None:
+        """After one token: its out, and its state where each token's is stored."""
+        at = self.row.begin + step
+        tile.store_v(self.out_ref, out, at, self.head)
+        if self.options.per_token_states:
+            tile.store_state(self.new_ref, state, True, at, self.head)
+        elif target is not None:
+            wanted = (step < self.x.slots.shape[1]) & live
+            wanted &= self.options.is_live_slot(target, self.x.state.shape[0])
+            target = jnp.where(wanted, target, 0)
+            tile.store_state(self.new_ref, state, wanted, target, self.head)
+
+    def end(self, tile: Tile, state) -> None:
+        """After the last token, where only its state is stored."""
+        one_slot = self.x.slots is None or len(self.x.slots.shape) == 1
+        if one_slot and not self.options.per_token_states:
+            row = self.row
+            tile.store_state(self.new_ref, state, row.live, row.slot, self.head)
+
+    def clear(self, tile: Tile, length: Array) -> None:
+        begin, head = self.row.begin, self.head
+        _clear(self.new_ref, self.out_ref, begin, length, head, tile, self.options)
 
 
 def _clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -> None:
@@ -258,6 +316,13 @@ def triton(
     if straight is None:
         straight = options.tokens_per_row == 1 and not interpret
     V, K = x.state.shape[2:]
+    values = config.block_v * pl.next_power_of_2(K) // (LANES * config.num_warps)
+    if not interpret and values > MAX_VALUES_IN_A_LANE:
+        raise ValueError(
+            f"config must leave at most {MAX_VALUES_IN_A_LANE} values of state to a "
+            f"lane; got {config}, {values} at {K=}. Take a smaller block_v, or more "
+            f"warps."
+        )
     if max(K, V) > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"head dims up to {MAX_HEAD_DIM} fit a program's registers; got {K=}, "

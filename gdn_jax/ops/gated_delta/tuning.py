@@ -7,6 +7,8 @@ import json
 
 import numpy as np
 
+MAX_WARPS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
@@ -34,6 +36,11 @@ class LaunchConfig:
                 raise ValueError(f"{field.name} must be a positive int; got {value!r}")
             if field.name != "tiles" and value & (value - 1):
                 raise ValueError(f"{field.name} must be a power of two; got {value}")
+        if self.num_warps > MAX_WARPS:
+            raise ValueError(
+                f"num_warps must be at most {MAX_WARPS}, CUDA's limit of a block; got "
+                f"{self.num_warps}."
+            )
         if self.lanes_v > 32 or self.lanes_v * self.num_warps > self.block_v:
             raise ValueError(
                 f"every warp has lanes_v <= 32 rows of block_v; got {self}. Take "
@@ -76,8 +83,8 @@ def find_config(
     """The tuned config of the smallest bucket that holds the call, past the last bucket
     the last one's; the heuristic for a device or a shape that was never measured.
 
-    `heads` is rows times value heads; `single_token` is static: one token a row.
-    float16 takes bfloat16's rows: what counts is the size.
+    `heads` is rows times value heads (under vmap those of one call); `single_token` is
+    static: one token a row. float16 takes bfloat16's rows: what counts is the size.
     """
     name = np.dtype(state_dtype).name
     key = (K, V, "bfloat16" if name == "float16" else name, single_token)
@@ -95,8 +102,8 @@ def find_config(
 
 
 def heuristic(K: int, V: int) -> LaunchConfig:
-    """32 float32 values of state in a lane, one tile a program: no spills at any size,
-    and near the best wherever it was measured (see the reasons in tuned/)."""
+    """Up to 32 float32 values of state in a lane, one tile a program: no spills at any
+    size, and near the best wherever it was measured (see the reasons in tuned/)."""
     padded = next_power_of_2(K)
     block_v = max(1, min(1024 // padded, next_power_of_2(V)))
     return LaunchConfig(block_v=block_v, lanes_v=min(2, block_v))

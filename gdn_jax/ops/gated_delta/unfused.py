@@ -1,6 +1,7 @@
 """The gates on their own: with `recurrent_update`, the unfused pair."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from gdn_jax import _dispatch, _triton
 from gdn_jax.ops.gated_delta import arguments, rule
 from gdn_jax.ops.gated_delta.call import GateLogits, GateOptions, Gates
 from gdn_jax.ops.gated_delta.reference import reference_gates
+
+MAX_VALUES = 1024  # of decay in a program: 32 a lane
+Path = Callable[[GateOptions, GateLogits], Gates]
 
 
 def gates(
@@ -52,26 +56,31 @@ def gates(
         softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
     )
 
-    def kernel(interpret: bool) -> Gates:
-        if not interpret:
-            _triton.device_kind(logits)
-        if 0 in (logits.a.size, logits.b.size):  # nothing to launch
-            return _xla(options, logits)
-        return _differentiable(options, interpret, logits)
+    empty = 0 in (logits.a.size, logits.b.size)  # nothing to launch
+
+    def run(path: Path) -> Gates:
+        return _differentiable(_xla if empty else path, options, logits)
+
+    def run_triton() -> Gates:
+        _triton.device_kind(logits)
+        return run(_compiled)
 
     paths = {
-        "triton": lambda: kernel(interpret=False),
-        "interpret": lambda: kernel(interpret=True),
-        "xla": lambda: _xla(options, logits),
-        "reference": lambda: _reference(options, logits),
+        "triton": run_triton,
+        "interpret": lambda: run(_interpreted),
+        "xla": lambda: run(_xla),
+        "reference": lambda: run(_reference),
     }
-    return tuple(_dispatch.run(paths, implementation))
+    log_decay, beta = _dispatch.run(paths, implementation)
+    return log_decay, beta
 
 
-def gates_kernel(x: GateLogits, log_decay_ref, beta_ref, *, options: GateOptions):
-    """One token: all its value heads, and K where the decay has one."""
+def gates_kernel(
+    x: GateLogits, log_decay_ref, beta_ref, *, block: int, options: GateOptions
+) -> None:
+    """One token and a block of its value heads, with all of K where decay has one."""
     token = pl.program_id(0)
-    head = _padded_range(beta_ref.shape[1])
+    head = pl.program_id(1) * block + jnp.arange(block, dtype=jnp.int32)
     in_head = head < beta_ref.shape[1]
     logits = _load(x.b.at[token, head], in_head)
     beta = rule.beta(logits, options)
@@ -79,9 +88,10 @@ def gates_kernel(x: GateLogits, log_decay_ref, beta_ref, *, options: GateOptions
     A_log = _load(x.A_log.at[head], in_head)
     place, inside = (head,), in_head
     if len(x.a.shape) == 3:
-        k = _padded_range(x.a.shape[2])
+        K = x.a.shape[2]
+        k = jnp.arange(pl.next_power_of_2(K), dtype=jnp.int32)
         place, A_log = (head[:, None], k[None, :]), A_log[:, None]
-        inside = in_head[:, None] & (k < x.a.shape[2])[None, :]
+        inside = in_head[:, None] & (k < K)[None, :]
     a = _load(x.a.at[(token, *place)], inside)
     dt_bias = _load(x.dt_bias.at[place], inside)
     log_decay = rule.log_decay(A_log, a, dt_bias, options)
@@ -92,19 +102,25 @@ def _load(at, mask: Array) -> Array:
     return _triton.load(at, mask=mask, other=0).astype(jnp.float32)
 
 
-def _padded_range(n: int) -> Array:
-    return jnp.arange(pl.next_power_of_2(n), dtype=jnp.int32)
+def _compiled(options: GateOptions, x: GateLogits) -> Gates:
+    return _launch(options, x, interpret=False)
 
 
-def _triton_gates(options: GateOptions, interpret: bool, x: GateLogits):
+def _interpreted(options: GateOptions, x: GateLogits) -> Gates:
+    return _launch(options, x, interpret=True)
+
+
+def _launch(options: GateOptions, x: GateLogits, *, interpret: bool) -> Gates:
     lead = x.b.shape[:-1]
     b = x.b.reshape(-1, x.b.shape[-1])
     a = x.a.reshape(b.shape[0], *x.a.shape[len(lead) :])
+    per_head = pl.next_power_of_2(a.shape[2]) if a.ndim == 3 else 1
+    block = min(pl.next_power_of_2(b.shape[1]), max(1, MAX_VALUES // per_head))
     log_decay, beta = _triton.launch(
-        functools.partial(gates_kernel, options=options),
+        functools.partial(gates_kernel, block=block, options=options),
         x._replace(a=a, b=b),
         ((a.shape, jnp.float32), (b.shape, jnp.float32)),
-        grid=(b.shape[0],),
+        grid=(b.shape[0], pl.cdiv(b.shape[1], block)),
         aliases={},
         num_warps=1,
         interpret=interpret,
@@ -112,30 +128,34 @@ def _triton_gates(options: GateOptions, interpret: bool, x: GateLogits):
     return Gates(log_decay.reshape(x.a.shape), beta.reshape(x.b.shape))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _xla(options: GateOptions, x: GateLogits) -> Gates:
     A_log, a, b, dt_bias = (y.astype(jnp.float32) for y in x)
     A_log = A_log[:, None] if a.ndim > b.ndim else A_log
     return Gates(rule.log_decay(A_log, a, dt_bias, options), rule.beta(b, options))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _reference(options: GateOptions, x: GateLogits) -> Gates:
     return Gates(*reference_gates(x, x.a, x.b, options))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_gradient(options: GateOptions, interpret: bool, x: GateLogits) -> Gates:
-    return _triton_gates(options, interpret, x)
+def _with_gradient(path: Path, options: GateOptions, x: GateLogits) -> Gates:
+    return path(options, x)
 
 
-def _forward(options: GateOptions, interpret: bool, x: GateLogits):
-    return _with_gradient(options, interpret, x), x  # so that it has a gradient too
+def _forward(path: Path, options: GateOptions, x: GateLogits):
+    return _with_gradient(path, options, x), x  # so that it has a gradient too
 
 
-def _backward(options: GateOptions, interpret: bool, x: GateLogits, cotangents):
-    del interpret
-    return jax.vjp(functools.partial(_xla, options), x)[1](cotangents)
+def _backward(path: Path, options: GateOptions, x: GateLogits, cotangents: Gates):
+    """Logits whose gates nothing depends on are replaced: a NaN in a null row's would
+    otherwise reach the sums over tokens as 0 * NaN."""
+    del path
+    used = x._replace(
+        a=jnp.where(cotangents.log_decay == 0, 0, x.a),
+        b=jnp.where(cotangents.beta == 0, 0, x.b),
+    )
+    return jax.vjp(functools.partial(_xla, options), used)[1](cotangents)
 
 
 _with_gradient.defvjp(_forward, _backward)
