@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdn_jax.ops.gated_delta import arguments
+from gdn_jax.ops import checks
 
 
 class SlotPool:
@@ -119,7 +119,7 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
     Raises:
       ValueError: src and dst are not int32 [M] of one length.
     """
-    source, target = arguments.integers("src", src), arguments.integers("dst", dst)
+    source, target = checks.integers("src", src), checks.integers("dst", dst)
     for name, slots in (("src", source), ("dst", target)):
         if slots.ndim != 1:
             raise ValueError(

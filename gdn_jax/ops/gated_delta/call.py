@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax import _types as t
+from gdn_jax.ops import batch
+from gdn_jax.ops.batch import Rows
 
 
 class GateLogits(NamedTuple):
@@ -84,47 +86,21 @@ class Options:
     gating: GateOptions
 
     def is_live_slot(self, slot: Array, num_slots: int) -> Array:
-        inside = (slot >= 0) & (slot < num_slots)
-        return inside if self.null_slot is None else inside & (slot != self.null_slot)
-
-
-class Rows(NamedTuple):
-    """Which tokens each row owns and where its state lies; every field is [N].
-
-    `read` is the slot the row starts from (0 where the row is null, so that it can be
-    used as an index), `keeps_state` False where it starts from zeros instead.
-    """
-
-    begin: Array
-    length: Array
-    read: Array
-    live: Array
-    keeps_state: Array
+        return batch.is_live_slot(slot, num_slots, self.null_slot)
 
 
 def find_rows(x: Inputs, options: Options) -> Rows:
     """The null rule for whole rows; the kernel evaluates the same per program."""
-    num_slots = x.state.shape[0]
-    row = jnp.arange(x.num_rows, dtype=jnp.int32)
-    if options.tokens_per_row is not None:
-        length = jnp.full_like(row, options.tokens_per_row)
-        begin = row * options.tokens_per_row
-    else:
-        bounds = jnp.clip(x.cu_seqlens, 0, x.q.shape[0])
-        begin, length = bounds[:-1], jnp.maximum(bounds[1:] - bounds[:-1], 0)
-    live = length > 0
-    if x.slots is None:
-        read = row
-    elif x.slots.ndim == 1:
-        read = x.slots
-    else:
-        columns = x.slots.shape[1]
-        live &= (x.num_accepted >= 1) & (x.num_accepted <= columns)
-        column = jnp.clip(x.num_accepted - 1, 0, columns - 1)
-        read = jnp.take_along_axis(x.slots, column[:, None], axis=1)[:, 0]
-    live &= options.is_live_slot(read, num_slots)
-    keeps_state = live if x.has_state is None else live & x.has_state
-    return Rows(begin, length, jnp.where(live, read, 0), live, keeps_state)
+    table = x.slots is not None and x.slots.ndim == 2
+    return batch.find_rows(
+        batch.Batch(x.slots, x.cu_seqlens, x.num_accepted, x.has_state),
+        num_rows=x.num_rows,
+        num_tokens=x.q.shape[0],
+        num_slots=x.state.shape[0],
+        tokens_per_row=options.tokens_per_row,
+        columns=x.slots.shape[1] if table else 1,
+        null_slot=options.null_slot,
+    )
 
 
 def write_slots(x: Inputs, options: Options, rows: Rows, row: Array, step: Array):

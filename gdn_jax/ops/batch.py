@@ -1,0 +1,71 @@
+"""Which tokens belong to which row of a batch, and which rows are null: one rule for
+every op that keeps a state in slots."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+
+
+class Batch(NamedTuple):
+    """The tables of a call; those that were not given are None."""
+
+    slots: t.Slots | None = None
+    cu_seqlens: t.Boundaries | None = None
+    num_accepted: t.Accepted | None = None
+    has_state: t.HasState | None = None
+
+
+class Rows(NamedTuple):
+    """Which tokens each row owns and where its state lies; every field is [N].
+
+    `read` is the slot the row starts from (0 where the row is null, so that it can be
+    used as an index), `keeps_state` False where it starts from zeros instead.
+    """
+
+    begin: Array
+    length: Array
+    read: Array
+    live: Array
+    keeps_state: Array
+
+
+def find_rows(
+    batch: Batch,
+    *,
+    num_rows: int,
+    num_tokens: int,
+    num_slots: int,
+    tokens_per_row: int | None,
+    columns: int,
+    null_slot: int | None,
+) -> Rows:
+    """The null rule for whole rows. `tokens_per_row` is None where `cu_seqlens` says;
+    `columns` bounds num_accepted."""
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    if tokens_per_row is not None:
+        length = jnp.full_like(row, tokens_per_row)
+        begin = row * tokens_per_row
+    else:
+        bounds = jnp.clip(batch.cu_seqlens, 0, num_tokens)
+        begin, length = bounds[:-1], jnp.maximum(bounds[1:] - bounds[:-1], 0)
+    live = length > 0
+    accepted = jnp.ones_like(row) if batch.num_accepted is None else batch.num_accepted
+    live &= (accepted >= 1) & (accepted <= columns)
+    if batch.slots is None:
+        read = row
+    elif batch.slots.ndim == 1:
+        read = batch.slots
+    else:
+        column = jnp.clip(accepted - 1, 0, columns - 1)
+        read = jnp.take_along_axis(batch.slots, column[:, None], axis=1)[:, 0]
+    live &= is_live_slot(read, num_slots, null_slot)
+    keeps_state = live if batch.has_state is None else live & batch.has_state
+    return Rows(begin, length, jnp.where(live, read, 0), live, keeps_state)
+
+
+def is_live_slot(slot: Array, num_slots: int, null_slot: int | None) -> Array:
+    inside = (slot >= 0) & (slot < num_slots)
+    return inside if null_slot is None else inside & (slot != null_slot)

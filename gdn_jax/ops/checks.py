@@ -1,0 +1,154 @@
+"""Checks at the door that every op shares.
+
+Every message names the argument, what came, what was wanted and a way out.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gdn_jax.ops.batch import Batch
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def fail(name: str, got: object, wanted: str, remedy: str) -> None:
+    raise ValueError(f"{name} must be {wanted}; got {got}. {remedy}")
+
+
+def floating(name: str, x: Any) -> Array:
+    if x is None:
+        fail(name, "None", "an array", "It has no default.")
+    if not hasattr(x, "dtype"):  # a list of numbers
+        return jnp.asarray(x, jnp.float32)
+    given = np.dtype(x.dtype)  # before JAX narrows float64
+    if given.name not in FLOATS:
+        fail(name, given, f"one of {', '.join(FLOATS)}", "Cast it first.")
+    return jnp.asarray(x)
+
+
+def integers(name: str, x: Any) -> Array:
+    if not hasattr(x, "dtype"):
+        x = _integers_of_list(x)
+    if x.dtype != jnp.int32:
+        fail(name, x.dtype, "int32", f"Pass jnp.asarray({name}, jnp.int32).")
+    return jnp.asarray(x)
+
+
+def _integers_of_list(x: Any) -> np.ndarray | Array:
+    """int32 where that holds every number, whatever width JAX's own default has."""
+    try:
+        values = np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return jnp.asarray(x)
+    if values.size == 0:
+        return values.astype(np.int32)
+    limits = np.iinfo(np.int32)
+    fits = (values >= limits.min) & (values <= limits.max)
+    return (
+        values.astype(np.int32) if values.dtype.kind == "i" and fits.all() else values
+    )
+
+
+def flag(name: str, x: Any) -> bool:
+    if not isinstance(x, bool | np.bool_):
+        remedy = "It is static: close over it instead of passing it through jit."
+        fail(name, type(x).__name__, "a Python bool", remedy)
+    return bool(x)
+
+
+def number(name: str, x: Any) -> float:
+    try:
+        if isinstance(x, bool | str):
+            raise TypeError
+        return float(x)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a Python number, it is static; got {type(x).__name__}. "
+            f"Close over it instead of passing it through jit."
+        ) from None
+
+
+def out_dtype_of(out_dtype: Any, default: Any) -> np.dtype:
+    try:
+        dtype = np.dtype(default if out_dtype is None else out_dtype)
+    except TypeError:  # no dtype at all
+        dtype = np.dtype(object)
+    if dtype.name not in FLOATS:
+        fail("out_dtype", out_dtype, f"one of {', '.join(FLOATS)}", "None: v's.")
+    return dtype
+
+
+def check_sharding(arrays: dict[str, Array | None]) -> None:
+    """Sharding in types leaves every gather to the caller; a kernel needs shard_map."""
+    for name, x in arrays.items():
+        spec = () if x is None else jax.typeof(x).sharding.spec
+        if any(axis is not None for axis in spec):
+            fail(
+                name,
+                f"{spec} over explicit mesh axes",
+                "whole, or split over automatic mesh axes or by shard_map",
+                "Split heads or rows with jax.shard_map, or make the axes "
+                "AxisType.Auto.",
+            )
+
+
+def tables(slots: Any, cu_seqlens: Any, num_accepted: Any, has_state: Any) -> Batch:
+    def table(name: str, x: Any) -> Array | None:
+        return None if x is None else integers(name, x)
+
+    if has_state is not None:
+        has_state = jnp.asarray(has_state)
+        if has_state.dtype != jnp.bool_:
+            remedy = "Compare it first, as in x > 0."
+            fail("has_state", has_state.dtype, "bool", remedy)
+    return Batch(
+        table("slots", slots),
+        table("cu_seqlens", cu_seqlens),
+        table("num_accepted", num_accepted),
+        has_state,
+    )
+
+
+def rows_of(
+    lead: tuple[int, ...], cu_seqlens: Array | None
+) -> tuple[int, int | None, str]:
+    """Rows, tokens of each where all have as many, and where that comes from; `lead`
+    are the tokens' axes, [N T] dense or [L] packed."""
+    if cu_seqlens is not None:
+        if len(lead) == 2:
+            fail(
+                "cu_seqlens",
+                "dense tokens [N, T, ..]",
+                "given with packed tokens [L, ..] alone",
+                "Leave it out, or flatten the tokens to [N * T, ..].",
+            )
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            remedy = "It starts with 0 and ends with the number of tokens."
+            fail("cu_seqlens", cu_seqlens.shape, "[N + 1]", remedy)
+        rows = cu_seqlens.shape[0] - 1
+        return rows, None, f"cu_seqlens of {rows + 1} entries makes {rows} rows"
+    if len(lead) == 2:
+        return *lead, f"dense tokens {lead} are {lead[0]} rows"
+    [rows] = lead
+    return rows, 1, f"without cu_seqlens each of {rows} packed tokens is a row"
+
+
+def check_per_row(tables: Batch, rows: int, source: str) -> None:
+    for name in ("num_accepted", "has_state"):
+        x = getattr(tables, name)
+        if x is not None and x.shape != (rows,):
+            fail(name, x.shape, f"[N] = ({rows},)", f"One entry a row: {source}.")
+
+
+def null_slot_of(null_slot: Any, num_slots: int, slots: Array | None) -> int | None:
+    """None where it names no slot: no table is given, or it is outside the pool."""
+    is_int = isinstance(null_slot, int | np.integer) and not isinstance(null_slot, bool)
+    if null_slot is not None and not is_int:
+        fail("null_slot", repr(null_slot), "an int or None", "It is static.")
+    if null_slot is None or slots is None or not 0 <= null_slot < num_slots:
+        return None
+    return int(null_slot)
