@@ -2,12 +2,15 @@
 
 fused_update                one kernel: gates, norms, delta rule, read-out
 gates, recurrent_update     the same in two launches, for gates of your own
+causal_conv1d, ConvState    the convolution before it, and its state in slots
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
 LaunchConfig                a kernel's launch, to pin
 testing                     cases, an oracle, tolerances, check_slots
 """
 
 from gdn_jax import testing
+from gdn_jax.ops.causal_conv1d.api import causal_conv1d
+from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 from gdn_jax.ops.gated_delta.unfused import gates
@@ -15,8 +18,10 @@ from gdn_jax.pool import SlotPool, copy_slots
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConvState",
     "LaunchConfig",
     "SlotPool",
+    "causal_conv1d",
     "copy_slots",
     "fused_update",
     "gates",

@@ -5,6 +5,7 @@ T   tokens of one row, dense           HV   value heads; value head i reads key 
 L   tokens of all rows, packed              i // (HV // H)
 P   slots of the state pool            K    key head dim
 S   columns of a speculative table     V    value head dim
+W   width of the convolution           C    its channels, flat: q, k and v
 """
 
 from typing import TypeAlias
@@ -23,3 +24,9 @@ Slots: TypeAlias = Int32[Array, " N"] | Int32[Array, "N S"]
 Boundaries: TypeAlias = Int32[Array, " N_plus_1"]
 Accepted: TypeAlias = Int32[Array, " N"]
 HasState: TypeAlias = Bool[Array, " N"]
+
+Ring: TypeAlias = Float[Array, "P C R"]
+Start: TypeAlias = Int32[Array, " P"]
+Channels: TypeAlias = Float[Array, "L C"]
+Filter: TypeAlias = Float[Array, "C W"]
+PerChannel: TypeAlias = Float[Array, " C"]

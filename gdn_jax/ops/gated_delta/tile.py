@@ -4,7 +4,8 @@ Triton lays a load out from the last axis to the first: over a lane's 16 bytes, 
 lanes of a warp, then the warps. So the shape of the index decides which lane holds
 what. A tile is C chunks of [R W LV LK E]:
 
-    K = C LK E:   E neighbours in one 16-byte load, LK lanes side by side, C chunks
+    K = C LK E:   E neighbours in one load of up to 16 bytes, LK lanes side by side,
+                  C chunks
     V = W LV R:   R neighbours in a lane, LV lanes side by side, W warps
 
 LV LK is a warp's 32 lanes, or less where K is too short to fill them.
@@ -48,7 +49,8 @@ class Tile:
         V, K = state.shape[2:]
         padded = pl.next_power_of_2(K)
         lanes_v, warps = config.lanes_v, config.num_warps
-        vector = min(LOAD_BYTES // state.dtype.itemsize, padded)
+        aligned = K & -K  # the power of two that divides K: no load crosses a row's end
+        vector = min(LOAD_BYTES // state.dtype.itemsize, aligned)
         lanes_k = min(LANES // lanes_v, padded // vector)
         chunk = lanes_k * vector
         rows = config.block_v // (lanes_v * warps)

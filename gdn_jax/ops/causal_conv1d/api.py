@@ -1,0 +1,177 @@
+"""The public causal convolution, with its state in slots."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gdn_jax import _dispatch
+from gdn_jax.ops import checks
+from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
+from gdn_jax.ops.causal_conv1d.reference import reference
+from gdn_jax.ops.causal_conv1d.xla import xla
+
+ACTIVATIONS = ("silu", None)
+
+
+def causal_conv1d(
+    state: ConvState,
+    x: ArrayLike,
+    weight: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    activation: str | None = "silu",
+    slots: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    num_accepted: ArrayLike | None = None,
+    has_state: ArrayLike | None = None,
+    null_slot: int | None = None,
+    implementation: str | None = None,
+) -> tuple[ConvState, Array]:
+    """Depthwise causal convolution of each sequence's channels: (state, y).
+
+    For token t of a sequence and channel c, in float32:
+
+        y[t, c] = activation(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])
+
+    where the inputs before the first token come from the state. Prefill of any length,
+    decoding and speculative decoding are one call; a call of T tokens equals T calls of
+    one.
+
+    Args:
+      state: `ConvState(buffer [P, C, W - 1 + S], start [P])`, a slot per sequence.
+        Donate it under `jax.jit` and it is updated in place; columns that are not
+        written keep their bits.
+      x: [N, T, C] (dense) or [L, C] (packed), channels flat as [q | k | v].
+      weight: [C, W].
+      bias: [C].
+      activation: "silu" or None.
+      slots: [N] int32: sequence n has state slots[n], also in speculative decoding.
+        None: state n is sequence n's.
+      cu_seqlens, has_state, null_slot: as in `fused_update`.
+      num_accepted: [N] int32 in 1..S, how many tokens of the last step stand: 1 + the
+        drafts accepted, and 1 after a plain step. Sequence n goes on behind them. Dense
+        T <= S; packed tokens past the S-th give `y` and are not kept.
+      implementation: "xla" or "reference"; None: xla.
+
+    Null rule: as in `fused_update`; a null row's `y` is exactly zero and its slot keeps
+    its bits. Undefined: one slot given to two live rows.
+
+    Returns:
+      state: as given, moved on behind this call's tokens; with `num_accepted` it waits
+        for the next call to say how many of them stand.
+      y: of x's shape and dtype.
+
+    Raises:
+      ValueError: the call is wrong; the text names the argument and the remedy.
+      NotImplementedError: the implementation asked for does not exist here.
+    """
+    _dispatch.check_name(implementation)
+    inputs, options, shape = _pack(
+        state,
+        x,
+        weight,
+        bias,
+        activation,
+        checks.tables(slots, cu_seqlens, num_accepted, has_state),
+        null_slot,
+    )
+    empty = 0 in (*inputs.x.shape, inputs.num_rows, *inputs.state.buffer.shape)
+
+    def run(path: Callable) -> tuple[ConvState, Array]:
+        if empty:
+            return inputs.state, jnp.zeros_like(inputs.x)
+        return path(inputs, options)
+
+    def no_kernel():
+        raise NotImplementedError(
+            "causal_conv1d has no kernel; use implementation='xla' or None."
+        )
+
+    paths = {
+        "triton": no_kernel,
+        "interpret": no_kernel,
+        "xla": lambda: run(_xla),
+        "reference": lambda: run(_reference),
+    }
+    new, y = _dispatch.run(paths, implementation)
+    return new, y.reshape(shape)
+
+
+_xla = jax.jit(xla, static_argnums=1)
+_reference = jax.jit(reference, static_argnums=1)
+
+
+def _pack(
+    state: ConvState,
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    activation: str | None,
+    tables: Batch,
+    null_slot: int | None,
+) -> tuple[Inputs, Options, tuple[int, ...]]:
+    if not isinstance(state, ConvState):
+        remedy = "Make one with ConvState.zeros or ConvState.from_dense."
+        checks.fail("state", type(state).__name__, "a ConvState", remedy)
+    buffer = checks.floating("state.buffer", state.buffer)
+    start = checks.integers("state.start", state.start)
+    x, weight = checks.floating("x", x), checks.floating("weight", weight)
+    if x.ndim not in (2, 3):
+        checks.fail("x", x.shape, "[N, T, C] (dense) or [L, C] (packed)", "Reshape it.")
+    channels = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
+        wanted = f"[C, W] with C = {channels} and W >= 1"
+        checks.fail("weight", weight.shape, wanted, "Channels come first.")
+    width = weight.shape[1]
+    if bias is not None:
+        bias = checks.floating("bias", bias)
+        if bias.shape != (channels,):
+            checks.fail("bias", bias.shape, f"[C] = ({channels},)", "One a channel.")
+    if buffer.ndim != 3 or buffer.shape[1] != channels or buffer.shape[2] < width:
+        wanted = f"[P, C, W - 1 + S] = [P, {channels}, {width - 1} + S] with S >= 1"
+        remedy = "ConvState.zeros(num_slots, channels, width, dtype, columns=S) is one."
+        checks.fail("state.buffer", buffer.shape, wanted, remedy)
+    if start.shape != buffer.shape[:1]:
+        wanted = f"[P] = ({buffer.shape[0]},)"
+        checks.fail("state.start", start.shape, wanted, "One a slot.")
+    if activation not in ACTIVATIONS:
+        checks.fail("activation", repr(activation), "'silu' or None", "Apply others.")
+    rows, tokens, source = checks.rows_of(x.shape[:-1], tables.cu_seqlens)
+    _check_tables(tables, buffer.shape[0], buffer.shape[2] - width + 1, rows, tokens)
+    checks.check_per_row(tables, rows, source)
+    arrays = dict(x=x, weight=weight, bias=bias, buffer=buffer, start=start)
+    checks.check_sharding(arrays | tables._asdict())
+    options = Options(
+        tokens_per_row=tokens,
+        null_slot=checks.null_slot_of(null_slot, buffer.shape[0], tables.slots),
+        silu=activation == "silu",
+    )
+    packed = x.reshape(-1, channels)
+    inputs = Inputs(ConvState(buffer, start), packed, weight, bias, tables)
+    return inputs, options, x.shape
+
+
+def _check_tables(
+    tables: Batch, num_slots: int, columns: int, rows: int, tokens: int | None
+) -> None:
+    if tables.slots is None and num_slots != rows:
+        checks.fail(
+            "state",
+            f"{num_slots} slots for {rows} rows",
+            "one slot per row where slots is None",
+            "Pass slots to use a pool.",
+        )
+    if tables.slots is not None and tables.slots.shape != (rows,):
+        remedy = "One slot a sequence, in speculative decoding too."
+        checks.fail("slots", tables.slots.shape, f"[N] = ({rows},)", remedy)
+    if tables.num_accepted is not None and tokens is not None and tokens > columns:
+        checks.fail(
+            "state.buffer",
+            f"room for {columns} tokens a step, and {tokens} come",
+            "[P, C, W - 1 + S] with S >= T where num_accepted is given",
+            "Make the state with columns=1 + drafts.",
+        )

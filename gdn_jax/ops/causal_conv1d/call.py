@@ -1,0 +1,118 @@
+"""One call of the convolution in the form every implementation takes, and its state.
+
+The state of a row is a ring of R = W - 1 + S columns. From `start` on it holds the
+W - 1 inputs before the row's next token; the tokens of a step follow them:
+
+    start            start + W - 1        (all mod R)
+    | history, W - 1 | token 0 | token 1 | ...
+
+A step with `num_accepted` a first moves `start` on by a - 1, past the tokens of the
+last step that stand besides the one that always does. Then it keeps its tokens behind
+the history and moves `start` on by one; a plain step moves it past all its tokens. So a
+step of at most S tokens writes no column that it reads.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+from gdn_jax.ops import batch
+from gdn_jax.ops.batch import Batch, Rows
+
+
+class ConvState(NamedTuple):
+    """The inputs that a causal convolution still needs, in slots.
+
+    Attributes:
+      buffer: [P, C, W - 1 + S], a ring of columns for each slot. S is 1, or 1 + drafts
+        for speculative decoding.
+      start: [P] int32, the column of the oldest input.
+    """
+
+    buffer: t.Ring
+    start: t.Start
+
+    @classmethod
+    def zeros(cls, num_slots: int, channels: int, width: int, dtype, *, columns=1):
+        """An empty state for `num_slots` sequences; `columns` is S."""
+        buffer = jnp.zeros((num_slots, channels, width - 1 + columns), dtype)
+        return cls(buffer, jnp.zeros(num_slots, jnp.int32))
+
+    @classmethod
+    def from_dense(cls, history: Array, *, columns: int = 1) -> "ConvState":
+        """From the last W - 1 inputs of each sequence, [P, C, W - 1], oldest first."""
+        room = jnp.zeros((*history.shape[:2], columns), history.dtype)
+        start = jnp.zeros(history.shape[0], jnp.int32)
+        return cls(jnp.concatenate([history, room], axis=2), start)
+
+    def to_dense(self, width: int, num_accepted: Array | None = None) -> Array:
+        """[P, C, W - 1], the last inputs of each slot, oldest first; `num_accepted` [P]
+        as the next step would be given it."""
+        first = self.start if num_accepted is None else self.start + num_accepted - 1
+        column = (first[:, None] + jnp.arange(width - 1)) % self.buffer.shape[2]
+        return jnp.take_along_axis(self.buffer, column[:, None, :], axis=2)
+
+
+class Inputs(NamedTuple):
+    """Tokens are packed: x [L C], all rows one after another."""
+
+    state: ConvState
+    x: t.Channels
+    weight: t.Filter
+    bias: t.PerChannel | None
+    tables: Batch
+
+    @property
+    def num_rows(self) -> int:
+        if self.tables.cu_seqlens is not None:
+            return self.tables.cu_seqlens.shape[0] - 1
+        slots = self.tables.slots
+        return (self.state.start if slots is None else slots).shape[0]
+
+    @property
+    def columns(self) -> int:
+        """S, the tokens of a speculative step that the ring has room for."""
+        return self.state.buffer.shape[2] - self.weight.shape[1] + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's."""
+
+    tokens_per_row: int | None
+    null_slot: int | None
+    silu: bool
+
+
+def find_rows(inputs: Inputs, options: Options) -> Rows:
+    return batch.find_rows(
+        inputs.tables,
+        num_rows=inputs.num_rows,
+        num_tokens=inputs.x.shape[0],
+        num_slots=inputs.state.start.shape[0],
+        tokens_per_row=options.tokens_per_row,
+        columns=inputs.columns,
+        null_slot=options.null_slot,
+    )
+
+
+def find_columns(inputs: Inputs, rows: Rows) -> tuple[Array, Array]:
+    """For each row: the column of its oldest input, and the `start` it leaves."""
+    ring = inputs.state.buffer.shape[2]
+    first, moved = inputs.state.start[rows.read], rows.length
+    if inputs.tables.num_accepted is not None:
+        first, moved = first + inputs.tables.num_accepted - 1, 1
+    first = jnp.where(rows.keeps_state, first, 0) % ring
+    return first, (first + moved) % ring
+
+
+def clear_history(inputs: Inputs, rows: Rows, first: Array) -> Array:
+    """The buffer, with zeros before the first token of rows that start afresh."""
+    buffer, width = inputs.state.buffer, inputs.weight.shape[1]
+    fresh = rows.live & ~rows.keeps_state
+    slot = jnp.where(fresh, rows.read, buffer.shape[0])[:, None]
+    column = (first[:, None] + jnp.arange(width - 1)) % buffer.shape[2]
+    return buffer.at[slot, :, column].set(0, mode="drop")

@@ -1,0 +1,302 @@
+"""The causal convolution: every implementation against float64, and against itself."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import ConvState, testing
+
+PATHS = ("xla", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    lengths: tuple[int, ...]
+    tokens: str = "dense"  # "packed" with cu_seqlens, "single" without
+    width: int = 4
+    columns: int = 1
+    speculative: bool = False
+    slots: bool = True
+    null_rows: tuple[int, ...] = ()
+    bad_accepted: tuple[int, ...] = ()
+    fresh: tuple[int, ...] = ()
+    padding: int = 0
+    bias: bool = False
+    activation: str | None = "silu"
+    dtype: str = "float32"
+
+    @property
+    def dead(self):
+        empty = {n for n, length in enumerate(self.lengths) if length == 0}
+        return empty | set(self.null_rows) | set(self.bad_accepted)
+
+
+CASES = [
+    Case("decode", (1,) * 3),
+    Case("decode, packed", (1,) * 3, tokens="single", bias=True),
+    Case("decode, nulls", (1,) * 4, null_rows=(0, 3), fresh=(1,)),
+    Case("decode, bfloat16", (1,) * 3, dtype="bfloat16"),
+    Case("decode, state per row", (1,) * 2, slots=False),
+    Case("decode, no activation", (1,) * 2, activation=None, bias=True),
+    Case("decode, width 2", (1,) * 2, width=2),
+    Case("decode, width 1", (1,) * 2, width=1),
+    Case("dense, T=2", (2,) * 3, fresh=(0,)),
+    Case("dense, T=9, wide ring", (9,) * 2, columns=4),
+    Case("packed", (3, 0, 17, 1, 2), tokens="packed", null_rows=(3,), padding=4),
+    Case("packed, fresh", (2, 5, 1), tokens="packed", fresh=(0, 2), slots=False),
+    Case("verify", (4,) * 3, columns=4, speculative=True),
+    Case("verify, T=2 of 4", (2,) * 3, columns=4, speculative=True, fresh=(1,)),
+    Case(
+        "verify, packed",
+        (4, 1, 0, 3, 6, 2, 2),
+        tokens="packed",
+        columns=4,
+        speculative=True,
+        null_rows=(1,),
+        bad_accepted=(5, 6),
+        padding=3,
+    ),
+]
+
+
+def _make(case, C=6, seed=0):
+    """Arguments as NumPy arrays; whatever must not be read is NaN."""
+    random = np.random.default_rng(seed)
+    N, ring = len(case.lengths), case.width - 1 + case.columns
+    P = 2 * N + 3 if case.slots else N
+    slots = (random.permutation(P) if case.slots else np.arange(P))[:N].astype(np.int32)
+    start = random.integers(0, ring, P).astype(np.int32)
+    accepted = random.integers(1, case.columns + 1, N).astype(np.int32)
+    buffer = np.full((P, C, ring), np.nan)
+    for n in set(range(N)) - case.dead - set(case.fresh):
+        first = start[slots[n]] + (accepted[n] - 1 if case.speculative else 0)
+        columns = (first + np.arange(case.width - 1)) % ring
+        buffer[slots[n]][:, columns] = random.standard_normal((C, case.width - 1))
+    for i, n in enumerate(case.null_rows):
+        slots[n] = (-1, P, P + 7)[i % 3]
+    begin = np.concatenate([[0], np.cumsum(case.lengths)]).astype(np.int32)
+    x = random.standard_normal((begin[-1] + case.padding, C))
+    x[begin[-1] :] = np.nan
+    for n in case.dead:
+        x[begin[n] : begin[n + 1]] = np.nan
+    kwargs = {"activation": case.activation}
+    if case.slots:
+        kwargs["slots"] = slots
+    if case.tokens == "packed":
+        kwargs["cu_seqlens"] = begin
+    elif case.tokens == "dense":
+        x = x.reshape(N, -1, C)
+    if case.speculative:
+        for i, n in enumerate(case.bad_accepted):
+            accepted[n] = (0, case.columns + 1)[i % 2]
+        kwargs["num_accepted"] = accepted
+    if case.fresh:
+        kwargs["has_state"] = np.array([n not in case.fresh for n in range(N)])
+    if case.bias:
+        kwargs["bias"] = random.standard_normal(C).astype(np.float32)
+    dtype = jnp.dtype(case.dtype)
+    state = ConvState(buffer.astype(dtype), start)
+    weight = random.standard_normal((C, case.width)).astype(np.float32)
+    return (state, x.astype(dtype), weight), kwargs
+
+
+def _oracle(case, args, kwargs):
+    """(y, history of each slot after the step, slots that live rows own), in float64;
+    with num_accepted one history for each count that the next step may bring."""
+    (buffer, start), x, weight = args
+    C, W = weight.shape
+    buffer, x, weight = (z.astype(np.float64) for z in (buffer, x, weight))
+    x, ring = x.reshape(-1, C), buffer.shape[2]
+    y, histories = np.zeros_like(x), {}
+    begin = np.concatenate([[0], np.cumsum(case.lengths)])
+    for n, length in enumerate(case.lengths):
+        if n in case.dead:
+            continue
+        slot = kwargs["slots"][n] if case.slots else n
+        first = start[slot] + (kwargs["num_accepted"][n] - 1 if case.speculative else 0)
+        past = buffer[slot][:, (first + np.arange(W - 1)) % ring].T
+        past = np.zeros((W - 1, C)) if n in case.fresh else past
+        seen = np.concatenate([past, x[begin[n] : begin[n + 1]]])
+        for t in range(length):
+            total = np.sum(seen[t : t + W].T * weight, axis=1) + kwargs.get("bias", 0)
+            silu = case.activation == "silu"
+            y[begin[n] + t] = total / (1 + np.exp(-total)) if silu else total
+        kept = min(length, case.columns)
+        stands = range(1, kept + 1) if case.speculative else [length]
+        histories[slot] = [seen[count : count + W - 1].T for count in stands]
+    return y, histories
+
+
+def _call(args, kwargs, name):
+    arrays = {k: v for k, v in kwargs.items() if isinstance(v, np.ndarray)}
+    static = {k: v for k, v in kwargs.items() if k not in arrays}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def convolve(state, x, weight, arrays):
+        return gdn_jax.causal_conv1d(
+            state, x, weight, **arrays, **static, implementation=name
+        )
+
+    state = jax.tree.map(jnp.array, args[0])
+    return convolve(state, *args[1:], arrays)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_float64(case, name):
+    args, kwargs = _make(case)
+    want, histories = _oracle(case, args, kwargs)
+    state, y = _call(args, kwargs, name)
+    assert y.shape == args[1].shape
+    bar = testing.TOLERANCE["out", case.dtype]
+    assert testing.relative_error(y.reshape(want.shape), want) < bar
+    assert not np.asarray(y).reshape(want.shape)[want == 0].any()
+    for slot, counts in histories.items():
+        for i, history in enumerate(counts):
+            accepted = jnp.full(state.start.shape, i + 1)
+            given = accepted if case.speculative else None
+            got = state.to_dense(case.width, given)[slot]
+            assert np.array_equal(np.asarray(got, np.float64), history)
+    others = [p for p in range(len(state.start)) if p not in histories]
+    for got, old in zip(state, args[0], strict=True):  # not a bit of other slots
+        same = np.asarray(got)[others].view(np.uint8), old[others].view(np.uint8)
+        assert np.array_equal(*same)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_prefill_and_steps_equal_one_call(name, columns):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 11, 5)).astype(np.float32)
+    weight = random.standard_normal((5, 4)).astype(np.float32)
+    state = ConvState.zeros(2, 5, 4, jnp.float32, columns=columns)
+    call = functools.partial(gdn_jax.causal_conv1d, implementation=name)
+    _, want = call(state, x, weight)
+    parts = []
+    for begin, end in [(0, 6), (6, 7), (7, 9), (9, 10), (10, 11)]:
+        state, y = call(state, x[:, begin:end], weight)
+        parts.append(y)
+    assert testing.relative_error(np.concatenate(parts, axis=1), want) < 1e-6
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_verify_with_any_count_equals_plain_steps(name):
+    """Drafts beyond the accepted ones are lies, and leave no trace."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((12, 5)).astype(np.float32)
+    weight = random.standard_normal((5, 4)).astype(np.float32)
+    call = functools.partial(gdn_jax.causal_conv1d, implementation=name)
+    _, want = call(ConvState.zeros(1, 5, 4, jnp.float32), x[None], weight)
+    state = ConvState.zeros(1, 5, 4, jnp.float32, columns=4)
+    state, _ = call(state, x[None, :3], weight)  # prefill
+    at, accepted = 3, 1
+    for stand in (1, 4, 2, 2):
+        drafts = random.standard_normal((1, 4, 5)).astype(np.float32)
+        drafts[0, :stand] = x[at : at + stand]
+        counts = jnp.array([accepted], jnp.int32)
+        state, y = call(state, drafts, weight, num_accepted=counts)
+        assert testing.relative_error(y[0, :stand], want[0, at : at + stand]) < 1e-6
+        at, accepted = at + stand, stand
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_gradients_equal_finite_differences_and_nulls_have_none(name):
+    case = Case("packed", (3, 0, 5, 2), tokens="packed", null_rows=(3,), padding=2)
+    (state, x, weight), kwargs = _make(case)
+    alive = np.isfinite(x)
+    static = {"activation": kwargs.pop("activation")}
+
+    def loss(buffer, x, weight):
+        new, y = gdn_jax.causal_conv1d(
+            ConvState(buffer, state.start),
+            x,
+            weight,
+            **kwargs,
+            **static,
+            implementation=name,
+        )
+        kept = jnp.nan_to_num(new.to_dense(case.width))
+        return jnp.sum(jnp.sin(y)) + jnp.sum(kept**2)
+
+    given = (state.buffer, x, weight)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*given)
+    assert not gradients[1][~alive].any()
+    random, total, change = np.random.default_rng(1), 0.0, []
+    for value, gradient in zip(given, gradients, strict=True):
+        direction = random.standard_normal(value.shape).astype(np.float32)
+        direction = np.where(np.isfinite(value), direction, 0)
+        change.append(direction)
+        total += float(np.sum(np.nan_to_num(gradient) * direction))
+    step = 1e-2
+    up, down = (
+        loss(*(v + s * step * d for v, d in zip(given, change, strict=True)))
+        for s in (1, -1)
+    )
+    assert abs((up - down) / (2 * step) - total) < 2e-3 * max(1, abs(total))
+
+
+def test_from_dense_is_the_inverse_of_to_dense():
+    history = jnp.arange(24.0).reshape(2, 4, 3)
+    assert jnp.array_equal(
+        ConvState.from_dense(history, columns=3).to_dense(4), history
+    )
+
+
+GOOD = dict(
+    state=ConvState.zeros(3, 5, 4, jnp.float32),
+    x=jnp.zeros((3, 2, 5)),
+    weight=jnp.zeros((5, 4)),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(x=jnp.zeros(5)), r"x must be \[N, T, C\] .*; got \(5,\)"),
+        (dict(weight=jnp.zeros((4, 5))), r"weight must be \[C, W\] .*; got \(4, 5\)"),
+        (dict(bias=jnp.zeros(4)), r"bias must be \[C\] = \(5,\); got \(4,\)"),
+        (
+            dict(state=ConvState.zeros(3, 5, 3, jnp.float32)),
+            r"state.buffer must be \[P, C, W - 1 \+ S\] .*; got \(3, 5, 3\)",
+        ),
+        (dict(activation="relu"), "activation must be 'silu' or None; got 'relu'"),
+        (dict(slots=jnp.zeros((3, 2), jnp.int32)), r"slots must be \[N\] = \(3,\)"),
+        (dict(slots=np.zeros(3)), "slots must be int32; got float64"),
+        (dict(x=jnp.zeros((2, 2, 5))), "state must be one slot per row .*; got 3"),
+        (
+            dict(num_accepted=jnp.ones(3, jnp.int32)),
+            "state.buffer must be .* S >= T .*; got room for 1 tokens",
+        ),
+        (
+            dict(cu_seqlens=jnp.zeros(4, jnp.int32)),
+            "cu_seqlens must be given with packed tokens",
+        ),
+        (dict(implementation="cuda"), "implementation must be None or one of"),
+    ],
+)
+def test_a_wrong_call_is_told(change, text):
+    with pytest.raises(ValueError, match=text):
+        gdn_jax.causal_conv1d(**GOOD | change)
+
+
+def test_a_state_of_another_type_is_told():
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="ConvState"):
+        gdn_jax.causal_conv1d(**GOOD | dict(state=(1, 2)))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_empty_call_returns_what_it_got(name):
+    state = ConvState.zeros(3, 5, 4, jnp.float32)
+    none = jnp.zeros(0, jnp.int32)
+    new, y = gdn_jax.causal_conv1d(
+        state, jnp.zeros((0, 5)), GOOD["weight"], slots=none, implementation=name
+    )
+    assert y.shape == (0, 5)
+    assert not new.buffer.any()
