@@ -12,7 +12,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gdn_jax
-from gdn_jax import testing
 
 N, T, L, P, S, H, HV, K, V = 2, 3, 5, 7, 3, 2, 4, 8, 6
 LOGITS = ("A_log", "a", "b", "dt_bias")
@@ -403,38 +402,6 @@ def test_an_empty_call_gives_a_zero_state_for_each_token(call, path):
     assert not out.any()
 
 
-GOOD = np.array([[0, 5, 2], [-1, 4, 1]])
-
-
-def test_a_good_slot_table_passes():
-    testing.check_slots(GOOD, 6, num_accepted=np.array([1, 3]))
-
-
-def test_the_null_slot_may_stand_in_many_places():
-    testing.check_slots(np.array([0, 3, 0]), 4, null_slot=0)
-
-
-@pytest.mark.parametrize(
-    ("slots", "keywords", "text"),
-    [
-        (GOOD, dict(num_slots=5), "row 0, column 1: slot 5 is outside [0, 5)"),
-        ([-2, 1], {}, "row 0, column 0: slot -2 is outside [0, 6)"),
-        (GOOD, dict(num_accepted=[0, 1]), "row 0: num_accepted 0 is outside 1..3"),
-        (GOOD, dict(num_accepted=[1, 4]), "row 1: num_accepted 4 is outside 1..3"),
-        ([2, 3, 2], {}, "slot 2 is given to (row, column) (0, 0), (2, 0)"),
-        ([[2, 2]], {}, "slot 2 is given to (row, column) (0, 0), (0, 1)"),
-    ],
-)
-def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
-        testing.check_slots(slots, **dict(num_slots=6) | keywords)
-
-
-def test_every_fault_of_a_slot_table_is_counted():
-    with pytest.raises(ValueError, match=r"(?s)30 faults.*and 10 more"):
-        testing.check_slots(np.arange(30), 0)
-
-
 def test_a_launch_that_would_spill_is_told():
     config = gdn_jax.LaunchConfig(block_v=64, lanes_v=4)
 
@@ -446,12 +413,3 @@ def test_a_launch_that_would_spill_is_told():
     shapes = ((2, HV, 64, 128), (2, H, 128), (2, HV, 64), (2, HV))
     with _says("config must leave at most 128 values ...256 at K=128...more warps"):
         aot.lower(update, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
-
-
-def test_columns_that_no_token_writes_may_name_anything():
-    table, rows = np.array([[0, 1, 99], [3, 0, 1]]), dict(num_accepted=[1, 1])
-    with _says("slots has 3 faults"):
-        testing.check_slots(table, 6, **rows)
-    testing.check_slots(table, 6, **rows, cu_seqlens=[0, 2, 3])
-    with pytest.raises(ValueError, match=r"1 fault:\s+slot 0 .* \(0, 0\), \(1, 1\)"):
-        testing.check_slots(table, 6, **rows, cu_seqlens=[0, 1, 3])

@@ -66,6 +66,23 @@ def find_rows(
     return Rows(begin, length, jnp.where(live, read, 0), live, keeps_state)
 
 
+def find_owners(
+    rows: Rows, num_tokens: int, tokens_per_row: int | None
+) -> tuple[Array, Array, Array]:
+    """For each token [L]: its row, its place in that row, whether it is live. Compares
+    every token with every row; for oracles."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    if tokens_per_row is None:
+        after = token[:, None] >= rows.begin
+        owned = after & (token[:, None] < rows.begin + rows.length)  # [L N]
+        row = jnp.argmax(owned, axis=1).astype(jnp.int32)
+        has_row = owned.any(axis=1)
+    else:
+        row = token // tokens_per_row
+        has_row = jnp.ones_like(token, bool)
+    return row, token - rows.begin[row], has_row & rows.live[row]
+
+
 def is_live_slot(slot: Array, num_slots: int, null_slot: int | None) -> Array:
     inside = (slot >= 0) & (slot < num_slots)
     return inside if null_slot is None else inside & (slot != null_slot)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gdn_jax.ops.batch import find_owners
 from gdn_jax.ops.causal_conv1d.call import (
     ConvState,
     Inputs,
@@ -21,11 +22,7 @@ def reference(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
     rows = find_rows(inputs, options)
     first, left = find_columns(inputs, rows)
 
-    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
-    owns = (token >= rows.begin) & (token < rows.begin + rows.length)  # [L N]
-    row = jnp.argmax(owns, axis=1)
-    live = owns.any(axis=1) & rows.live[row]
-    step = token[:, 0] - rows.begin[row]
+    row, step, live = find_owners(rows, num_tokens, options.tokens_per_row)
     x = jnp.where(live[:, None], inputs.x, 0)
 
     def read(place: Array) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from gdn_jax.ops.batch import find_owners
 from gdn_jax.ops.gated_delta.call import (
     GateLogits,
     GateOptions,
@@ -22,7 +23,8 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     """A scan over tokens: dense rows side by side, packed tokens one after another."""
     num_slots = x.state.shape[0]
     rows = find_rows(x, options)
-    row, step, live = _owners(x, options, rows)
+    num_tokens, tokens_per_row = x.q.shape[0], options.tokens_per_row
+    row, step, live = find_owners(rows, num_tokens, tokens_per_row)
     write = jnp.where(live, write_slots(x, options, rows, row, step), num_slots)
     # Cast here: the scan sums the gradients of A_log and dt_bias in the dtype it sees.
     gates = jax.tree.map(lambda y: y.astype(jnp.float32), x.gates)
@@ -63,20 +65,6 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
         lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), (out, kept)
     )
     return (kept if options.per_token_states else pool), out
-
-
-def _owners(x: Inputs, options: Options, rows) -> tuple[Array, Array, Array]:
-    """For each token [L]: its row, its place in that row, whether it is live."""
-    token = jnp.arange(x.q.shape[0], dtype=jnp.int32)
-    if options.tokens_per_row is None:
-        after = token[:, None] >= rows.begin
-        owned = after & (token[:, None] < rows.begin + rows.length)  # [L N]
-        row = jnp.argmax(owned, axis=1).astype(jnp.int32)
-        has_row = owned.any(axis=1)
-    else:
-        row = token // options.tokens_per_row
-        has_row = jnp.ones_like(token, bool)
-    return row, token - rows.begin[row], has_row & rows.live[row]
 
 
 def reference_gates(logits: GateLogits, a: Array, b: Array, gating: GateOptions):

@@ -1,0 +1,48 @@
+"""What `testing.check_slots` finds in a slot table, and what it lets pass."""
+
+import re
+
+import numpy as np
+import pytest
+
+from gdn_jax import testing
+
+GOOD = np.array([[0, 5, 2], [-1, 4, 1]])
+
+
+def test_a_good_slot_table_passes():
+    testing.check_slots(GOOD, 6, num_accepted=np.array([1, 3]))
+
+
+def test_the_null_slot_may_stand_in_many_places():
+    testing.check_slots(np.array([0, 3, 0]), 4, null_slot=0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "keywords", "text"),
+    [
+        (GOOD, dict(num_slots=5), "row 0, column 1: slot 5 is outside [0, 5)"),
+        ([-2, 1], {}, "row 0, column 0: slot -2 is outside [0, 6)"),
+        (GOOD, dict(num_accepted=[0, 1]), "row 0: num_accepted 0 is outside 1..3"),
+        (GOOD, dict(num_accepted=[1, 4]), "row 1: num_accepted 4 is outside 1..3"),
+        ([2, 3, 2], {}, "slot 2 is given to (row, column) (0, 0), (2, 0)"),
+        ([[2, 2]], {}, "slot 2 is given to (row, column) (0, 0), (0, 1)"),
+    ],
+)
+def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        testing.check_slots(slots, **dict(num_slots=6) | keywords)
+
+
+def test_every_fault_of_a_slot_table_is_counted():
+    with pytest.raises(ValueError, match=r"(?s)30 faults.*and 10 more"):
+        testing.check_slots(np.arange(30), 0)
+
+
+def test_columns_that_no_token_writes_may_name_anything():
+    table, rows = np.array([[0, 1, 99], [3, 0, 1]]), dict(num_accepted=[1, 1])
+    with pytest.raises(ValueError, match=r"^slots has 3 faults"):
+        testing.check_slots(table, 6, **rows)
+    testing.check_slots(table, 6, **rows, cu_seqlens=[0, 2, 3])
+    with pytest.raises(ValueError, match=r"1 fault:\s+slot 0 .* \(0, 0\), \(1, 1\)"):
+        testing.check_slots(table, 6, **rows, cu_seqlens=[0, 1, 3])
