@@ -19,12 +19,13 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Which tokens each row owns and where its state lies; every field is [N].
+    """Which tokens rows own and where their states lie; of one row, or [N] of all.
 
-    `read` is the slot the row starts from (0 where the row is null, so that it can be
+    `read` is the slot a row starts from (0 where the row is null, so that it can be
     used as an index), `keeps_state` False where it starts from zeros instead.
     """
 
+    number: Array
     begin: Array
     length: Array
     read: Array
@@ -34,36 +35,38 @@ class Rows(NamedTuple):
 
 def find_rows(
     batch: Batch,
+    number: Array,
     *,
-    num_rows: int,
     num_tokens: int,
     num_slots: int,
     tokens_per_row: int | None,
     columns: int,
     null_slot: int | None,
 ) -> Rows:
-    """The null rule for whole rows. `tokens_per_row` is None where `cu_seqlens` says;
+    """The null rule for the rows of these numbers: an array, or in a kernel, where
+    `batch` holds references, one. `tokens_per_row` is None where `cu_seqlens` says;
     `columns` bounds num_accepted."""
-    row = jnp.arange(num_rows, dtype=jnp.int32)
     if tokens_per_row is not None:
-        length = jnp.full_like(row, tokens_per_row)
-        begin = row * tokens_per_row
+        begin = number * tokens_per_row
+        length = jnp.full_like(number, tokens_per_row)
     else:
-        bounds = jnp.clip(batch.cu_seqlens, 0, num_tokens)
-        begin, length = bounds[:-1], jnp.maximum(bounds[1:] - bounds[:-1], 0)
+        begin = jnp.clip(batch.cu_seqlens[number], 0, num_tokens)
+        end = jnp.clip(batch.cu_seqlens[number + 1], 0, num_tokens)
+        length = jnp.maximum(end - begin, 0)
     live = length > 0
-    accepted = jnp.ones_like(row) if batch.num_accepted is None else batch.num_accepted
-    live &= (accepted >= 1) & (accepted <= columns)
+    accepted = jnp.ones_like(number)
+    if batch.num_accepted is not None:
+        accepted = batch.num_accepted[number]
+        live &= (accepted >= 1) & (accepted <= columns)
     if batch.slots is None:
-        read = row
-    elif batch.slots.ndim == 1:
-        read = batch.slots
+        read = number
+    elif len(batch.slots.shape) == 1:
+        read = batch.slots[number]
     else:
-        column = jnp.clip(accepted - 1, 0, columns - 1)
-        read = jnp.take_along_axis(batch.slots, column[:, None], axis=1)[:, 0]
+        read = batch.slots[number, jnp.clip(accepted - 1, 0, columns - 1)]
     live &= is_live_slot(read, num_slots, null_slot)
-    keeps_state = live if batch.has_state is None else live & batch.has_state
-    return Rows(begin, length, jnp.where(live, read, 0), live, keeps_state)
+    keeps = live if batch.has_state is None else live & batch.has_state[number]
+    return Rows(number, begin, length, jnp.where(live, read, 0), live, keeps)
 
 
 def find_owners(

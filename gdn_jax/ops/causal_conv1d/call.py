@@ -87,10 +87,13 @@ class Options:
     silu: bool
 
 
-def find_rows(inputs: Inputs, options: Options) -> Rows:
+def find_rows(inputs: Inputs, options: Options, number: Array | None = None) -> Rows:
+    """The null rule for all rows, or for one of that number."""
+    if number is None:
+        number = jnp.arange(inputs.num_rows, dtype=jnp.int32)
     return batch.find_rows(
         inputs.tables,
-        num_rows=inputs.num_rows,
+        number,
         num_tokens=inputs.x.shape[0],
         num_slots=inputs.state.start.shape[0],
         tokens_per_row=options.tokens_per_row,

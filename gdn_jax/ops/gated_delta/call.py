@@ -89,12 +89,12 @@ class Options:
         return batch.is_live_slot(slot, num_slots, self.null_slot)
 
 
-def find_rows(x: Inputs, options: Options) -> Rows:
-    """The null rule for whole rows; the kernel evaluates the same per program."""
-    table = x.slots is not None and x.slots.ndim == 2
+def find_rows(x: Inputs, options: Options, number: Array | None = None) -> Rows:
+    """The null rule for all rows, or for one of that number."""
+    table = x.slots is not None and len(x.slots.shape) == 2
     return batch.find_rows(
         batch.Batch(x.slots, x.cu_seqlens, x.num_accepted, x.has_state),
-        num_rows=x.num_rows,
+        jnp.arange(x.num_rows, dtype=jnp.int32) if number is None else number,
         num_tokens=x.q.shape[0],
         num_slots=x.state.shape[0],
         tokens_per_row=options.tokens_per_row,

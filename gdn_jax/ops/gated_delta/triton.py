@@ -15,8 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options
+from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import LANES, Tile, unpack
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
@@ -51,13 +52,16 @@ def fused_update_kernel(
         (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
     is_row = row < x.num_rows
-    row = _Row.find(x, jnp.minimum(row, np.int32(x.num_rows - 1)), is_row, options)
+    row = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
+    if x.cu_seqlens is not None:
+        length = jnp.where(is_row, row.length, 0)
+        row = row._replace(length=length, live=row.live & is_row)
     tokens = _Tokens.of(x, head, tiles[0], options, arithmetic)
     store = _Store(x, new_ref, out_ref, head, row, options)
 
     # All loads before any work: what is in flight decides the speed.
-    reads = row.live if x.has_state is None else row.live & x.has_state[row.number]
-    loaded = [tile.load_state(x.state, reads, row.slot, head) for tile in tiles]
+    reads = row.live & row.keeps_state
+    loaded = [tile.load_state(x.state, reads, row.read, head) for tile in tiles]
     if straight:
         _take_one_token(x, tiles, loaded, tokens, store)
     else:
@@ -75,7 +79,7 @@ def fused_update_kernel(
 
 def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -> None:
     row = store.row
-    token, target = tokens.load(row.begin), row.load_target(x, np.int32(0))
+    token, target = tokens.load(row.begin), _load_target(x, row, np.int32(0))
     values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
     token = tokens.prepare(token)
     for tile, state, v in zip(tiles, loaded, values, strict=True):
@@ -101,7 +105,7 @@ def _walk_tokens(
         return (
             tokens.load(at),
             tile.load_v(x.v, at, store.head),
-            row.load_target(x, step),
+            _load_target(x, row, step),
         )
 
     def body(step, carry):
@@ -120,43 +124,11 @@ def _walk_tokens(
     store.end(tile, state)
 
 
-class _Row(NamedTuple):
-    """`call.find_rows` for one row, in scalars."""
-
-    number: Array
-    begin: Array
-    length: Array
-    slot: Array
-    live: Array
-
-    @classmethod
-    def find(cls, x: Any, number: Array, exists: Array, options: Options) -> "_Row":
-        num_slots, num_tokens = x.state.shape[0], x.q.shape[0]
-        if x.cu_seqlens is None:
-            length = jnp.int32(options.tokens_per_row)
-            begin, live = number * length, exists
-        else:
-            begin = jnp.clip(x.cu_seqlens[number], 0, num_tokens)
-            length = jnp.clip(x.cu_seqlens[number + 1], 0, num_tokens) - begin
-            length = jnp.where(exists, jnp.maximum(length, 0), 0)
-            live = length > 0
-        if x.slots is None:
-            slot = number
-        elif len(x.slots.shape) == 1:
-            slot = x.slots[number]
-        else:
-            columns = x.slots.shape[1]
-            accepted = x.num_accepted[number]
-            live &= (accepted >= 1) & (accepted <= columns)
-            slot = x.slots[number, jnp.clip(accepted - 1, 0, columns - 1)]
-        live &= options.is_live_slot(slot, num_slots)
-        return cls(number, begin, length, jnp.where(live, slot, 0), live)
-
-    def load_target(self, x: Any, step: Array | np.int32) -> Array | None:
-        """The slot named for the state after that step, where there is a table."""
-        if x.slots is None or len(x.slots.shape) == 1:
-            return None
-        return x.slots[self.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
+def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
+    """The slot named for the state after that step, where there is a table."""
+    if x.slots is None or len(x.slots.shape) == 1:
+        return None
+    return x.slots[row.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
 
 
 class _Tokens(NamedTuple):
@@ -220,7 +192,7 @@ class _Store(NamedTuple):
     new_ref: Any
     out_ref: Any
     head: Array
-    row: _Row
+    row: Rows
     options: Options
 
     def token(
@@ -242,7 +214,7 @@ class _Store(NamedTuple):
         one_slot = self.x.slots is None or len(self.x.slots.shape) == 1
         if one_slot and not self.options.per_token_states:
             row = self.row
-            tile.store_state(self.new_ref, state, row.live, row.slot, self.head)
+            tile.store_state(self.new_ref, state, row.live, row.read, self.head)
 
     def clear(self, tile: Tile, length: Array) -> None:
         begin, head = self.row.begin, self.head
