@@ -113,7 +113,8 @@ def fused_update(
     gradients included. Undefined: one slot written by two live rows or twice by one, or
     read by a live row and written by another (`gdn_jax.testing.check_slots` finds
     them); `out` of a token that a falling `cu_seqlens` gives to two rows, and those
-    rows' states and gradients.
+    rows' states and gradients; q or k so long (1e19) that float32 cannot hold the sum
+    of squares.
 
     Returns:
       state: like the argument, or with `per_token_states` [N, T, HV, V, K] or

@@ -86,8 +86,7 @@ def prepare(
         q_factor = lax.rsqrt(arithmetic.dot(q, q) + EPSILON) * scale
         k_factor = lax.rsqrt(arithmetic.dot(k, k) + EPSILON)
     decay = jax.tree.map(jnp.exp, log_decay)
-    qk = _scale(_scale(qk, q_factor), k_factor)
-    return Token(q, k, q_factor, k_factor, qk, decay, beta)
+    return Token(q, k, q_factor, k_factor, qk * q_factor * k_factor, decay, beta)
 
 
 def update(
@@ -99,10 +98,8 @@ def update(
     products taken from the state as it was read: S q = S' q + u (k . q). The two sums
     over K then do not wait for each other.
     """
-    predicted = _recall(state, token.decay, token.k, arithmetic)
-    recalled = _recall(state, token.decay, token.q, arithmetic)
-    predicted = _scale(predicted, token.k_factor)
-    recalled = _scale(recalled, token.q_factor)
+    predicted = _recall(state, token.decay, token.k, arithmetic) * token.k_factor
+    recalled = _recall(state, token.decay, token.q, arithmetic) * token.q_factor
     u = token.beta * (v - predicted)
     out = arithmetic.multiply_add(u, token.qk, recalled)
     per_k = isinstance(token.decay, tuple)
@@ -113,12 +110,6 @@ def update(
         for s, k, d in zip(state, token.k, decay, strict=True)
     )
     return new, out
-
-
-def _scale(total: Array, factor: Array) -> Array:
-    """A sum over raw q or k times its factor. The factor of a vector whose squares
-    overflow is 0, and the vector is then 0: its sums may be infinite."""
-    return jnp.where(factor == 0.0, 0.0, total * factor)
 
 
 def _recall(
