@@ -1,6 +1,7 @@
 """Gated DeltaNet for JAX on NVIDIA GPUs.
 
 fused_update                one kernel: gates, norms, delta rule, read-out
+chunk_update                the same in chunks: prefill and training
 gates, recurrent_update     the same in two launches, for gates of your own
 causal_conv1d, ConvState    the convolution before it, and its state in slots
 gated_rms_norm              the norm behind it, with its output gate
@@ -13,6 +14,7 @@ from gdn_jax import testing
 from gdn_jax.ops.causal_conv1d.api import causal_conv1d
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
+from gdn_jax.ops.gated_delta.chunk_api import chunk_update
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 from gdn_jax.ops.gated_delta.unfused import gates
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
@@ -24,6 +26,7 @@ __all__ = [
     "LaunchConfig",
     "SlotPool",
     "causal_conv1d",
+    "chunk_update",
     "copy_slots",
     "fused_update",
     "gated_rms_norm",

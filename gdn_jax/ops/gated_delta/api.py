@@ -20,7 +20,7 @@ from gdn_jax.ops.gated_delta.call import (
 from gdn_jax.ops.gated_delta.reference import reference
 from gdn_jax.ops.gated_delta.triton import triton
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
-from gdn_jax.ops.gated_delta.vjp import differentiable
+from gdn_jax.ops.gated_delta.vjp import Path, differentiable
 from gdn_jax.ops.gated_delta.xla import xla
 
 
@@ -230,14 +230,14 @@ def _update(
     config: LaunchConfig | None,
 ) -> tuple[Array, Array]:
     _dispatch.check_name(implementation)
-    x = x._replace(state=_varying_like(x.state, x))
+    x = x._replace(state=varying_like(x.state, x))
     if config is not None and not isinstance(config, LaunchConfig):
         raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
     state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
 
 
-def _varying_like(state: Array, x: Inputs) -> Array:
+def varying_like(state: Array, x: Inputs) -> Array:
     """Under `shard_map` the new state varies over every mesh axis that anything does;
     loops carry it, so the old one is made to."""
     axes = _triton.varying_axes(x).varying - jax.typeof(state).manual_axis_type.varying
@@ -247,7 +247,7 @@ def _varying_like(state: Array, x: Inputs) -> Array:
 def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
     V, K = x.state.shape[2:]
     empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
-    run = _nothing if empty else _differentiable
+    run = nothing if empty else _differentiable
 
     def run_triton():
         device_kind = _triton.device_kind(x)
@@ -259,22 +259,18 @@ def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
             heads=x.num_rows * x.v.shape[1],
             single_token=options.tokens_per_row == 1,
         )
-        return run(_compiled, options, launch, x)
+        return run(COMPILED, options, launch, x)
 
     return {
         "triton": run_triton,
         "interpret": lambda: run(
-            _interpreted, options, config or tuning.interpreter(V), x
+            INTERPRETED, options, config or tuning.interpreter(V), x
         ),
-        "xla": lambda: run(_batched, options, None, x),
+        "xla": lambda: run(BATCHED, options, None, x),
         "reference": lambda: (
             run(None, options, None, x) if empty else _reference(x, options)
         ),
     }
-
-
-def _compiled(x: Inputs, options: Options, config: LaunchConfig):
-    return triton(x, options, config)
 
 
 def _interpreted(x: Inputs, options: Options, config: LaunchConfig):
@@ -286,12 +282,16 @@ def _batched(x: Inputs, options: Options, config: None):
     return xla(x, options)
 
 
+BATCHED = Path(_batched)
+COMPILED = Path(triton)
+INTERPRETED = Path(_interpreted)
+
 # jit so that a call outside jit is traced and compiled once, not at every call.
 _differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
 _reference = jax.jit(reference, static_argnums=1)
 
 
-def _nothing(path: Any, options: Options, config: Any, x: Inputs):
+def nothing(path: Any, options: Options, config: Any, x: Inputs):
     """In place of `_differentiable` where there are no tokens, rows or slots: every row
     is null."""
     del path, config

@@ -1,0 +1,128 @@
+"""The public update over long rows: prefill and training, in chunks of the tokens."""
+
+from typing import Any
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from gdn_jax import _dispatch
+from gdn_jax.ops import checks
+from gdn_jax.ops.gated_delta import arguments
+from gdn_jax.ops.gated_delta.api import nothing, varying_like
+from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
+from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
+from gdn_jax.ops.gated_delta.reference import reference
+from gdn_jax.ops.gated_delta.vjp import Path, Results, differentiable, pull_back
+
+
+def chunk_update(
+    state: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    A_log: ArrayLike,
+    a: ArrayLike,
+    b: ArrayLike,
+    dt_bias: ArrayLike,
+    *,
+    slots: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    has_state: ArrayLike | None = None,
+    null_slot: int | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = True,
+    softplus_beta: float = 1.0,
+    softplus_threshold: float = 20.0,
+    allow_neg_eigval: bool = False,
+    gate_lower_bound: float | None = None,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """`fused_update` for long rows, prefill and training: (state, out).
+
+    The same result, computed in chunks of 64 tokens: within a chunk by products of
+    matrices, from chunk to chunk by the state. Source: Yang, Kautz, Hatamizadeh,
+    "Gated Delta Networks" (arXiv:2412.06464), section 3.
+
+    Arguments, null rule, in-place update of a donated state, errors and results are
+    those of `fused_update`; it has no `per_token_states`, no `num_accepted` and no 2-D
+    `slots`, since a state between tokens is never formed.
+
+    Numerics: products that feed the state are float32's or as good, so a float32 state
+    is within 1e-5 of float64 (relative RMS) at any length and decay.
+
+    Transformations: `jax.grad` is what it is for: gradients of q, k, v, A_log, a, b,
+    dt_bias and the initial state, for cotangents of out and of the final state, in
+    chunks too. It keeps its inputs alone and computes the chunks again in the backward
+    pass, so it needs no `jax.checkpoint` of its own. `vmap`, `scan` and `shard_map` as
+    with `fused_update`.
+    """
+    _dispatch.check_name(implementation)
+    if getattr(slots, "ndim", 1) == 2:
+        checks.fail(
+            "slots",
+            slots.shape,  # pyright: ignore[reportAttributeAccessIssue]
+            "[N], one slot a row",
+            "Speculative decoding keeps a state per token: use fused_update.",
+        )
+    x, options, unpack = arguments.pack(
+        state,
+        q,
+        k,
+        v,
+        arguments.floating_gates(GateLogits, A_log, a, b, dt_bias),
+        slots=slots,
+        cu_seqlens=cu_seqlens,
+        num_accepted=None,
+        has_state=has_state,
+        null_slot=null_slot,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        per_token_states=False,
+        out_dtype=out_dtype,
+        gating=arguments.gate_options(
+            softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
+        ),
+    )
+    x = x._replace(state=varying_like(x.state, x))
+    new, out = _dispatch.run(_paths(x, options), implementation)
+    return new, unpack(out)
+
+
+def _paths(x: Inputs, options: Options):
+    empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
+    run = nothing if empty else _differentiable
+
+    def no_kernel():
+        raise NotImplementedError(
+            "chunk_update has no kernel; use implementation='xla' or None."
+        )
+
+    return {
+        "triton": no_kernel,
+        "interpret": no_kernel,
+        "xla": lambda: run(BATCHED, options, None, x),
+        "reference": lambda: (
+            run(None, options, None, x) if empty else _reference(x, options)
+        ),
+    }
+
+
+def _batched(x: Inputs, options: Options, config: None) -> Results:
+    del config
+    return chunk_xla(x, options)
+
+
+def _batched_backward(
+    x: Inputs, options: Options, config: None, cotangents: Results
+) -> Inputs:
+    del config
+    return pull_back(chunk_xla, x, options, cotangents)
+
+
+BATCHED = Path(_batched, _batched_backward)
+
+# jit so that a call outside jit is traced and compiled once, not at every call.
+_differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
+_reference = jax.jit(reference, static_argnums=1)

@@ -1,0 +1,225 @@
+"""The chunked update against the oracles: values, gradients, what it must not touch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import testing
+
+Case = testing.Case
+GATES_OPEN = (("gate_lower_bound", -1e-4),)  # nothing is forgotten
+CASES = (
+    *(Case(f"T={T}", (T,) * 2) for T in (1, 63, 64, 65, 127)),
+    Case("T=1000", (1000,), H=1, HV=2),
+    Case("state per row", (70, 70), slots="none", fresh=(0,), act_dtype="float32"),
+    Case("float16", (70,), act_dtype="float16", state_dtype="float16"),
+    Case("bfloat16 state", (150,) * 2, state_dtype="bfloat16"),
+    Case("nulls", (70,) * 4, null_rows=(0, 2), fresh=(3,)),
+    Case("null slot", (5,) * 4, options=(("null_slot", 3),)),
+    Case("ragged", (130, 0, 64, 1, 63, 65), tokens="packed", null_rows=(3,), padding=9),
+    Case("ragged, odd dims", (70, 3), tokens="packed", H=1, HV=3, K=20, V=7),
+    Case("ragged, fresh", (70, 0, 5, 64), tokens="packed", fresh=(2, 3)),
+    Case("one token a row", (1,) * 5, tokens="single", null_rows=(2,)),
+    Case("K=96 V=192", (70,), H=1, HV=2, K=96, V=192),
+    Case("K=128 V=128", (130,), H=1, HV=2, K=128, V=128),
+    Case("K=256 V=64", (70,), H=1, HV=1, K=256, V=64),
+    Case("extreme gates", (150,) * 2, gate_spread=40.0, act_dtype="float32"),
+    Case("gates open", (300,), act_dtype="float32", options=GATES_OPEN),
+    Case("doubled beta", (130,), options=(("allow_neg_eigval", True),)),
+    Case("float32 out", (70,), options=(("out_dtype", jnp.float32),)),
+    Case("scale", (70,), options=(("scale", 0.3),)),
+)
+KDA = (
+    Case("KDA", (100, 33), tokens="packed", H=4, kda=True, padding=3),
+    Case("KDA, extreme gates", (100,), H=2, HV=4, kda=True, gate_spread=40.0),
+    Case("KDA, bound", (100,), H=4, kda=True, options=(("gate_lower_bound", -5.0),)),
+)
+PATHS = ("xla",)
+NAMES = ("state", "q", "k", "v", "A_log", "a", "b", "dt_bias")
+
+
+@functools.cache
+def _made(case):
+    args, kwargs = testing.make(case, seed=len(case.name))
+    return args, kwargs, testing.oracle(args, kwargs)
+
+
+def _split(kwargs):
+    static = {k: v for k, v in kwargs.items() if not isinstance(v, np.ndarray)}
+    return static, {k: v for k, v in kwargs.items() if isinstance(v, np.ndarray)}
+
+
+def _call(case, path, donate=True):
+    args, kwargs, _ = _made(case)
+    static, arrays = _split(kwargs)
+
+    @functools.partial(jax.jit, donate_argnums=(0,) if donate else ())
+    def update(state, rest, arrays):
+        return gdn_jax.chunk_update(
+            state, *rest, **arrays, **static, implementation=path
+        )
+
+    return jax.tree.map(np.asarray, update(jnp.array(args[0]), args[1:], arrays))
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+@pytest.mark.parametrize("case", (*CASES, *KDA), ids=lambda case: case.name)
+def test_agrees_with_the_oracle(case, implementation):
+    args, _, (want_state, want_out, written) = _made(case)
+    state, out = _call(case, implementation)
+    bar = testing.TOLERANCE["chunked out", out.dtype.name]
+    assert testing.relative_error(out, want_out) < bar
+    bar = testing.TOLERANCE["chunked state", case.state_dtype]
+    assert testing.relative_error(state[written], want_state[written]) < bar
+    assert not out[want_out == 0].any()
+    untouched = (state[~written], args[0][~written])
+    assert np.array_equal(*(x.view(np.uint8) for x in untouched))
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_state_after_a_prefill_is_that_after_decoding(implementation):
+    case = Case("prefill", (130,) * 2, slots="none", act_dtype="float32")
+    (state, q, k, v, A_log, a, b, dt_bias), _ = testing.make(case)
+    want = np.array(state)
+    for t in range(130):
+        now = (x[:, t : t + 1] for x in (q, k, v))
+        now = (*now, A_log, a[:, t : t + 1], b[:, t : t + 1], dt_bias)
+        want, _ = gdn_jax.fused_update(want, *now, implementation="xla")
+    got, _ = gdn_jax.chunk_update(
+        state, q, k, v, A_log, a, b, dt_bias, implementation=implementation
+    )
+    bar = testing.TOLERANCE["chunked state", "float32"]
+    assert testing.relative_error(got, want) < bar
+
+
+GRADIENTS = (
+    Case("float32", (100,) * 2, slots="none", act_dtype="float32", fresh=(1,)),
+    Case("bfloat16", (100,) * 2, null_rows=(1,)),
+    Case(
+        "ragged",
+        (70, 0, 65, 1, 33),
+        tokens="packed",
+        null_rows=(4,),
+        padding=3,
+        act_dtype="float32",
+    ),
+    Case("plain q, k", (70,), options=(("qk_l2norm", False),), K=16, gate_spread=0.1),
+    Case("extreme gates", (130,), gate_spread=40.0, act_dtype="float32"),
+    Case("doubled beta", (70,), options=(("allow_neg_eigval", True),)),
+)
+KDA_GRADIENTS = (Case("KDA", (70,) * 2, kda=True, H=4, act_dtype="float32"),)
+
+
+def _pull_back(case, function, path, dtype=None):
+    args, kwargs, (states, out, _) = _made(case)
+    static, arrays = _split(kwargs)
+    args = [x if dtype is None else x.astype(dtype) for x in args]
+
+    def call(*args):
+        state, out = function(*args, **arrays, **static, implementation=path)
+        return state.astype(jnp.float32), out.astype(jnp.float32)
+
+    random = np.random.default_rng(1)
+    cotangents = [
+        jnp.asarray(random.standard_normal(x.shape), case.act_dtype)  # as they arrive
+        for x in (states, out)
+    ]
+    cotangents = [x.astype(jnp.float32) for x in cotangents]
+
+    @jax.jit
+    def pulled(args, cotangents):
+        return jax.vjp(call, *args)[1](tuple(cotangents))
+
+    return pulled(args, cotangents)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+@pytest.mark.parametrize("case", (*GRADIENTS, *KDA_GRADIENTS), ids=lambda c: c.name)
+def test_gradients_are_the_oracles(case, implementation):
+    got = _pull_back(case, gdn_jax.chunk_update, implementation)
+    want = _pull_back(case, gdn_jax.fused_update, "reference", np.float32)
+    for name, g, w in zip(NAMES, got, want, strict=True):
+        assert np.isfinite(np.asarray(g, np.float32)).all(), name
+        bar = testing.TOLERANCE["gradient", g.dtype.name]
+        assert testing.relative_error(g, w) < bar, name
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_gradients_of_null_rows_are_zero(implementation):
+    case = Case("nulls", (70,) * 2, null_rows=(0,))
+    args, _, _ = _made(case)
+    for name, g in zip(
+        NAMES, _pull_back(case, gdn_jax.chunk_update, implementation), strict=True
+    ):
+        if name in ("q", "k", "v", "a", "b"):
+            assert np.isnan(np.asarray(args[NAMES.index(name)][0], np.float32)).any()
+            assert not np.asarray(g[0], np.float32).any(), name
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_it_works_under_checkpoint_vmap_and_scan(implementation):
+    case = Case("rows", (65,) * 2, slots="none", act_dtype="float32", K=16, V=16)
+    args, _ = testing.make(case)
+
+    def loss(state, *rest):
+        def layer(state, _):
+            new, out = gdn_jax.chunk_update(state, *rest, implementation=implementation)
+            return new, out.sum()
+
+        state, sums = jax.lax.scan(jax.checkpoint(layer), state, None, length=2)
+        return sums.sum() + state.sum()
+
+    def unrolled(state, *rest):
+        total = 0.0
+        for _ in range(2):
+            state, out = gdn_jax.fused_update(state, *rest, implementation="reference")
+            total += out.sum()
+        return total + state.sum()
+
+    got = jax.jit(jax.grad(loss, argnums=range(8)))(*args)
+    want = jax.jit(jax.grad(unrolled, argnums=range(8)))(*args)
+    bar = testing.TOLERANCE["gradient", "float32"]
+    for name, g, w in zip(NAMES, got, want, strict=True):
+        assert testing.relative_error(g, w) < bar, name
+
+    batch = [jnp.stack([x, x]) for x in args]
+    many = jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1))))(*batch)
+    for g, w in zip(many, want, strict=False):
+        assert testing.relative_error(g[1], w) < bar
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (
+            dict(slots=np.zeros((2, 3), np.int32)),
+            r"slots must be \[N\], one slot a row",
+        ),
+        (dict(implementation="cuda"), "implementation must be None or one of"),
+        (dict(scale=0.0), "scale must be"),
+    ],
+)
+def test_wrong_calls_are_told(more, text):
+    args, kwargs = testing.make(Case("rows", (3,) * 2))
+    with pytest.raises(ValueError, match=text):
+        gdn_jax.chunk_update(*args, **kwargs | more)
+
+
+def test_arguments_of_the_fused_update_alone_are_refused():
+    args, kwargs = testing.make(Case("rows", (3,) * 2))
+    for name in ("per_token_states", "num_accepted"):
+        with pytest.raises(TypeError, match=name):
+            gdn_jax.chunk_update(*args, **kwargs, **{name: None})
+
+
+def test_empty_calls_return_the_state():
+    args, _ = testing.make(Case("rows", (3,) * 2, slots="none"))
+    state, *tokens = args
+    none = [x[:, :0] if x.ndim > 2 else x for x in tokens]
+    new, out = gdn_jax.chunk_update(state, *none)
+    assert np.array_equal(new, state)
+    assert out.shape == (2, 0, 4, 32)
