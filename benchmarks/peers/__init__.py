@@ -26,6 +26,7 @@ from peers.call import Peer
 from peers.call import Unavailable as Unavailable
 from peers.fla import (
     fla_chunk,
+    fla_chunk_forward,
     fla_chunk_given_gates,
     fla_chunk_train,
     fla_fused_recurrent,
@@ -55,6 +56,6 @@ PREFILL: dict[str, Peer] = {
 }
 
 TRAIN: dict[str, Peer] = {
-    "fla_chunk": fla_chunk,  # the forward alone: what its backward is added to
+    "fla_chunk_forward": fla_chunk_forward,
     "fla_chunk_train": fla_chunk_train,
 }

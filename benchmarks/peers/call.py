@@ -53,12 +53,14 @@ class Call:
         "d_q" and so on, all shaped like the set's arrays.
     kernels(name): whether a device kernel of this name belongs to the peer.
     note: what this peer does less or more than our kernel.
+    moved_bytes: least traffic of a call, where that is not the problem's.
     """
 
     run: Callable[[int], None]
     result: Callable[[], Result]
     kernels: Callable[[str], bool]
     note: str
+    moved_bytes: int | None = None
 
 
 Peer: TypeAlias = Callable[[Problem, Inputs], Call]

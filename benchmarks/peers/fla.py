@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,14 @@ def fla_chunk_given_gates(problem: Problem, inputs: Inputs) -> Call:
         x["a"] = -A_log.exp() * torch.nn.functional.softplus(raw_decay)
         x["b"] = x["b"].float().sigmoid()
     return _forward(step, sets, "gates precomputed; dots and W, U in bfloat16")
+
+
+def fla_chunk_forward(problem: Problem, inputs: Inputs) -> Call:
+    """The forward of a training problem alone: what a backward is added to."""
+    forward = dataclasses.replace(problem, backward=False)
+    call = fla_chunk(forward, inputs)
+    note = "forward alone; " + call.note
+    return dataclasses.replace(call, note=note, moved_bytes=forward.moved_bytes)
 
 
 def fla_chunk_train(problem: Problem, inputs: Inputs) -> Call:

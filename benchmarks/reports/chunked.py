@@ -7,9 +7,6 @@ import matplotlib.pyplot as plt
 
 from reports.style import STYLE, legend, line, markdown, source
 
-# In the train suite FLA's forward stands by itself.
-TRAIN_LABELS = {"fla_chunk": "FLA, forward alone"}
-
 
 def title_of(row: dict) -> str:
     """A problem's column: rows x tokens."""
@@ -30,11 +27,10 @@ def times_of(result: dict) -> dict[str, dict[str, dict]]:
     return {name: rows for name, rows in times.items() if rows}
 
 
-def tables(result: dict, labels: Mapping[str, str]) -> str:
+def tables(result: dict) -> str:
     """Microseconds; how many times as long others take as gdn_jax; who is absent."""
     times = times_of(result)
     titles = list(dict.fromkeys(title_of(row) for row in result["rows"]))
-    label = {name: style[0] for name, style in STYLE.items()} | labels
 
     def cells(rows: Mapping[str, dict], form) -> list[str]:
         return [form(title) if title in rows else "-" for title in titles]
@@ -45,11 +41,11 @@ def tables(result: dict, labels: Mapping[str, str]) -> str:
     lines = markdown(
         "microseconds, N x T =",
         titles,
-        ((label[name], microseconds(rows)) for name, rows in times.items()),
+        ((STYLE[name][0], microseconds(rows)) for name, rows in times.items()),
     )
     ours = times.get("triton", {})
     compared = [
-        (label[name], cells(ours.keys() & rows, _ratio(rows, ours)))
+        (STYLE[name][0], cells(ours.keys() & rows, _ratio(rows, ours)))
         for name, rows in times.items()
         if name != "triton"
     ]
@@ -57,24 +53,30 @@ def tables(result: dict, labels: Mapping[str, str]) -> str:
     share = cells(ours, lambda title: f"{ours[title]['tb_per_s'] / copy:.0%}")
     compared.append(("gdn_jax, share of a copy's bandwidth", share))
     lines += ["", *markdown("time / gdn_jax's", titles, compared), ""]
-    lines += [
-        f"{label[row['contender']]} is absent: {row['absent']}\n"
-        for row in {
-            row["contender"]: row
-            for row in result["rows"]
-            if "absent" in row and row["contender"] not in times
-        }.values()
-    ]
+    lines += absences(result, titles)
     return "\n".join([*lines, source(result)])
+
+
+def absences(result: dict, titles: list[str]) -> list[str]:
+    """Who is absent where, and why: a paragraph each."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if "absent" in row:
+            places = found.setdefault((row["contender"], row["absent"]), [])
+            places.append(title_of(row))
+    return [
+        f"{STYLE[name][0]} is absent"
+        + ("" if places == titles else f" at {'; '.join(places)}")
+        + f": {reason}\n"
+        for (name, reason), places in found.items()
+    ]
 
 
 def _ratio(rows: dict[str, dict], ours: dict[str, dict]):
     return lambda title: f"{rows[title]['median_us'] / ours[title]['median_us']:.2f}"
 
 
-def plot(
-    result: dict, what: str, labels: Mapping[str, str], path: pathlib.Path
-) -> None:
+def plot(result: dict, what: str, path: pathlib.Path) -> None:
     """One row of tokens: time, and others' time in units of ours, against length."""
     figure, (time, ratio) = plt.subplots(1, 2, figsize=(9, 4.5))
     times = {
@@ -86,17 +88,16 @@ def plot(
         for name, rows in times_of(result).items()
     }
     ours = times.get("triton", {})
+    ticks = sorted({T for rows in times.values() for T in rows})
     for name, rows in times.items():
-        style = line(name)
-        style["label"] = labels.get(name, style["label"])
-        lengths = sorted(rows)
+        style, lengths = line(name), sorted(rows)
         time.plot(lengths, [rows[T] for T in lengths], **style)
         both = [T for T in lengths if T in ours]
         ratio.plot(both, [rows[T] / ours[T] for T in both], **style)
     for axis in (time, ratio):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(lengths, [str(T) for T in lengths])
+        axis.set_xticks(ticks, [str(T) for T in ticks])
         axis.set_xlabel("tokens of one sequence")
         axis.grid(alpha=0.3, which="both")
     time.set_ylabel("microseconds on the device")
@@ -107,10 +108,10 @@ def plot(
 
 
 def prefill(result: dict, folder: pathlib.Path) -> dict[str, str]:
-    plot(result, "Prefill", {}, folder / "prefill.png")
-    return {"prefill": tables(result, {})}
+    plot(result, "Prefill", folder / "prefill.png")
+    return {"prefill": tables(result)}
 
 
 def train(result: dict, folder: pathlib.Path) -> dict[str, str]:
-    plot(result, "Forward and backward", TRAIN_LABELS, folder / "train.png")
-    return {"train": tables(result, TRAIN_LABELS)}
+    plot(result, "Forward and backward", folder / "train.png")
+    return {"train": tables(result)}

@@ -18,6 +18,7 @@ STYLE = {
     "fla_fused_recurrent": ("FLA (no gates, no pool)", "#CC79A7", "P"),
     "fla_chunk": ("FLA", "#CC79A7", "P"),
     "fla_chunk_given_gates": ("FLA (gates given)", "#CC79A7", "X"),
+    "fla_chunk_forward": ("FLA, forward alone", "#CC79A7", "P"),
     "fla_chunk_train": ("FLA, forward and backward", "#CC79A7", "X"),
     "token_by_token": ("gdn_jax, token by token", "#0072B2", "s"),
     "xla": ("XLA", "#666666", "x"),
