@@ -6,7 +6,8 @@ Ours, XLA, the unfused pair, a copy and every peer that can be imported, in one 
 import pathlib
 
 import typer
-from common import Problem, run_suite
+from common import run_suite
+from update import Problem, suite
 
 BATCHES = (1, 8, 64, 256, 1024)
 STATES = ("float32", "bfloat16")
@@ -24,7 +25,7 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
             Problem(64, H=30, HV=30, K=96, V=192, state_dtype=s) for s in STATES
         ]
         problems += [Problem(64, gib=5, state_dtype=s) for s in STATES]
-    run_suite("decode", problems, out)
+    run_suite(suite("decode"), problems, out)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import common
 import jax
 import jax.numpy as jnp
 import typer
-from common import Problem
+import update
 from rich.progress import track
+from update import Problem
 
 from gdn_jax import LaunchConfig, timing
 from gdn_jax.ops.gated_delta import tile, tuning
@@ -58,13 +59,13 @@ def candidates(problem: Problem) -> list[LaunchConfig]:
 
 
 def compile_all(problem: Problem, inputs, configs: list[LaunchConfig]):
-    tokens = tuple(inputs[name] for name in common.TOKENS)
-    bounds = common.boundaries(problem)
+    tokens = tuple(inputs[name] for name in update.TOKENS)
+    bounds = update.boundaries(problem)
     args = (tokens, inputs["slots"][0], inputs.get("num_accepted"), bounds)
     lowered = [
         jax.jit(
             functools.partial(
-                common.update, unfused=False, implementation="triton", config=config
+                update.update, unfused=False, implementation="triton", config=config
             ),
             donate_argnums=0,
         ).lower(inputs["state"], *args)
@@ -76,19 +77,19 @@ def compile_all(problem: Problem, inputs, configs: list[LaunchConfig]):
 
 def measure(problem: Problem) -> list[dict]:
     """Every candidate's config, time and errors, fastest first."""
-    inputs = common.make_inputs(problem)
+    inputs = update.make_inputs(problem)
     configs = candidates(problem)
     steps = compile_all(problem, inputs, configs)
-    tokens = tuple(inputs[name] for name in common.TOKENS)
-    accepted, bounds = inputs.get("num_accepted"), common.boundaries(problem)
+    tokens = tuple(inputs[name] for name in update.TOKENS)
+    accepted, bounds = inputs.get("num_accepted"), update.boundaries(problem)
     tables = inputs["slots"]
 
-    expected = common.expect(problem, inputs)
+    expected = update.expect(problem, inputs)
     state, rows = inputs.pop("state"), []
     for config, step in zip(configs, steps, strict=True):
         start = state[tables[0].ravel()]
         state, out = step(state, tokens, tables[0], accepted, bounds)
-        errors = common.errors_of(expected, state, out)
+        errors = common.errors_of(expected, {"state": state, "out": out})
         state = state.at[tables[0].ravel()].set(start)
         rows.append({"config": config, "errors": errors})
     with timing.record() as kernels:
@@ -100,7 +101,8 @@ def measure(problem: Problem) -> list[dict]:
     times = [k.duration_us for k in kernels if "fused_update" in k.name]
     for i, row in enumerate(rows):
         row["us"] = statistics.median(times[i :: len(steps)])
-    wrong = [row for row in rows if not common.passed(problem, row["errors"], 1)]
+    tolerance = functools.partial(update.tolerance, problem, is_ours=True)
+    wrong = [row for row in rows if not common.passed(tolerance, row["errors"])]
     if wrong:
         raise SystemExit(f"wrong results at {problem}: {wrong}")
     return sorted(rows, key=lambda row: row["us"])
@@ -129,7 +131,7 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
 def main(suite: list[str] | None = None, out: pathlib.Path = FOLDER) -> None:
     """Measures the suites named, or all, and replaces their runs in the table."""
     common.need_gpu()
-    header = common.header(REPEATS)
+    header = common.header(update.INPUTS, REPEATS)
     out.mkdir(parents=True, exist_ok=True)
     name = f"{header['device'].lower().replace(' ', '_')}.json"
     path = out / name

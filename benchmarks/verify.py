@@ -6,7 +6,8 @@ Ours, XLA, the unfused pair, a copy and every peer that can be imported, in one 
 import pathlib
 
 import typer
-from common import Problem, run_suite
+from common import run_suite
+from update import Problem, suite
 
 
 def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
@@ -20,7 +21,7 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
     ]
     if not quick:
         problems += [Problem(64, T=4, gib=5, state_dtype=state) for state in states]
-    run_suite("verify", problems, out)
+    run_suite(suite("verify"), problems, out)
 
 
 if __name__ == "__main__":

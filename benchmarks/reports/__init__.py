@@ -1,0 +1,1 @@
+"""Pictures and tables of the results files, suite by suite."""

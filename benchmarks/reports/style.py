@@ -1,0 +1,61 @@
+"""How contenders look, and what pictures and tables of all suites share."""
+
+from collections.abc import Iterable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, for the colour-blind too, and a marker for each.
+STYLE = {
+    "triton": ("gdn_jax", "#D55E00", "o"),
+    "unfused": ("gdn_jax, unfused pair", "#E69F00", "v"),
+    "flashinfer_decode": ("FlashInfer", "#0072B2", "s"),
+    "flashinfer_mtp": ("FlashInfer, cached MTP", "#0072B2", "s"),
+    "vllm_packed_decode": ("vLLM packed decode", "#009E73", "^"),
+    "vllm_fused_sigmoid_gating": ("vLLM PR 35777", "#56B4E9", "D"),
+    "vllm_fused_sigmoid_gating_verify": ("vLLM PR 35777", "#56B4E9", "D"),
+    "fla_fused_recurrent": ("FLA (no gates, no pool)", "#CC79A7", "P"),
+    "fla_chunk": ("FLA", "#CC79A7", "P"),
+    "fla_chunk_given_gates": ("FLA (gates given)", "#CC79A7", "X"),
+    "fla_chunk_forward": ("FLA, forward alone", "#CC79A7", "P"),
+    "fla_chunk_train": ("FLA, forward and backward", "#CC79A7", "X"),
+    "token_by_token": ("gdn_jax, token by token", "#0072B2", "s"),
+    "xla": ("XLA", "#666666", "x"),
+    "slots": ("slots copied in place", "#999999", "1"),
+    "copy": ("copy of as many bytes", "#000000", "_"),
+}
+
+
+def line(name: str) -> dict:
+    """Keywords of `plot`; ours lies on top."""
+    label, colour, marker = STYLE[name]
+    style = dict(color=colour, marker=marker, label=label, linewidth=1.5)
+    return style | dict(zorder=3 if name == "triton" else 2)
+
+
+def legend(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
+    room = 0.56 / figure.get_figheight()  # inches
+    figure.tight_layout(rect=(0, room, 1, 1))
+
+
+def markdown(
+    head: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]
+) -> list[str]:
+    """The lines of a table whose first column is names."""
+    columns = list(columns)
+    return [
+        f"| {head} | {' | '.join(columns)} |",
+        "| --- |" + " ---: |" * len(columns),
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
+    ]
+
+
+def source(result: dict) -> str:
+    return (
+        f"{result['device']}, JAX {result['versions']['jax']}, {result['date'][:10]}, "
+        f"commit {result['commit'][:10]}; a copy moves "
+        f"{result['copy_tb_per_s']:.2f} TB/s."
+    )
