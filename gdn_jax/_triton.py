@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 
 load = pltriton.load
 store = pltriton.store
+dot = pltriton.dot
 
 MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 
@@ -88,6 +89,7 @@ def launch(
     grid: Sequence[int],
     aliases: dict[int, int],
     num_warps: int,
+    num_stages: int = 1,
     interpret: bool,
 ) -> Any:
     """Runs `kernel(inputs, *outputs)` on unblocked references, once per grid point.
@@ -109,7 +111,9 @@ def launch(
         out_specs=tuple(anywhere for _ in out_shape),
         input_output_aliases=aliases,
         interpret=interpret,
-        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=pltriton.CompilerParams(
+            num_warps=num_warps, num_stages=num_stages
+        ),
     )(inputs)
 
 

@@ -6,13 +6,15 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdn_jax import _dispatch
+from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import checks
 from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.api import nothing, varying_like
 from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
+from gdn_jax.ops.gated_delta.chunk_triton import chunk_triton
 from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
 from gdn_jax.ops.gated_delta.reference import reference
+from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 from gdn_jax.ops.gated_delta.vjp import Path, Results, differentiable, pull_back
 
 
@@ -38,6 +40,7 @@ def chunk_update(
     gate_lower_bound: float | None = None,
     out_dtype: Any = None,
     implementation: str | None = None,
+    config: ChunkConfig | None = None,
 ) -> tuple[Array, Array]:
     """`fused_update` for long rows, prefill and training: (state, out).
 
@@ -86,27 +89,31 @@ def chunk_update(
         ),
     )
     x = x._replace(state=varying_like(x.state, x))
-    new, out = _dispatch.run(_paths(x, options), implementation)
+    new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
 
 
-def _paths(x: Inputs, options: Options):
+def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
     empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
     run = nothing if empty else _differentiable
+    launch = config or ChunkConfig()
 
-    def no_kernel():
-        raise NotImplementedError(
-            "chunk_update has no kernel; use implementation='xla' or None."
-        )
+    def run_triton():
+        _triton.device_kind(x)
+        return run(COMPILED, options, launch, x)
 
     return {
-        "triton": no_kernel,
-        "interpret": no_kernel,
+        "triton": run_triton,
+        "interpret": lambda: run(INTERPRETED, options, launch, x),
         "xla": lambda: run(BATCHED, options, None, x),
         "reference": lambda: (
             run(None, options, None, x) if empty else _reference(x, options)
         ),
     }
+
+
+def _interpreted(x: Inputs, options: Options, config: ChunkConfig) -> Results:
+    return chunk_triton(x, options, config, interpret=True)
 
 
 def _batched(x: Inputs, options: Options, config: None) -> Results:
@@ -115,12 +122,14 @@ def _batched(x: Inputs, options: Options, config: None) -> Results:
 
 
 def _batched_backward(
-    x: Inputs, options: Options, config: None, cotangents: Results
+    x: Inputs, options: Options, config: Any, cotangents: Results
 ) -> Inputs:
     del config
     return pull_back(chunk_xla, x, options, cotangents)
 
 
+COMPILED = Path(chunk_triton, _batched_backward)
+INTERPRETED = Path(_interpreted, _batched_backward)
 BATCHED = Path(_batched, _batched_backward)
 
 # jit so that a call outside jit is traced and compiled once, not at every call.

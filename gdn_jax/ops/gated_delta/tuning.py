@@ -49,6 +49,28 @@ class LaunchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkConfig:
+    """How `chunk_update`'s kernels are cut up.
+
+    Attributes:
+      block_v: rows of V that a program carries along a row's chunks.
+      num_warps, num_stages: of that program; stages load chunks ahead.
+      prepare_warps: of a program that prepares a chunk.
+    """
+
+    block_v: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    prepare_warps: int = 4
+
+    @property
+    def clearing(self) -> LaunchConfig:
+        """The tiles in which tokens of no row are cleared."""
+        lanes_v = max(1, min(2, self.block_v // self.num_warps))
+        return LaunchConfig(self.block_v, lanes_v, 1, self.num_warps)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuned:
     """A measured row. It serves calls of at most `heads` rows times value heads."""
 
