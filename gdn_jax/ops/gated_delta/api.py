@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
@@ -229,18 +229,11 @@ def _update(
     config: LaunchConfig | None,
 ) -> tuple[Array, Array]:
     _dispatch.check_name(implementation)
-    x = x._replace(state=_varying_like(x.state, x))
+    x = x._replace(state=_triton.varying_like(x.state, x))
     if config is not None and not isinstance(config, LaunchConfig):
         raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
     state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
-
-
-def _varying_like(state: Array, x: Inputs) -> Array:
-    """Under `shard_map` the new state varies over every mesh axis that anything does;
-    loops carry it, so the old one is made to."""
-    axes = _triton.varying_axes(x).varying - jax.typeof(state).manual_axis_type.varying
-    return lax.pcast(state, tuple(axes), to="varying") if axes else state
 
 
 def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
