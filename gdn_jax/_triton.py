@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
@@ -81,6 +82,16 @@ def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     return result
 
 
+def join(parts: Sequence[jax.Array]) -> jax.Array:
+    """[...] x E -> [... E], pair by pair: Triton joins no more than two values."""
+    shape = (*parts[0].shape, len(parts))
+    while len(parts) > 1:
+        half = len(parts) // 2
+        pairs = zip(parts[:half], parts[half:], strict=True)
+        parts = [jnp.stack(pair, axis=-1) for pair in pairs]
+    return parts[0].reshape(shape)
+
+
 def launch(
     kernel: Callable[..., None],
     inputs: Any,
@@ -122,3 +133,11 @@ def varying_axes(arrays: Any) -> Any:
     input varies over."""
     types = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(arrays)]
     return type(types[0])(varying=frozenset().union(*(t.varying for t in types)))
+
+
+def varying_like(state: jax.Array, arrays: Any) -> jax.Array:
+    """Under `shard_map` a new state varies over every mesh axis that anything does;
+    loops carry it, so the old one is made to."""
+    given = jax.typeof(state).manual_axis_type.varying
+    axes = varying_axes(arrays).varying - given
+    return lax.pcast(state, tuple(axes), to="varying") if axes else state

@@ -12,8 +12,6 @@ import pytest
 import gdn_jax
 from gdn_jax import ConvState, testing
 
-PATHS = ("xla", "reference")
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -47,11 +45,14 @@ CASES = [
     Case("decode, no activation", (1,) * 2, activation=None, bias=True),
     Case("decode, width 2", (1,) * 2, width=2),
     Case("decode, width 1", (1,) * 2, width=1),
+    Case("decode, float16, width 5", (1,) * 2, width=5, dtype="float16"),
     Case("dense, T=2", (2,) * 3, fresh=(0,)),
     Case("dense, T=9, wide ring", (9,) * 2, columns=4),
     Case("packed", (3, 0, 17, 1, 2), tokens="packed", null_rows=(3,), padding=4),
     Case("packed, fresh", (2, 5, 1), tokens="packed", fresh=(0, 2), slots=False),
     Case("verify", (4,) * 3, columns=4, speculative=True),
+    Case("verify, width 1", (3,) * 2, width=1, columns=3, speculative=True),
+    Case("verify, width 2", (2,) * 2, width=2, columns=3, speculative=True, bias=True),
     Case("verify, T=2 of 4", (2,) * 3, columns=4, speculative=True, fresh=(1,)),
     Case(
         "verify, packed",
@@ -148,12 +149,11 @@ def _call(args, kwargs, name):
     return convolve(state, *args[1:], arrays)
 
 
-@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_agrees_with_float64(case, name):
+def test_agrees_with_float64(case, path):
     args, kwargs = _make(case)
     want, histories = _oracle(case, args, kwargs)
-    state, y = _call(args, kwargs, name)
+    state, y = _call(args, kwargs, path)
     assert y.shape == args[1].shape
     bar = testing.TOLERANCE["out", case.dtype]
     assert testing.relative_error(y.reshape(want.shape), want) < bar
@@ -170,14 +170,13 @@ def test_agrees_with_float64(case, name):
         assert np.array_equal(*same)
 
 
-@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("columns", [1, 3])
-def test_a_prefill_and_steps_equal_one_call(name, columns):
+def test_a_prefill_and_steps_equal_one_call(path, columns):
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 11, 5)).astype(np.float32)
     weight = random.standard_normal((5, 4)).astype(np.float32)
     state = ConvState.zeros(2, 5, 4, jnp.float32, columns=columns)
-    call = functools.partial(gdn_jax.causal_conv1d, implementation=name)
+    call = functools.partial(gdn_jax.causal_conv1d, implementation=path)
     _, want = call(state, x, weight)
     parts = []
     for begin, end in [(0, 6), (6, 7), (7, 9), (9, 10), (10, 11)]:
@@ -186,13 +185,12 @@ def test_a_prefill_and_steps_equal_one_call(name, columns):
     assert testing.relative_error(np.concatenate(parts, axis=1), want) < 1e-6
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_verify_with_any_count_equals_plain_steps(name):
+def test_verify_with_any_count_equals_plain_steps(path):
     """Drafts beyond the accepted ones are lies, and leave no trace."""
     random = np.random.default_rng(0)
     x = random.standard_normal((12, 5)).astype(np.float32)
     weight = random.standard_normal((5, 4)).astype(np.float32)
-    call = functools.partial(gdn_jax.causal_conv1d, implementation=name)
+    call = functools.partial(gdn_jax.causal_conv1d, implementation=path)
     _, want = call(ConvState.zeros(1, 5, 4, jnp.float32), x[None], weight)
     state = ConvState.zeros(1, 5, 4, jnp.float32, columns=4)
     state, _ = call(state, x[None, :3], weight)  # prefill
@@ -206,8 +204,7 @@ def test_verify_with_any_count_equals_plain_steps(name):
         at, accepted = at + stand, stand
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_gradients_equal_finite_differences_and_nulls_have_none(name):
+def test_gradients_equal_finite_differences_and_nulls_have_none(path):
     case = Case("packed", (3, 0, 5, 2), tokens="packed", null_rows=(3,), padding=2)
     (state, x, weight), kwargs = _make(case)
     alive = np.isfinite(x)
@@ -220,7 +217,7 @@ def test_gradients_equal_finite_differences_and_nulls_have_none(name):
             weight,
             **kwargs,
             **static,
-            implementation=name,
+            implementation=path,
         )
         kept = jnp.nan_to_num(new.to_dense(case.width))
         return jnp.sum(jnp.sin(y)) + jnp.sum(kept**2)
@@ -291,12 +288,11 @@ def test_a_state_of_another_type_is_told():
         gdn_jax.causal_conv1d(**GOOD | dict(state=(1, 2)))
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_an_empty_call_returns_what_it_got(name):
+def test_an_empty_call_returns_what_it_got(path):
     state = ConvState.zeros(3, 5, 4, jnp.float32)
     none = jnp.zeros(0, jnp.int32)
     new, y = gdn_jax.causal_conv1d(
-        state, jnp.zeros((0, 5)), GOOD["weight"], slots=none, implementation=name
+        state, jnp.zeros((0, 5)), GOOD["weight"], slots=none, implementation=path
     )
     assert y.shape == (0, 5)
     assert not new.buffer.any()

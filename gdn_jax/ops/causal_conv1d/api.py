@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gdn_jax import _dispatch
-from gdn_jax.ops import checks
+from gdn_jax import _dispatch, _triton
+from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.causal_conv1d import tuning
 from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
 from gdn_jax.ops.causal_conv1d.reference import reference
+from gdn_jax.ops.causal_conv1d.triton import triton
 from gdn_jax.ops.causal_conv1d.xla import xla
 
 ACTIVATIONS = ("silu", None)
@@ -43,8 +45,8 @@ def causal_conv1d(
 
     Args:
       state: `ConvState(buffer [P, C, W - 1 + S], start [P])`, a slot per sequence.
-        Donate it under `jax.jit` and it is updated in place; columns that are not
-        written keep their bits.
+        Donate it under `jax.jit` and it is updated in place; slots that are not written
+        keep their bits.
       x: [N, T, C] (dense) or [L, C] (packed), channels flat as [q | k | v].
       weight: [C, W].
       bias: [C].
@@ -55,19 +57,26 @@ def causal_conv1d(
       num_accepted: [N] int32 in 1..S, how many tokens of the last step stand: 1 + the
         drafts accepted, and 1 after a plain step. Sequence n goes on behind them. Dense
         T <= S; packed tokens past the S-th give `y` and are not kept.
-      implementation: "xla" or "reference"; None: xla.
+      implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
+        "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
+        "reference"; None: triton where it can run, else xla.
 
     Null rule: as in `fused_update`; a null row's `y` is exactly zero and its slot keeps
-    its bits. Undefined: one slot given to two live rows.
+    its bits. Undefined: one slot given to two live rows, and one token to two rows, by
+    a falling cu_seqlens.
 
     Returns:
       state: as given, moved on behind this call's tokens; with `num_accepted` it waits
-        for the next call to say how many of them stand.
+        for the next call to say how many of them stand. Implementations put the same
+        inputs at different columns of the ring, with `start` to tell; a call may take
+        the state of any of them.
       y: of x's shape and dtype.
 
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
-      NotImplementedError: the implementation asked for does not exist here.
+      NotImplementedError: the implementation asked for cannot run here.
+
+    Transformations: as in `fused_update`. `jax.grad` of the kernel runs `xla` backward.
     """
     _dispatch.check_name(implementation)
     inputs, options, shape = _pack(
@@ -79,28 +88,54 @@ def causal_conv1d(
         checks.tables(slots, cu_seqlens, num_accepted, has_state),
         null_slot,
     )
-    empty = 0 in (*inputs.x.shape, inputs.num_rows, *inputs.state.buffer.shape)
-
-    def run(path: Callable) -> tuple[ConvState, Array]:
-        if empty:
-            return inputs.state, jnp.zeros_like(inputs.x)
-        return path(inputs, options)
-
-    def no_kernel():
-        raise NotImplementedError(
-            "causal_conv1d has no kernel; use implementation='xla' or None."
-        )
-
-    paths = {
-        "triton": no_kernel,
-        "interpret": no_kernel,
-        "xla": lambda: run(_xla),
-        "reference": lambda: run(_reference),
-    }
-    new, y = _dispatch.run(paths, implementation)
+    buffer, start = inputs.state
+    varying = ConvState(
+        _triton.varying_like(buffer, inputs),
+        _triton.varying_like(start, (start, inputs.tables)),
+    )
+    inputs = inputs._replace(state=varying)
+    new, y = _dispatch.run(_paths(inputs, options), implementation)
     return new, y.reshape(shape)
 
 
+def _paths(
+    x: Inputs, options: Options
+) -> dict[str, Callable[[], tuple[ConvState, Array]]]:
+    if 0 in (*x.x.shape, x.num_rows, *x.state.buffer.shape):
+        nothing = x.state, jnp.zeros_like(x.x)
+        return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
+
+    def run_triton():
+        _triton.device_kind(x)
+        return _launched(COMPILED, options, tuning.choose(x, options), x)
+
+    def run_interpreted():
+        return _launched(INTERPRETED, options, tuning.choose(x, options), x)
+
+    return {
+        "triton": run_triton,
+        "interpret": run_interpreted,
+        "xla": lambda: _xla(x, options),
+        "reference": lambda: _reference(x, options),
+    }
+
+
+def _interpreted(x: Inputs, options: Options, blocks: tuning.Blocks):
+    return triton(x, options, blocks, interpret=True)
+
+
+def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array]:
+    """What the kernel's results are, for its gradient."""
+    state, y = xla(x, options)
+    return state.turned(x.state.start), y
+
+
+BACKWARD = vjp.backward_of(_as_launched)
+COMPILED = vjp.Path(triton, BACKWARD)
+INTERPRETED = vjp.Path(_interpreted, BACKWARD)
+
+# jit so that a call outside jit is traced and compiled once, not at every call.
+_launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
 _xla = jax.jit(xla, static_argnums=1)
 _reference = jax.jit(reference, static_argnums=1)
 

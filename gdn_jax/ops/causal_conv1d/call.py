@@ -10,6 +10,9 @@ A step with `num_accepted` a first moves `start` on by a - 1, past the tokens of
 last step that stand besides the one that always does. Then it keeps its tokens behind
 the history and moves `start` on by one; a plain step moves it past all its tokens. So a
 step of at most S tokens writes no column that it reads.
+
+The kernel leaves `start` where it is and turns the columns under it; triton.py says
+why. That is `turned`, of the same inputs in the same order.
 """
 
 import dataclasses
@@ -54,6 +57,12 @@ class ConvState(NamedTuple):
         first = self.start if num_accepted is None else self.start + num_accepted - 1
         column = (first[:, None] + jnp.arange(width - 1)) % self.buffer.shape[2]
         return jnp.take_along_axis(self.buffer, column[:, None, :], axis=2)
+
+    def turned(self, start: Array) -> "ConvState":
+        """The same inputs in the same order, with the oldest at `start`."""
+        column = jnp.arange(self.buffer.shape[2]) + (self.start - start)[:, None]
+        column = (column % self.buffer.shape[2])[:, None, :]
+        return ConvState(jnp.take_along_axis(self.buffer, column, axis=2), start)
 
 
 class Inputs(NamedTuple):
@@ -107,7 +116,7 @@ def find_columns(inputs: Inputs, rows: Rows) -> tuple[Array, Array]:
     ring = inputs.state.buffer.shape[2]
     first, moved = inputs.state.start[rows.read], rows.length
     if inputs.tables.num_accepted is not None:
-        first, moved = first + inputs.tables.num_accepted - 1, 1
+        first, moved = first + inputs.tables.num_accepted[rows.number] - 1, 1
     first = jnp.where(rows.keeps_state, first, 0) % ring
     return first, (first + moved) % ring
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
+from gdn_jax.ops import vjp
 from gdn_jax.ops.gated_delta import arguments, tuning
 from gdn_jax.ops.gated_delta.call import (
     GateLogits,
@@ -20,7 +21,6 @@ from gdn_jax.ops.gated_delta.call import (
 from gdn_jax.ops.gated_delta.reference import reference
 from gdn_jax.ops.gated_delta.triton import triton
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
-from gdn_jax.ops.gated_delta.vjp import Path, differentiable
 from gdn_jax.ops.gated_delta.xla import xla
 
 
@@ -230,18 +230,11 @@ def _update(
     config: LaunchConfig | None,
 ) -> tuple[Array, Array]:
     _dispatch.check_name(implementation)
-    x = x._replace(state=varying_like(x.state, x))
+    x = x._replace(state=_triton.varying_like(x.state, x))
     if config is not None and not isinstance(config, LaunchConfig):
         raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
     state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
-
-
-def varying_like(state: Array, x: Inputs) -> Array:
-    """Under `shard_map` the new state varies over every mesh axis that anything does;
-    loops carry it, so the old one is made to."""
-    axes = _triton.varying_axes(x).varying - jax.typeof(state).manual_axis_type.varying
-    return lax.pcast(state, tuple(axes), to="varying") if axes else state
 
 
 def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
@@ -282,12 +275,13 @@ def _batched(x: Inputs, options: Options, config: None):
     return xla(x, options)
 
 
-BATCHED = Path(_batched)
-COMPILED = Path(triton)
-INTERPRETED = Path(_interpreted)
+BACKWARD = vjp.backward_of(reference)
+BATCHED = vjp.Path(_batched, BACKWARD)
+COMPILED = vjp.Path(triton, BACKWARD)
+INTERPRETED = vjp.Path(_interpreted, BACKWARD)
 
 # jit so that a call outside jit is traced and compiled once, not at every call.
-_differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
+_differentiable = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
 _reference = jax.jit(reference, static_argnums=1)
 
 

@@ -7,15 +7,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
-from gdn_jax.ops import checks
+from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.gated_delta import arguments
-from gdn_jax.ops.gated_delta.api import nothing, varying_like
+from gdn_jax.ops.gated_delta.api import nothing
 from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_triton import chunk_triton
 from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
 from gdn_jax.ops.gated_delta.reference import reference
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
-from gdn_jax.ops.gated_delta.vjp import Path, Results, differentiable, pull_back
 
 
 def chunk_update(
@@ -88,7 +87,7 @@ def chunk_update(
             softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
         ),
     )
-    x = x._replace(state=varying_like(x.state, x))
+    x = x._replace(state=_triton.varying_like(x.state, x))
     new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
 
@@ -112,26 +111,22 @@ def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
     }
 
 
-def _interpreted(x: Inputs, options: Options, config: ChunkConfig) -> Results:
+def _interpreted(
+    x: Inputs, options: Options, config: ChunkConfig
+) -> tuple[Array, Array]:
     return chunk_triton(x, options, config, interpret=True)
 
 
-def _batched(x: Inputs, options: Options, config: None) -> Results:
+def _batched(x: Inputs, options: Options, config: None) -> tuple[Array, Array]:
     del config
     return chunk_xla(x, options)
 
 
-def _batched_backward(
-    x: Inputs, options: Options, config: Any, cotangents: Results
-) -> Inputs:
-    del config
-    return pull_back(chunk_xla, x, options, cotangents)
-
-
-COMPILED = Path(chunk_triton, _batched_backward)
-INTERPRETED = Path(_interpreted, _batched_backward)
-BATCHED = Path(_batched, _batched_backward)
+BACKWARD = vjp.backward_of(chunk_xla)
+BATCHED = vjp.Path(_batched, BACKWARD)
+COMPILED = vjp.Path(chunk_triton, BACKWARD)
+INTERPRETED = vjp.Path(_interpreted, BACKWARD)
 
 # jit so that a call outside jit is traced and compiled once, not at every call.
-_differentiable = jax.jit(differentiable, static_argnums=(0, 1, 2))
+_differentiable = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
 _reference = jax.jit(reference, static_argnums=1)

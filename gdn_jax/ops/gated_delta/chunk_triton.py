@@ -68,12 +68,9 @@ class _Cut(NamedTuple):
 
 def _dot(x: Parts, y: Parts, *, trans_y: bool = False) -> Array:
     """x y, or x y^T; products of two second parts are below the error."""
-    total = None
-    for i, x_part in enumerate(x):
-        for y_part in y[: 2 - i]:
-            product = _triton.dot(x_part, y_part, trans_b=trans_y)
-            total = product if total is None else total + product
-    return total
+    pairs = [(x_part, y_part) for i, x_part in enumerate(x) for y_part in y[: 2 - i]]
+    products = [_triton.dot(*pair, trans_b=trans_y) for pair in pairs]
+    return functools.reduce(jnp.add, products)
 
 
 def prepare_kernel(x: Any, *outputs: Any, options: Options, interpret: bool) -> None:

@@ -134,22 +134,12 @@ def unpack(chunks: Chunks) -> Chunks:
 
 
 def _pack(parts: Chunks, chunks: int) -> Chunks:
-    """The inverse of `unpack`, pair by pair: Triton joins no more than two values."""
+    """The inverse of `unpack`."""
     each = len(parts) // chunks
     return tuple(
-        _join([part[..., 0] for part in parts[i : i + each]])
+        _triton.join([part[..., 0] for part in parts[i : i + each]])
         for i in range(0, len(parts), each)
     )
-
-
-def _join(parts: list[Array]) -> Array:
-    """[...] x E -> [... E]"""
-    shape = (*parts[0].shape, len(parts))
-    while len(parts) > 1:
-        half = len(parts) // 2
-        pairs = zip(parts[:half], parts[half:], strict=True)
-        parts = [jnp.stack(pair, axis=-1) for pair in pairs]
-    return parts[0].reshape(shape)
 
 
 def _load(at, mask: Array | None) -> Array:

@@ -1,0 +1,97 @@
+"""Which row a program works on where `cu_seqlens` says how long they are, and the
+tokens that belong to none."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from gdn_jax import _triton
+from gdn_jax.ops.causal_conv1d.channels import Channels
+
+ROWS_AT_ONCE = 512  # of cu_seqlens, in the registers of one warp
+PAIRS_AT_ONCE = 2048  # of a token and a row, likewise
+
+
+class Found(NamedTuple):
+    """Past the last row's blocks, `row` is the number of rows."""
+
+    row: Array
+    block: Array
+
+
+def most_blocks(num_tokens: int, num_rows: int, size: int) -> int:
+    """However the rows share the tokens out: each fills all its blocks but one."""
+    return num_tokens // size + num_rows
+
+
+def find_block(cu_seqlens: Any, num_tokens: int, size: int, number: Array) -> Found:
+    """Blocks of `size` tokens are numbered through, row after row."""
+    num_rows = cu_seqlens.shape[0] - 1
+    turns, lanes = _turns(num_rows, ROWS_AT_ONCE)
+
+    def look(turn, carry):
+        passed, before, skipped = carry
+        begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
+        blocks = (jnp.maximum(end - begin, 0) + np.int32(size - 1)) // np.int32(size)
+        until = passed + jnp.cumsum(blocks)
+        is_before = until <= number
+        before += jnp.sum(is_before.astype(jnp.int32))
+        skipped = jnp.maximum(skipped, jnp.max(jnp.where(is_before, until, 0)))
+        return passed + jnp.sum(blocks), before, skipped
+
+    zero = jnp.int32(0)
+    _, before, skipped = lax.fori_loop(0, turns, look, (zero, zero, zero))
+    return Found(jnp.minimum(before, np.int32(num_rows)), number - skipped)
+
+
+def clear_unowned(
+    cu_seqlens: Any, y_ref, channels: Channels, number: Array, size: int
+) -> None:
+    """Zeros for those of the `number`-th `size` packed tokens that no row owns."""
+    num_tokens, num_rows = y_ref.shape[0], cu_seqlens.shape[0] - 1
+    first = number * size
+    # Boundaries that rise somewhere past a token, from before it, own it.
+    surely_owned = cu_seqlens[0] <= first
+    surely_owned &= cu_seqlens[num_rows] >= jnp.minimum(first + size, num_tokens)
+
+    @pl.when(~surely_owned & (first < num_tokens))
+    def _():
+        place = jnp.arange(size, dtype=jnp.int32)
+        token = (first + place)[:, None]  # [tokens 1]
+        turns, lanes = _turns(num_rows, max(1, PAIRS_AT_ONCE // size))
+
+        def look(turn, owned):
+            begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
+            here = (begin <= token) & (token < end)  # [tokens rows]
+            return jnp.maximum(owned, jnp.max(here.astype(jnp.int32), axis=1))
+
+        owned = lax.fori_loop(0, turns, look, jnp.zeros(size, jnp.int32))
+
+        def clear(i, _):
+            is_owned = jnp.max(jnp.where(place == i, owned, 0)) > 0
+            wanted = ~is_owned & (first + i < num_tokens)
+            channels.store(y_ref, channels.zeros(), wanted, first + i)
+
+        lax.fori_loop(0, size, clear, None)
+
+
+def _turns(num_rows: int, most: int) -> tuple[int, int]:
+    lanes = min(1 << (num_rows - 1).bit_length(), most)
+    return -(-num_rows // lanes), lanes
+
+
+def _load(
+    cu_seqlens: Any, num_tokens: int, first: Array, lanes: int
+) -> tuple[Array, Array]:
+    """Where rows begin and end, from the first on; those past the last are empty."""
+    row = first + jnp.arange(lanes, dtype=jnp.int32)
+    is_row = row < cu_seqlens.shape[0] - 1
+
+    def load(at: Array) -> Array:
+        loaded = _triton.load(cu_seqlens.at[at], mask=is_row, other=0)
+        return jnp.clip(loaded, 0, num_tokens)
+
+    return load(row), load(row + 1)
