@@ -38,10 +38,10 @@ Parts = tuple[Array, ...]
 class Prepared(NamedTuple):
     """What `prepare_kernel` leaves, as parts; of a chunk row i lies with its token.
 
-    inverse: (I + A)^-1 diag(beta)      parts of [HV L C]
-    scores: B                           parts of [HV L C]
-    factors: [4 HV L] float32: of a token's k where it is read, exp(G) / |k|, and where
-      it is folded in, exp(G_C - G) / |k|; of its q, exp(G) scale / |q|; and exp(G_C)
+    inverse: (I + A)^-1 - I     parts of [HV L C]; apart from I it is small
+    scores: B                   parts of [HV L C]
+    factors: [5 HV L] float32: of a token's k where it is read, exp(G) / |k|, and where
+      it is folded in, exp(G_C - G) / |k|; of its q, exp(G) scale / |q|; exp(G_C); beta
     """
 
     inverse: tuple[Any, Any]
@@ -49,114 +49,173 @@ class Prepared(NamedTuple):
     factors: Any
 
 
-READ, FOLD, QUERY, DECAY = range(4)
+READ, FOLD, QUERY, DECAY, BETA = range(5)
 
 
 class _Cut(NamedTuple):
-    """How an operand is cut into parts; the interpreter must not fuse the rounding."""
+    """Cuts an operand into parts; the interpreter must not fuse the rounding away."""
 
     interpret: bool
 
-    def __call__(self, x: Array) -> Parts:
+    def __call__(self, x: Array, parts: int = 2) -> Parts:
         if x.dtype == jnp.bfloat16:
             return (x,)
         x = x.astype(jnp.float32)
-        coarse = lax.reduce_precision(x, 8, 7) if self.interpret else x
-        coarse = coarse.astype(jnp.bfloat16)
-        return coarse, (x - coarse.astype(jnp.float32)).astype(jnp.bfloat16)
+        cut = []
+        for _ in range(parts):
+            part = lax.reduce_precision(x, 8, 7) if self.interpret else x
+            cut.append(part.astype(jnp.bfloat16))
+            x = x - cut[-1].astype(jnp.float32)
+        return tuple(cut)
 
 
 def _dot(x: Parts, y: Parts, *, trans_y: bool = False) -> Array:
-    """x y, or x y^T; products of two second parts are below the error."""
-    pairs = [(x_part, y_part) for i, x_part in enumerate(x) for y_part in y[: 2 - i]]
-    products = [_triton.dot(*pair, trans_b=trans_y) for pair in pairs]
+    """x y, or x y^T; products below the error of the finer operand are left out."""
+    most = max(len(x), len(y))
+    pairs = [(x_part, y_part) for i, x_part in enumerate(x) for y_part in y[: most - i]]
+    products = (_triton.dot(*pair, trans_b=trans_y) for pair in reversed(pairs))
     return functools.reduce(jnp.add, products)
+
+
+def _wide_dot(x: Parts, y: Parts, *, trans_x: bool = False) -> Array:
+    """x y or x^T y, with two parts of y side by side in one product: a warpgroup waits
+    for a product before it starts the next, so few and wide ones are fast."""
+    if len(y) == 1:
+        return functools.reduce(
+            jnp.add, (_triton.dot(part, y[0], trans_a=trans_x) for part in x)
+        )
+    both, *finer = x
+    both = _triton.dot(both, _beside(*y[:2]), trans_a=trans_x)
+    total = jnp.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2), axis=1)
+    for x_part in finer:
+        total += _triton.dot(x_part, y[0], trans_a=trans_x)
+    for y_part in y[2:]:
+        total += _triton.dot(x[0], y_part, trans_a=trans_x)
+    return total
+
+
+def _beside(x: Array, y: Array) -> Array:
+    """[m 2n]"""
+    pairs = jnp.stack([x, y], axis=-1).transpose(0, 2, 1)
+    return pairs.reshape(x.shape[0], 2 * x.shape[1])
 
 
 def prepare_kernel(x: Any, *outputs: Any, options: Options, interpret: bool) -> None:
     """Grid: (value heads, chunks)."""
     out = Prepared(outputs[:2], outputs[2:4], outputs[4])
     head, number = pl.program_id(0), pl.program_id(1)
-    cut = _Cut(interpret)
     begin, length = _find_chunk(x, options, number)
 
     @pl.when(length > 0)
     def _():
-        place = jnp.arange(CHUNK, dtype=jnp.int32)
-        valid = place < length
-        token = begin + place
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
-        q, k = (_load_rows(ref, token, valid, key_head) for ref in (x.q, x.k))
-        log_decay, beta = _load_gates(x, options, token, valid, head)
-        q_factor, k_factor = jnp.full(CHUNK, options.scale), jnp.ones(CHUNK)
-        if options.qk_l2norm:
-            q_factor, k_factor = (_inverse_norm(y) for y in (q, k))
-            q_factor = q_factor * options.scale
-        q, k = cut(q), cut(k)
-
-        G = _running_sum(log_decay)
-        total = tuple(jnp.sum(part) for part in _split(log_decay))
-        i, j = place[:, None], place[None, :]
-        between = (G[0][:, None] - G[0][None, :]) + (G[1][:, None] - G[1][None, :])
-        decay = jnp.exp(jnp.where(i >= j, between, -jnp.inf)) * k_factor[None, :]
-        scores = _dot(q, k, trans_y=True) * decay * q_factor[:, None]
-        A = _dot(k, k, trans_y=True) * decay * (beta * k_factor)[:, None]
-        inverse = _invert(jnp.where(i > j, A, 0.0), i, j, cut) * beta[None, :]
-
-        grown = jnp.exp(G[0] + G[1])
-        rest = jnp.exp((total[0] - G[0]) + (total[1] - G[1]))
-        factors = (
-            grown * k_factor,
-            rest * k_factor,
-            grown * q_factor,
-            jnp.full(CHUNK, jnp.exp(total[0] + total[1])),
-        )
-        for number, factor in enumerate(factors):
-            _triton.store(out.factors.at[number, head, token], factor, mask=valid)
-        mask = jnp.broadcast_to(valid[:, None], (CHUNK, CHUNK))
-        for refs, value in ((out.inverse, inverse), (out.scores, scores)):
-            for ref, part in zip(refs, cut(value), strict=True):
-                _triton.store(ref.at[head, token[:, None], j], part, mask=mask)
+        _prepare_chunk(x, out, options, _Cut(interpret), begin, length, head)
 
 
-def _invert(A: Array, i: Array, j: Array, cut: _Cut) -> Array:
-    """(I + A)^-1 of a strict lower triangle: from the inverses of its diagonal blocks
-    those of blocks twice as large, which bounds the error where a power series in A
-    would not (keys that repeat give A^32 entries of 1e17)."""
-    inverse = jnp.where(i == j, 1.0, jnp.where(i // 2 == j // 2, -A, 0.0))
-    size = 2
-    while size < CHUNK:
-        beside = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
-        parts = cut(inverse)
-        passed = _dot(cut(jnp.where(beside, A, 0.0)), parts)
-        inverse = inverse - _dot(parts, cut(passed))
-        size *= 2
-    return inverse
+def _prepare_chunk(
+    x: Any, out: Prepared, options: Options, cut: _Cut, begin, length, head
+) -> None:
+    key_head = head // (x.v.shape[1] // x.k.shape[1])
+    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    tokens = _Tokens(begin + place, place < length)
+    q, k = (cut(_load_rows(ref, tokens, key_head)) for ref in (x.q, x.k))
+    log_decay, beta = _load_gates(x, options, tokens, head)
+    G, total = _running_sum(log_decay)
+    decay = _decay_between(G, place)
+
+    kk = _dot(k, k, trans_y=True)
+    q_factor, k_factor = jnp.full(CHUNK, options.scale), jnp.ones(CHUNK)
+    if options.qk_l2norm:
+        k_factor = _inverse_norm(kk, place)
+        q_factor = _inverse_norm(_dot(q, q, trans_y=True), place) * options.scale
+    decay = decay * k_factor[None, :]
+    scores = _dot(q, k, trans_y=True) * decay * q_factor[:, None]
+    _store_square(out.scores, cut(scores), tokens, head)
+    A = kk * decay * (beta * k_factor)[:, None]
+    A = jnp.where(place[:, None] > place[None, :], A, 0.0)
+    _store_square(out.inverse, cut(_invert(A, place, cut)), tokens, head)
+
+    grown = jnp.exp(G[0] + G[1])
+    rest = jnp.exp((total[0] - G[0]) + (total[1] - G[1]))
+    left = jnp.full(CHUNK, jnp.exp(total[0] + total[1]))
+    factors = (grown * k_factor, rest * k_factor, grown * q_factor, left, beta)
+    for number, factor in enumerate(factors):
+        place = out.factors.at[number, head, tokens.token]
+        _triton.store(place, factor, mask=tokens.valid)
 
 
-def _split(log_decay: Array) -> tuple[Array, Array]:
-    """Multiples of 1/1024, whose sums over a chunk float32 holds exactly, and a rest
-    that stays small. The running sum in one part would lose, behind a token that
-    forgets everything (-100 and less), the small decays between its followers."""
+class _Tokens(NamedTuple):
+    """The tokens of a chunk [C], and which of them the row has."""
+
+    token: Array
+    valid: Array
+
+
+def _load_rows(ref: Any, tokens: _Tokens, head: Array) -> Array:
+    """[C K] of [L H K]."""
+    K = ref.shape[2]
+    k = jnp.arange(pl.next_power_of_2(K), dtype=jnp.int32)[None, :]
+    mask = tokens.valid[:, None] & (k < K)
+    return _triton.load(ref.at[tokens.token[:, None], head, k], mask=mask, other=0)
+
+
+def _inverse_norm(products: Array, place: Array) -> Array:
+    """1 / |x_i| of x x^T, whose diagonal has the squares."""
+    diagonal = place[:, None] == place[None, :]
+    squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=1)
+    return lax.rsqrt(squares + rule.EPSILON)
+
+
+Sums = tuple[Array, Array]
+
+
+def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
+    """G and its last value as coarse + fine: multiples of 1/1024, which float32 adds
+    without rounding, and a rest that stays small. In one part the sum would lose,
+    behind a token that forgets everything (-100 and less), the small decays between
+    its followers."""
     coarse = jnp.floor(log_decay * STEPS) / STEPS
-    return coarse, log_decay - coarse
+    fine = log_decay - coarse
+    return (jnp.cumsum(coarse), jnp.cumsum(fine)), (jnp.sum(coarse), jnp.sum(fine))
 
 
-def _running_sum(log_decay: Array) -> tuple[Array, ...]:
-    return tuple(jnp.cumsum(part) for part in _split(log_decay))
+def _decay_between(G: Sums, place: Array) -> Array:
+    """exp(G_i - G_j), zero above the diagonal."""
+    coarse, fine = (part[:, None] - part[None, :] for part in G)
+    lower = place[:, None] >= place[None, :]
+    return jnp.exp(jnp.where(lower, coarse + fine, -jnp.inf))
 
 
-def _inverse_norm(y: Array) -> Array:
-    y = y.astype(jnp.float32)
-    return lax.rsqrt(jnp.sum(y * y, axis=1) + rule.EPSILON)
+def _invert(A: Array, place: Array, cut: _Cut) -> Array:
+    """(I + A)^-1 - I of a strict lower triangle: in every turn, from the inverses of
+    its diagonal blocks those of blocks twice as large. A power series in A would not
+    do: where keys repeat, its terms grow to 1e17 and cancel."""
+    apart = place[:, None] ^ place[None, :]
+
+    def double(turn, inverse):
+        off = jnp.where(apart >> turn == 1, A, 0.0)
+        parts = cut(inverse)
+        passed = off + _dot(cut(off), parts)
+        return inverse - (passed + _dot(parts, cut(passed)))
+
+    pairs = jnp.where(apart == 1, -A, 0.0)
+    turns = CHUNK.bit_length() - 1
+    return lax.fori_loop(np.int32(1), np.int32(turns), double, pairs)
 
 
-def _load_gates(x: Any, options: Options, token, valid, head) -> tuple[Array, Array]:
+def _store_square(refs, parts: Parts, tokens: _Tokens, head: Array) -> None:
+    column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(tokens.valid[:, None], (CHUNK, CHUNK))
+    for ref, part in zip(refs, parts, strict=True):
+        _triton.store(ref.at[head, tokens.token[:, None], column], part, mask=mask)
+
+
+def _load_gates(x: Any, options: Options, tokens: _Tokens, head) -> Sums:
     """log_decay and beta [C]; 0 where there is no token."""
     a, b = (
-        _triton.load(ref.at[token, head], mask=valid, other=0).astype(jnp.float32)
+        _triton.load(ref.at[tokens.token, head], mask=tokens.valid, other=0)
         for ref in x.gates.per_token
     )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     if isinstance(x.gates, Gates):
         log_decay, beta = a, b
     else:
@@ -166,15 +225,8 @@ def _load_gates(x: Any, options: Options, token, valid, head) -> tuple[Array, Ar
         log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
         beta = rule.beta(b, options.gating)
     log_decay = jnp.maximum(log_decay, NO_DECAY_LEFT)
+    valid = tokens.valid
     return jnp.where(valid, log_decay, 0.0), jnp.where(valid, beta, 0.0)
-
-
-def _load_rows(ref: Any, token: Array, valid: Array, head: Array) -> Array:
-    """[C K] of [L H K]."""
-    K = ref.shape[2]
-    k = jnp.arange(pl.next_power_of_2(K), dtype=jnp.int32)[None, :]
-    mask = valid[:, None] & (k < K)
-    return _triton.load(ref.at[token[:, None], head, k], mask=mask, other=0)
 
 
 def _find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
@@ -243,8 +295,8 @@ def walk_kernel(
     row = find_rows(x, options, jnp.minimum(number, np.int32(x.num_rows - 1)))
     row = row._replace(live=row.live & is_row, keeps_state=row.keeps_state & is_row)
     V, K = x.state.shape[2:]
-    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)[:, None]
-    k = jnp.arange(pl.next_power_of_2(K), dtype=jnp.int32)[None, :]
+    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)[None, :]
+    k = jnp.arange(pl.next_power_of_2(K), dtype=jnp.int32)[:, None]
     inside = (v < V) & (k < K)
     at = (row.read, head, v, k)
 
@@ -279,13 +331,14 @@ def _advance(
     step: Array,
     state: Array,
 ) -> Array:
-    """One chunk: its out is stored, and the state behind it returned, [V K]."""
+    """One chunk: its out is stored, and the state behind it returned, [K V]."""
     place = step * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
-    valid, token = place < row.length, row.begin + place
+    tokens = _Tokens(row.begin + place, place < row.length)
+    token, valid = tokens
     key_head = head // (x.v.shape[1] // x.k.shape[1])
-    k, q = (cut(_load_rows(ref, token, valid, key_head)) for ref in (x.k, x.q))
-    in_v = valid[None, :] & (v < x.v.shape[2])
-    values = _triton.load(x.v.at[token[None, :], head, v], mask=in_v, other=0)
+    k, q = (cut(_load_rows(ref, tokens, key_head)) for ref in (x.k, x.q))
+    in_v = valid[:, None] & (v < x.v.shape[2])
+    values = _triton.load(x.v.at[token[:, None], head, v], mask=in_v, other=0)
     column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
     square = jnp.broadcast_to(valid[:, None], (CHUNK, CHUNK))
 
@@ -297,18 +350,21 @@ def _advance(
 
     def factor(number: int) -> Array:
         at = prepared.factors.at[number, head, token]
-        return _triton.load(at, mask=valid, other=0)[None, :]
+        return _triton.load(at, mask=valid, other=0)[:, None]
 
     decay = prepared.factors[DECAY, head, row.begin + step * CHUNK]
+    query = factor(
+        QUERY
+    )  # loaded early: it enters no product, so nothing prefetches it
     parts = cut(state)
-    error = values.astype(jnp.float32) - _dot(parts, k, trans_y=True) * factor(READ)
-    u = _dot(cut(error), load(prepared.inverse), trans_y=True)  # [V C]
-    out = _dot(parts, q, trans_y=True) * factor(QUERY)
-    out += _dot(cut(u), load(prepared.scores), trans_y=True)
+    error = values.astype(jnp.float32) - _wide_dot(k, parts) * factor(READ)
+    error = error * factor(BETA)
+    u = error + _wide_dot(load(prepared.inverse), cut(error))  # [C V]
+    out = _wide_dot(q, parts) * query + _wide_dot(load(prepared.scores), cut(u))
     _triton.store(
-        out_ref.at[token[None, :], head, v], out.astype(out_ref.dtype), mask=in_v
+        out_ref.at[token[:, None], head, v], out.astype(out_ref.dtype), mask=in_v
     )
-    return state * decay + _dot(cut(u * factor(FOLD)), k)
+    return state * decay + _wide_dot(k, cut(u * factor(FOLD), 3), trans_x=True)
 
 
 def chunk_triton(
@@ -354,7 +410,7 @@ def _prepare(
     outputs = _triton.launch(
         functools.partial(prepare_kernel, options=options, interpret=interpret),
         x,
-        (*(square,) * 4, ((4, HV, L), jnp.float32)),
+        (*(square,) * 4, ((5, HV, L), jnp.float32)),
         grid=(HV, chunks),
         aliases={},
         num_warps=config.prepare_warps,

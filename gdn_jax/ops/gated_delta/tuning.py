@@ -58,10 +58,10 @@ class ChunkConfig:
       prepare_warps: of a program that prepares a chunk.
     """
 
-    block_v: int = 64
+    block_v: int = 32
     num_warps: int = 4
     num_stages: int = 2
-    prepare_warps: int = 4
+    prepare_warps: int = 1
 
     @property
     def clearing(self) -> LaunchConfig:
