@@ -102,9 +102,7 @@ def params_of(model: str, layer: nn.GatedDeltaNet, record: dict) -> dict:
     return params
 
 
-def errors(
-    model: str, record: dict, rule: str | None = None, implementation: str | None = None
-) -> dict[str, float]:
+def errors(model: str, record: dict, rule: str | None) -> dict[str, float]:
     """The relative error of each module's output, in prefill and in decoding."""
     layer = layer_of(model, json.loads(str(record["config"])))
     params = params_of(model, layer, record)
@@ -115,9 +113,7 @@ def errors(
             for key, value in record.items()
             if key.startswith(f"{phase}/")
         }
-        got, state = _run(
-            model, layer, params, want.pop("x"), state, rule, implementation
-        )
+        got, state = _run(model, layer, params, want.pop("x"), state, rule)
         assert got.keys() == want.keys()
         found |= {
             f"{phase}/{module}": testing.relative_error(got[module], want[module])
@@ -126,7 +122,7 @@ def errors(
     return found
 
 
-def _run(model, layer, params, x, state, rule, implementation):
+def _run(model, layer, params, x, state, rule):
     """Our call, its modules by the names of a record."""
     with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
         (_, state), captured = layer.apply(
@@ -134,7 +130,6 @@ def _run(model, layer, params, x, state, rule, implementation):
             jnp.asarray(x),
             state,
             path=rule,
-            implementation=implementation,
             capture_intermediates=lambda module, method: True,
         )
     seen = captured["intermediates"]
