@@ -55,19 +55,6 @@ def check_tokens(x: Array, hidden_size: int) -> None:
         checks.fail("x", x.shape, wanted, "The last axis is the layer's hidden_size.")
 
 
-def check_columns(given: Batch, columns: int) -> None:
-    """The convolution counts accepted tokens up to its own columns."""
-    if given.num_accepted is None or given.slots is None or given.slots.ndim != 2:
-        return
-    if columns < given.slots.shape[1]:
-        checks.fail(
-            "state.conv",
-            f"{columns} columns for slots {given.slots.shape}",
-            "of at least S columns",
-            "Make the state with layer.init_state(.., columns=S).",
-        )
-
-
 def check_begins_from_zeros(given: Batch) -> None:
     for name in ("slots", "num_accepted", "has_state"):
         if getattr(given, name) is not None:

@@ -1,6 +1,6 @@
 """The Gated DeltaNet layer: projections, convolution, rule, gated norm, projection."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,22 +12,11 @@ from gdn_jax import _types as t
 from gdn_jax.nn import arguments, initializers
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
-from gdn_jax.nn.tables import Pools, Tables, find_tables
+from gdn_jax.nn.state import GatedDeltaNetState, pools_of
+from gdn_jax.nn.tables import Tables, find_tables
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
-
-
-class GatedDeltaNetState(NamedTuple):
-    """What a layer carries from call to call.
-
-    Attributes:
-      conv: the convolution's inputs, a slot for each sequence.
-      recurrent: [N or P, HV, V, K], the rule's states.
-    """
-
-    conv: ConvState
-    recurrent: t.State
 
 
 class GatedDeltaNet(nn.Module):
@@ -77,7 +66,13 @@ class GatedDeltaNet(nn.Module):
 
     Parameters carry logical axis names (`nn.logical_to_mesh`): "embed" (D),
     "gdn_key_heads" and "gdn_value_heads" (axes whose outer part is heads, to be split
-    between heads), "gdn_channels" (C).
+    between heads), "gdn_channels" (C). NNX creates them on a mesh, by the rules of
+    `nn.logical_axis_rules`, unless told that there is none:
+
+        module = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0))
+        with nnx.use_eager_sharding(False):
+            nnx.bridge.lazy_init(module, x)
+        y, state = module(x)
     """
 
     hidden_size: int
@@ -183,7 +178,7 @@ class GatedDeltaNet(nn.Module):
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
         path = arguments.choose_path(path, x, given)
         state = self._begin(x, given) if state is None else state
-        pools = self._pools(state, given, null_slot)
+        pools = pools_of(state, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(tables.select(x))
@@ -280,18 +275,6 @@ class GatedDeltaNet(nn.Module):
         arguments.check_begins_from_zeros(given)
         num_rows, _, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
         return self.init_state(num_rows)
-
-    @nn.nowrap
-    def _pools(
-        self, state: GatedDeltaNetState, given: Batch, null_slot: int | None
-    ) -> Pools:
-        if not isinstance(state, GatedDeltaNetState):
-            remedy = "Make one with layer.init_state."
-            checks.fail("state", type(state).__name__, "a GatedDeltaNetState", remedy)
-        conv, recurrent = state
-        columns = conv.buffer.shape[-1] - self.conv_width + 1
-        arguments.check_columns(given, columns)
-        return Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
 
 
 def _without_kernel(implementation: str | None) -> str | None:
