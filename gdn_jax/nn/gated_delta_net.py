@@ -158,8 +158,8 @@ class GatedDeltaNet(nn.Module):
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
             to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
-          implementation: of the rule, as in `fused_update`; "xla" and "reference" are
-            the convolution's and the norm's as well.
+          implementation: of convolution, rule and norm, as in `fused_update`; the norm
+            has no kernel and is XLA's beside those of the others.
 
         Null rule: as in `fused_update`, for both states; a row is null also where its
         convolution's slot is. Its y is exactly zero, and so is that of tokens of no
@@ -200,7 +200,7 @@ class GatedDeltaNet(nn.Module):
             state,
             channels,
             self.conv_weight,
-            implementation=_without_kernel(implementation),
+            implementation=implementation,
             **tables.conv,
         )
 
@@ -232,13 +232,14 @@ class GatedDeltaNet(nn.Module):
         )
 
     def norm(self, out: Array, z: Array, implementation: str | None) -> Array:
+        wants_kernel = implementation in ("triton", "interpret")
         return gdn_jax.gated_rms_norm(
             out,
             z,
             self.norm_weight,
             eps=self.norm_eps,
             activation=self.output_activation,
-            implementation=_without_kernel(implementation),
+            implementation=None if wants_kernel else implementation,
         )
 
     @nn.nowrap
@@ -275,8 +276,3 @@ class GatedDeltaNet(nn.Module):
         arguments.check_begins_from_zeros(given)
         num_rows, _, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
         return self.init_state(num_rows)
-
-
-def _without_kernel(implementation: str | None) -> str | None:
-    """The convolution and the norm have no kernels of their own."""
-    return None if implementation in ("triton", "interpret") else implementation
