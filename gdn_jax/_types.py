@@ -6,6 +6,7 @@ L   tokens of all rows, packed              i // (HV // H)
 P   slots of the state pool            K    key head dim
 S   columns of a speculative table     V    value head dim
 W   width of the convolution           C    its channels, flat: q, k and v
+                                       D    a model's hidden size
 """
 
 from typing import TypeAlias
@@ -30,3 +31,5 @@ Start: TypeAlias = Int32[Array, " P"]
 Channels: TypeAlias = Float[Array, "L C"]
 Filter: TypeAlias = Float[Array, "C W"]
 PerChannel: TypeAlias = Float[Array, " C"]
+
+Hidden: TypeAlias = Float[Array, "N T D"] | Float[Array, "L D"]

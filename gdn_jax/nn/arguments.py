@@ -1,0 +1,77 @@
+"""Checks of a layer's fields and of its calls, and the choice of the rule's path."""
+
+from typing import Any
+
+from jax import Array
+
+from gdn_jax.nn.projections import LAYOUTS
+from gdn_jax.ops import checks
+from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
+
+PATHS = ("fused", "chunk")
+# Dense rows up to here are walked token by token: a chunk would be mostly empty.
+LONGEST_FUSED = 16
+
+
+def check_fields(layer: Any) -> None:
+    for name in (
+        "hidden_size",
+        "num_key_heads",
+        "num_value_heads",
+        "key_head_dim",
+        "value_head_dim",
+        "conv_width",
+    ):
+        if getattr(layer, name) < 1:
+            checks.fail(name, getattr(layer, name), ">= 1", "It is an axis.")
+    if layer.num_value_heads % layer.num_key_heads:
+        checks.fail(
+            "num_value_heads",
+            layer.num_value_heads,
+            f"a multiple of num_key_heads = {layer.num_key_heads}",
+            "Value head i reads key head i // (HV // H).",
+        )
+    if layer.layout not in LAYOUTS:
+        wanted = f"one of {', '.join(LAYOUTS)}"
+        checks.fail("layout", repr(layer.layout), wanted, "See the class.")
+    if layer.output_activation not in ACTIVATIONS:
+        got, wanted = repr(layer.output_activation), f"one of {', '.join(ACTIVATIONS)}"
+        checks.fail("output_activation", got, wanted, "See gated_rms_norm.")
+    apart = layer.per_key_decay or layer.gate_rank is not None
+    if layer.layout == "interleaved" and apart:
+        checks.fail(
+            "layout",
+            "'interleaved' with per_key_decay or gate_rank",
+            "'flat' or 'separate' there",
+            "Interleaved, `a` and `z` have no matrix of their own.",
+        )
+
+
+def check_tokens(x: Array, hidden_size: int) -> None:
+    if x.ndim not in (2, 3) or x.shape[-1] != hidden_size:
+        D = hidden_size
+        wanted = f"[N, T, {D}] (dense) or [L, {D}] (packed)"
+        checks.fail("x", x.shape, wanted, "The last axis is the layer's hidden_size.")
+
+
+def check_begins_from_zeros(given: Batch) -> None:
+    for name in ("slots", "num_accepted", "has_state"):
+        if getattr(given, name) is not None:
+            remedy = "Make one with layer.init_state."
+            checks.fail("state", "None", f"given where {name} is", remedy)
+
+
+def choose_path(path: str | None, x: Array, given: Batch) -> str:
+    speculative = given.num_accepted is not None
+    if path not in (None, *PATHS):
+        wanted = f"None or one of {', '.join(PATHS)}"
+        checks.fail("path", repr(path), wanted, "None chooses by the call's form.")
+    if path == "chunk" and speculative:
+        remedy = "Leave it out: verification keeps a state for every token."
+        checks.fail("path", "'chunk'", "'fused' with num_accepted", remedy)
+    if path is not None:
+        return path
+    short = x.ndim == 3 and x.shape[1] <= LONGEST_FUSED
+    single = x.ndim == 2 and given.cu_seqlens is None
+    return "fused" if speculative or short or single else "chunk"

@@ -1,0 +1,278 @@
+"""The Gated DeltaNet layer: projections, convolution, rule, gated norm, projection."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+import gdn_jax
+from gdn_jax import _types as t
+from gdn_jax.nn import arguments, initializers
+from gdn_jax.nn.initializers import Initializer
+from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
+from gdn_jax.nn.state import GatedDeltaNetState, pools_of
+from gdn_jax.nn.tables import Tables, find_tables
+from gdn_jax.ops import checks
+from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.causal_conv1d.call import ConvState
+
+
+class GatedDeltaNet(nn.Module):
+    """The Gated DeltaNet layer, its state passed in and returned.
+
+        channels, z, a, b = projections(x)
+        q, k, v = silu(convolution(channels))
+        out = gated delta rule(q, k, v, a, b)               (see `fused_update`)
+        y = projection(RMS norm(out) * silu(z))
+
+        layer = GatedDeltaNet(2048, 16, 32, 128, 128)
+        params = layer.init(jax.random.key(0), x)
+        y, state = layer.apply(params, x)                   # from zeros: training
+        y, state = layer.apply(params, x_next, state)       # goes on
+
+    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464); KDA:
+    "Kimi Linear" (arXiv:2510.26692). Models, as transformers 5.23 has them, differ from
+    the defaults in:
+
+        Qwen3-Next    layout="interleaved"
+        Qwen3.5       none
+        OLMo-hybrid   layout="separate", allow_neg_eigval=True, norm_eps=1e-5
+        Kimi-Linear   layout="separate", per_key_decay=True, gate_rank=head dim,
+                      norm_eps=1e-5, output_activation="sigmoid"
+
+    Attributes:
+      hidden_size: D, of x and y.
+      num_key_heads, num_value_heads: H and HV; HV % H == 0.
+      key_head_dim, value_head_dim: K and V.
+      conv_width: W of the convolution.
+      layout: which projections are one matrix. "flat": [q | k | v], and one each for z,
+        b and a. "interleaved": [q | k | v | z] and [b | a], each key head's part after
+        another's. "separate": one each.
+      per_key_decay: a decay for each K instead of each head (KDA).
+      gate_rank: if given, the projections of `a` and `z` are products of two through so
+        many features. Not with "interleaved", nor is `per_key_decay`.
+      allow_neg_eigval, gate_lower_bound: as in `fused_update`.
+      norm_eps: of the norm behind the rule.
+      output_activation: of the output gate, "silu" or "sigmoid".
+      dtype: of the projections, the convolution's state and y; the rule, the norm and
+        the convolution compute in float32.
+      param_dtype: of parameters but A_log and dt_bias, which are float32.
+      kernel_init: of the projections.
+      conv_init: of the convolution's weight [C, W].
+      A_log_init, dt_bias_init: of the gates' parameters. transformers begins dt_bias
+        with ones in Qwen's models, with time steps in the others, as here.
+
+    Parameters carry logical axis names (`nn.logical_to_mesh`): "embed" (D),
+    "gdn_key_heads" and "gdn_value_heads" (axes whose outer part is heads, to be split
+    between heads), "gdn_channels" (C). NNX creates them on a mesh, by the rules of
+    `nn.logical_axis_rules`, unless told that there is none:
+
+        module = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0))
+        with nnx.use_eager_sharding(False):
+            nnx.bridge.lazy_init(module, x)
+        y, state = module(x)
+    """
+
+    hidden_size: int
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int = 4
+    layout: str = "flat"
+    per_key_decay: bool = False
+    gate_rank: int | None = None
+    allow_neg_eigval: bool = False
+    gate_lower_bound: float | None = None
+    norm_eps: float = 1e-6
+    output_activation: str = "silu"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    conv_init: Initializer = initializers.uniform_fan_in()
+    A_log_init: Initializer = initializers.decay_rate()
+    dt_bias_init: Initializer = initializers.time_step()
+
+    def __post_init__(self):
+        arguments.check_fields(self)
+        super().__post_init__()
+
+    @property
+    def heads(self) -> Heads:
+        H, HV = self.num_key_heads, self.num_value_heads
+        return Heads(H, HV, self.key_head_dim, self.value_head_dim)
+
+    def setup(self):
+        def param(name, init, shape, *axes, dtype=jnp.float32) -> Any:
+            init = nn.with_logical_partitioning(init, axes)
+            return self.param(name, init, shape, dtype)
+
+        heads, dtype = self.heads, self.param_dtype
+        matrices = Matrices(self.dtype, dtype, self.kernel_init)
+        self.in_proj = LAYOUTS[self.layout](
+            heads, matrices, self.per_key_decay, self.gate_rank
+        )
+        filters = (heads.channels, self.conv_width)
+        self.conv_weight = param(
+            "conv_weight", self.conv_init, filters, "gdn_channels", None, dtype=dtype
+        )
+        decays = (heads.HV, heads.K) if self.per_key_decay else (heads.HV,)
+        axes = ("gdn_value_heads", None)[: len(decays)]
+        self.A_log = param("A_log", self.A_log_init, decays[:1], *axes[:1])
+        self.dt_bias = param("dt_bias", self.dt_bias_init, decays, *axes)
+        ones = nn.initializers.ones
+        self.norm_weight = param("norm_weight", ones, (heads.V,), None, dtype=dtype)
+        self.out_proj = matrices.dense(self.hidden_size, "gdn_value_heads", "embed")
+
+    def __call__(
+        self,
+        x: t.Hidden,
+        state: GatedDeltaNetState | None = None,
+        *,
+        slots: ArrayLike | None = None,
+        conv_slots: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
+        num_accepted: ArrayLike | None = None,
+        has_state: ArrayLike | None = None,
+        null_slot: int | None = None,
+        path: str | None = None,
+        implementation: str | None = None,
+    ) -> tuple[t.Hidden, GatedDeltaNetState]:
+        """Prefill, decoding, ragged batches and speculative verification: (y, state).
+
+        Whether a row has a state and whether it is speculative is said by `has_state`
+        and `num_accepted`, never by how many tokens it has. Rows that continue and rows
+        that begin, of any lengths, may share a call.
+
+        Args:
+          x: [N, T, D] (dense) or [L, D] (packed).
+          state: from `init_state` or the last call. Donate it under `jax.jit` and it is
+            updated in place. None: every row begins from zeros.
+          slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`.
+          conv_slots: [N] int32, each row's slot of `state.conv`, which has one a
+            sequence where the rule has S. None: `slots`, or its column 0, so that a
+            sequence's first slot is its slot in both pools.
+          cu_seqlens, num_accepted, has_state: as in `fused_update`.
+          null_slot: one that means "none" in `slots`.
+          path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
+            to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
+          implementation: of convolution, rule and norm, as in `fused_update`; the norm
+            has no kernel and is XLA's beside those of the others.
+
+        Null rule: as in `fused_update`, for both states; a row is null also where its
+        convolution's slot is. Its y is exactly zero, and so is that of tokens of no
+        row; NaN in their x reaches nothing, gradients included.
+
+        Returns:
+          y: of x's shape, in `dtype`.
+          state: like the argument, moved on behind this call's tokens; if that was None
+            [N, ...], float32 in its recurrent part.
+
+        Raises:
+          ValueError: the call is wrong; the text names the argument and the remedy.
+          NotImplementedError: the implementation asked for cannot run this call here.
+        """
+        arguments.check_tokens(x, self.hidden_size)
+        given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
+        path = arguments.choose_path(path, x, given)
+        state = self._begin(x, given) if state is None else state
+        pools = pools_of(state, self.conv_width, given, null_slot)
+        tables = find_tables(given, conv_slots, x.shape[:-1], pools)
+
+        channels, z, a, b = self.in_proj(tables.select(x))
+        conv, channels = self.convolve(state.conv, channels, tables, implementation)
+        recurrent, out = self.update(
+            state.recurrent, channels, a, b, tables, path, implementation
+        )
+        y = self.out_proj(flat(self.norm(out, z, implementation)))
+        return y, GatedDeltaNetState(conv, recurrent)
+
+    def convolve(
+        self,
+        state: ConvState,
+        channels: Array,
+        tables: Tables,
+        implementation: str | None,
+    ) -> tuple[ConvState, Array]:
+        return gdn_jax.causal_conv1d(
+            state,
+            channels,
+            self.conv_weight,
+            implementation=implementation,
+            **tables.conv,
+        )
+
+    def update(
+        self,
+        state: Array,
+        channels: Array,
+        a: Array,
+        b: Array,
+        tables: Tables,
+        path: str,
+        implementation: str | None,
+    ) -> tuple[Array, Array]:
+        keywords = dict(tables.recurrent)
+        if path == "chunk":
+            del keywords["num_accepted"]
+        rule = gdn_jax.fused_update if path == "fused" else gdn_jax.chunk_update
+        return rule(
+            state,
+            *self.heads.split(channels),
+            self.A_log,
+            a,
+            b,
+            self.dt_bias,
+            allow_neg_eigval=self.allow_neg_eigval,
+            gate_lower_bound=self.gate_lower_bound,
+            implementation=implementation,
+            **keywords,
+        )
+
+    def norm(self, out: Array, z: Array, implementation: str | None) -> Array:
+        wants_kernel = implementation in ("triton", "interpret")
+        return gdn_jax.gated_rms_norm(
+            out,
+            z,
+            self.norm_weight,
+            eps=self.norm_eps,
+            activation=self.output_activation,
+            implementation=None if wants_kernel else implementation,
+        )
+
+    @nn.nowrap
+    def init_state(
+        self,
+        num_slots: int,
+        *,
+        columns: int = 1,
+        num_conv_slots: int | None = None,
+        recurrent_dtype: Any = jnp.float32,
+    ) -> GatedDeltaNetState:
+        """An empty state, dense or a pool.
+
+        Args:
+          num_slots: N for a state per sequence; P for a pool, with `slots`.
+          columns: S, 1 + drafts, for speculative decoding.
+          num_conv_slots: slots of the convolution's state, for calls with `conv_slots`;
+            None: num_slots.
+          recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
+        """
+        heads = self.heads
+        conv = ConvState.zeros(
+            num_slots if num_conv_slots is None else num_conv_slots,
+            heads.channels,
+            self.conv_width,
+            self.dtype,
+            columns=columns,
+        )
+        shape = (num_slots, heads.HV, heads.V, heads.K)
+        return GatedDeltaNetState(conv, jnp.zeros(shape, recurrent_dtype))
+
+    @nn.nowrap
+    def _begin(self, x: Array, given: Batch) -> GatedDeltaNetState:
+        arguments.check_begins_from_zeros(given)
+        num_rows, _, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
+        return self.init_state(num_rows)

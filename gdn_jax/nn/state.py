@@ -1,0 +1,40 @@
+"""What a layer carries from call to call."""
+
+from typing import NamedTuple
+
+from gdn_jax import _types as t
+from gdn_jax.nn.tables import Pools
+from gdn_jax.ops import checks
+from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.causal_conv1d.call import ConvState
+
+
+class GatedDeltaNetState(NamedTuple):
+    """What a layer carries from call to call.
+
+    Attributes:
+      conv: the convolution's inputs, a slot for each sequence.
+      recurrent: [N or P, HV, V, K], the rule's states.
+    """
+
+    conv: ConvState
+    recurrent: t.State
+
+
+def pools_of(
+    state: GatedDeltaNetState, conv_width: int, given: Batch, null_slot: int | None
+) -> Pools:
+    if not isinstance(state, GatedDeltaNetState):
+        remedy = "Make one with layer.init_state."
+        checks.fail("state", type(state).__name__, "a GatedDeltaNetState", remedy)
+    conv, recurrent = state
+    columns = conv.buffer.shape[-1] - conv_width + 1
+    is_table = given.slots is not None and given.slots.ndim == 2
+    if is_table and columns < given.slots.shape[-1]:
+        checks.fail(
+            "state.conv",
+            f"{columns} columns for slots {given.slots.shape}",
+            "of at least S columns",
+            "Make the state with layer.init_state(.., columns=S).",
+        )
+    return Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)

@@ -1,0 +1,120 @@
+"""A call's tables as the two states of a layer take them: one null rule for both."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gdn_jax.ops import batch, checks
+from gdn_jax.ops.batch import Batch, Rows
+
+
+class Pools(NamedTuple):
+    """How many slots the layer's two states have, and which one the caller reserves in
+    `slots`."""
+
+    conv: int
+    recurrent: int
+    null_slot: int | None
+
+
+class Tables(NamedTuple):
+    """One call's tables.
+
+    Attributes:
+      conv, recurrent: keyword arguments of the convolution and of the rule.
+      live: for each token, whether it belongs to a live row; None if all do.
+    """
+
+    conv: dict[str, Any]
+    recurrent: dict[str, Any]
+    live: Array | None
+
+    def select(self, x: Array) -> Array:
+        """Zeros in place of what must not be read, NaN included."""
+        return x if self.live is None else jnp.where(self.live[..., None], x, 0)
+
+
+def find_tables(
+    given: Batch, conv_slots: ArrayLike | None, lead: tuple[int, ...], pools: Pools
+) -> Tables:
+    """`lead` are the tokens' axes, [N T] dense or [L] packed. A row whose slot is null
+    in one of the two pools is made null in both."""
+    num_rows, tokens, source = checks.rows_of(lead, given.cu_seqlens)
+    if conv_slots is not None:
+        conv_slots = checks.integers("conv_slots", conv_slots)
+    checks.check_per_row(given, num_rows, source)
+    _check_slots(given.slots, conv_slots, num_rows, source)
+    rows = _find_rows(given, num_rows, tokens, lead, pools)
+    keywords = given._asdict() | dict(null_slot=pools.null_slot)
+    conv = recurrent = keywords
+    slots = given.slots
+    if slots is not None and not _is_one_table(slots, conv_slots, pools):
+        in_conv, conv_slots = _find_conv_slots(slots, conv_slots, pools)
+        rows = rows._replace(live=rows.live & in_conv)
+        row = in_conv if slots.ndim == 1 else in_conv[:, None]
+        conv_slots = jnp.where(rows.live, conv_slots, -1)
+        conv = keywords | dict(slots=conv_slots, null_slot=None)
+        recurrent = keywords | dict(slots=jnp.where(row, slots, -1))
+    return Tables(conv, recurrent, _live_tokens(given, rows, tokens, lead))
+
+
+def _is_one_table(slots: Array, conv_slots: Array | None, pools: Pools) -> bool:
+    """Whether both ops take the caller's slots as they are and find the same nulls."""
+    return conv_slots is None and slots.ndim == 1 and pools.conv == pools.recurrent
+
+
+def _find_conv_slots(
+    slots: Array, conv_slots: Array | None, pools: Pools
+) -> tuple[Array, Array]:
+    """Whether each row has a slot for its convolution, and which."""
+    if conv_slots is not None:
+        return batch.is_live_slot(conv_slots, pools.conv, None), conv_slots
+    first = slots if slots.ndim == 1 else slots[:, 0]
+    return batch.is_live_slot(first, pools.conv, pools.null_slot), first
+
+
+def _find_rows(
+    given: Batch,
+    num_rows: int,
+    tokens: int | None,
+    lead: tuple[int, ...],
+    pools: Pools,
+) -> Rows:
+    is_table = given.slots is not None and given.slots.ndim == 2
+    return batch.find_rows(
+        given,
+        jnp.arange(num_rows, dtype=jnp.int32),
+        num_tokens=math.prod(lead),
+        num_slots=pools.recurrent,
+        tokens_per_row=tokens,
+        columns=given.slots.shape[1] if is_table else 1,
+        null_slot=checks.null_slot_of(pools.null_slot, pools.recurrent, given.slots),
+    )
+
+
+def _live_tokens(
+    given: Batch, rows: Rows, tokens: int | None, lead: tuple[int, ...]
+) -> Array | None:
+    if given.slots is None and given.cu_seqlens is None:
+        return None
+    if given.cu_seqlens is None:
+        return rows.live if len(lead) == 1 else rows.live[:, None]
+    return batch.find_owners(rows, lead[0], tokens)[2]
+
+
+def _check_slots(
+    slots: Array | None, conv_slots: Array | None, num_rows: int, source: str
+) -> None:
+    each = f"One entry a row: {source}."
+    if slots is None:
+        if conv_slots is not None:
+            remedy = "The rule's states need slots too."
+            checks.fail("conv_slots", "no slots", "given with slots", remedy)
+        return
+    if slots.ndim not in (1, 2) or slots.shape[0] != num_rows or 0 in slots.shape[1:]:
+        checks.fail("slots", slots.shape, f"[N] or [N, S] with N = {num_rows}", each)
+    if conv_slots is not None and conv_slots.shape != (num_rows,):
+        checks.fail("conv_slots", conv_slots.shape, f"[N] = ({num_rows},)", each)

@@ -1,0 +1,30 @@
+"""The layer against transformers' own, live: other seeds and sizes than the recorded.
+
+Not collected by itself, for it needs torch 2.13 and transformers 5.23; .ci/run installs
+them on Python 3.11 and names this file.
+"""
+
+import hf_layers
+import make_hf_goldens
+import pytest
+
+# What the recorded layers leave out: real head dims, one value head a key head, other
+# widths of the convolution.
+SIZES = {
+    "qwen3_next": dict(linear_key_head_dim=128, linear_value_head_dim=128),
+    "qwen3_5": dict(linear_num_value_heads=3, linear_conv_kernel_dim=3),
+    "olmo_hybrid": dict(linear_key_head_dim=96, linear_value_head_dim=192),
+    "kimi_linear": dict(linear_head_dim=128, linear_conv_kernel_dim=2),
+}
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["recorded sizes", "others"])
+@pytest.mark.parametrize("model", hf_layers.NAMES)
+def test_every_module_agrees(model, changed):
+    _, _, sizes = make_hf_goldens.MODELS[model]
+    sizes = sizes | (SIZES[model] if changed else {})
+    record = make_hf_goldens.record(model, sizes, seed=1)
+    errors = hf_layers.errors(model, record, rule=None)
+    assert len(errors) > 20
+    wrong = {name: x for name, x in errors.items() if not x < hf_layers.TOLERANCE}
+    assert not wrong
