@@ -61,7 +61,7 @@ class ChunkConfig:
     block_v: int = 32
     num_warps: int = 4
     num_stages: int = 2
-    prepare_warps: int = 1
+    prepare_warps: int = 4
 
     @property
     def clearing(self) -> LaunchConfig:
