@@ -23,6 +23,8 @@ CASES = (
     Case("ragged", (130, 0, 64, 1, 63, 65), tokens="packed", null_rows=(3,), padding=9),
     Case("ragged, odd dims", (70, 3), tokens="packed", H=1, HV=3, K=20, V=7),
     Case("ragged, fresh", (70, 0, 5, 64), tokens="packed", fresh=(2, 3)),
+    Case("K=8 V=6", (70, 3), tokens="packed", H=1, HV=2, K=8, V=6),
+    Case("K=1 V=1", (70,), H=1, HV=2, K=1, V=1, act_dtype="float32"),
     Case("one token a row", (1,) * 5, tokens="single", null_rows=(2,)),
     Case("K=96 V=192", (70,), H=1, HV=2, K=96, V=192),
     Case("K=128 V=128", (130,), H=1, HV=2, K=128, V=128),

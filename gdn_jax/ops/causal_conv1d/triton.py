@@ -27,8 +27,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.causal_conv1d import ragged
 from gdn_jax.ops.causal_conv1d.call import (
     ConvState,
     Inputs,
@@ -76,7 +76,7 @@ def conv_kernel(
     _walk(x, y_ref, channels, row, step, blocks, window, convolve)
     if x.tables.cu_seqlens is not None:
         cu_seqlens = x.tables.cu_seqlens
-        ragged.clear_unowned(cu_seqlens, y_ref, channels, number, blocks.tokens)
+        _clear_unowned(cu_seqlens, y_ref, channels, number, blocks.tokens)
 
 
 def _find_work(
@@ -216,6 +216,29 @@ def _select(condition: Array, yes: Any, no: Any) -> Any:
 
 def _float(values: Any) -> Any:
     return jax.tree.map(lambda value: value.astype(jnp.float32), values)
+
+
+def _clear_unowned(
+    cu_seqlens: Any, y_ref, channels: Channels, number: Array, size: int
+) -> None:
+    """Zeros for those of the `number`-th `size` packed tokens that no row owns."""
+    num_tokens, num_rows = y_ref.shape[0], cu_seqlens.shape[0] - 1
+    first = number * size
+    # Boundaries that rise somewhere past a token, from before it, own it.
+    surely_owned = cu_seqlens[0] <= first
+    surely_owned &= cu_seqlens[num_rows] >= jnp.minimum(first + size, num_tokens)
+
+    @pl.when(~surely_owned & (first < num_tokens))
+    def _():
+        place = jnp.arange(size, dtype=jnp.int32)
+        owned = ragged.find_owned(cu_seqlens, num_tokens, first + place)
+
+        def clear(i, _):
+            is_owned = jnp.max(jnp.where(place == i, owned, 0)) > 0
+            wanted = ~is_owned & (first + i < num_tokens)
+            channels.store(y_ref, channels.zeros(), wanted, first + i)
+
+        lax.fori_loop(0, size, clear, None)
 
 
 def triton(

@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.causal_conv1d.channels import Channels
 
 ROWS_AT_ONCE = 512  # of cu_seqlens, in the registers of one warp
 PAIRS_AT_ONCE = 2048  # of a token and a row, likewise
@@ -47,35 +45,17 @@ def find_block(cu_seqlens: Any, num_tokens: int, size: int, number: Array) -> Fo
     return Found(jnp.minimum(before, np.int32(num_rows)), number - skipped)
 
 
-def clear_unowned(
-    cu_seqlens: Any, y_ref, channels: Channels, number: Array, size: int
-) -> None:
-    """Zeros for those of the `number`-th `size` packed tokens that no row owns."""
-    num_tokens, num_rows = y_ref.shape[0], cu_seqlens.shape[0] - 1
-    first = number * size
-    # Boundaries that rise somewhere past a token, from before it, own it.
-    surely_owned = cu_seqlens[0] <= first
-    surely_owned &= cu_seqlens[num_rows] >= jnp.minimum(first + size, num_tokens)
+def find_owned(cu_seqlens: Any, num_tokens: int, token: Array) -> Array:
+    """[tokens] int32: 1 for those that a row owns."""
+    num_rows = cu_seqlens.shape[0] - 1
+    turns, lanes = _turns(num_rows, max(1, PAIRS_AT_ONCE // token.size))
 
-    @pl.when(~surely_owned & (first < num_tokens))
-    def _():
-        place = jnp.arange(size, dtype=jnp.int32)
-        token = (first + place)[:, None]  # [tokens 1]
-        turns, lanes = _turns(num_rows, max(1, PAIRS_AT_ONCE // size))
+    def look(turn, owned):
+        begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
+        here = (begin <= token[:, None]) & (token[:, None] < end)  # [tokens rows]
+        return jnp.maximum(owned, jnp.max(here.astype(jnp.int32), axis=1))
 
-        def look(turn, owned):
-            begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
-            here = (begin <= token) & (token < end)  # [tokens rows]
-            return jnp.maximum(owned, jnp.max(here.astype(jnp.int32), axis=1))
-
-        owned = lax.fori_loop(0, turns, look, jnp.zeros(size, jnp.int32))
-
-        def clear(i, _):
-            is_owned = jnp.max(jnp.where(place == i, owned, 0)) > 0
-            wanted = ~is_owned & (first + i < num_tokens)
-            channels.store(y_ref, channels.zeros(), wanted, first + i)
-
-        lax.fori_loop(0, size, clear, None)
+    return lax.fori_loop(0, turns, look, jnp.zeros(token.size, jnp.int32))
 
 
 def _turns(num_rows: int, most: int) -> tuple[int, int]:

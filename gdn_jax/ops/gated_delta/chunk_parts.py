@@ -1,0 +1,64 @@
+"""Products of float32's grade on tensor cores, by bfloat16 parts.
+
+A bfloat16 operand is one part. Another is cut into two, which leaves an error of 2^-17,
+or three, which leaves float32's own. Sums are float32.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdn_jax import _triton
+
+Parts = tuple[Array, ...]
+MIN_DOT = 16  # Triton pads a smaller product, with wrong results
+
+
+class Cut(NamedTuple):
+    """Cuts an operand into parts; the interpreter must not fuse the rounding away."""
+
+    interpret: bool
+
+    def __call__(self, x: Array, parts: int = 2) -> Parts:
+        if x.dtype == jnp.bfloat16:
+            return (x,)
+        x = x.astype(jnp.float32)
+        cut = []
+        for _ in range(parts):
+            part = lax.reduce_precision(x, 8, 7) if self.interpret else x
+            cut.append(part.astype(jnp.bfloat16))
+            x = x - cut[-1].astype(jnp.float32)
+        return tuple(cut)
+
+
+def dot(x: Parts, y: Parts, *, trans_y: bool = False) -> Array:
+    """x y, or x y^T; products below the error of the finer operand are left out."""
+    most = max(len(x), len(y))
+    pairs = [(x_part, y_part) for i, x_part in enumerate(x) for y_part in y[: most - i]]
+    products = (_triton.dot(*pair, trans_b=trans_y) for pair in reversed(pairs))
+    return functools.reduce(jnp.add, products)
+
+
+def wide_dot(x: Parts, y: Parts, *, trans_x: bool = False) -> Array:
+    """x y or x^T y, with two parts of y side by side in one product: a warpgroup waits
+    for a product before it starts the next, so few and wide ones are fast."""
+    if len(y) == 1:
+        return functools.reduce(
+            jnp.add, (_triton.dot(part, y[0], trans_a=trans_x) for part in x)
+        )
+    both, *finer = x
+    both = _triton.dot(both, _beside(*y[:2]), trans_a=trans_x)
+    total = jnp.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2), axis=1)
+    for x_part in finer:
+        total += _triton.dot(x_part, y[0], trans_a=trans_x)
+    for y_part in y[2:]:
+        total += _triton.dot(x[0], y_part, trans_a=trans_x)
+    return total
+
+
+def _beside(x: Array, y: Array) -> Array:
+    """[m 2n]"""
+    pairs = jnp.stack([x, y], axis=-1).transpose(0, 2, 1)
+    return pairs.reshape(x.shape[0], 2 * x.shape[1])

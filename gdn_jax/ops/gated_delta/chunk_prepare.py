@@ -1,0 +1,207 @@
+"""Of the recurrence in chunks, all that needs no state: one Pallas kernel over chunks.
+
+The equations are chunk_xla.py's.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from gdn_jax import _triton
+from gdn_jax.ops import ragged
+from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, Parts, dot
+from gdn_jax.ops.gated_delta.tuning import ChunkConfig
+
+CHUNK = 64
+NO_DECAY_LEFT = -105.0  # exp of it is 0 in float32
+STEPS = 1024.0
+
+Sums = tuple[Array, Array]
+
+
+class Prepared(NamedTuple):
+    """What `prepare_kernel` leaves, as parts; of a chunk row i lies with its token.
+
+    inverse: (I + A)^-1 - I     parts of [HV L C]; apart from I it is small
+    scores: B                   parts of [HV L C]
+    factors: [5 HV L] float32: of a token's k where it is read, exp(G) / |k|, and where
+      it is folded in, exp(G_C - G) / |k|; of its q, exp(G) scale / |q|; exp(G_C); beta
+    """
+
+    inverse: tuple[Any, Any]
+    scores: tuple[Any, Any]
+    factors: Any
+
+
+READ, FOLD, QUERY, DECAY, BETA = range(5)
+
+
+def prepare_kernel(x: Any, *outputs: Any, options: Options, interpret: bool) -> None:
+    """Grid: (value heads, chunks)."""
+    out = Prepared(outputs[:2], outputs[2:4], outputs[4])
+    head, number = pl.program_id(0), pl.program_id(1)
+    begin, length = _find_chunk(x, options, number)
+
+    @pl.when(length > 0)
+    def _():
+        _prepare_chunk(x, out, options, Cut(interpret), begin, length, head)
+
+
+def _prepare_chunk(
+    x: Any, out: Prepared, options: Options, cut: Cut, begin, length, head
+) -> None:
+    key_head = head // (x.v.shape[1] // x.k.shape[1])
+    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    tokens = Tokens(begin + place, place < length)
+    q, k = (cut(load_rows(ref, tokens, key_head)) for ref in (x.q, x.k))
+    log_decay, beta = _load_gates(x, options, tokens, head)
+    G, total = _running_sum(log_decay)
+    decay = _decay_between(G, place)
+
+    kk = dot(k, k, trans_y=True)
+    q_factor, k_factor = jnp.full(CHUNK, options.scale), jnp.ones(CHUNK)
+    if options.qk_l2norm:
+        k_factor = _inverse_norm(kk, place)
+        q_factor = _inverse_norm(dot(q, q, trans_y=True), place) * options.scale
+    decay = decay * k_factor[None, :]
+    scores = dot(q, k, trans_y=True) * decay * q_factor[:, None]
+    _store_square(out.scores, cut(scores), tokens, head)
+    A = kk * decay * (beta * k_factor)[:, None]
+    A = jnp.where(place[:, None] > place[None, :], A, 0.0)
+    _store_square(out.inverse, cut(_invert(A, place, cut)), tokens, head)
+
+    grown = jnp.exp(G[0] + G[1])
+    rest = jnp.exp((total[0] - G[0]) + (total[1] - G[1]))
+    left = jnp.full(CHUNK, jnp.exp(total[0] + total[1]))
+    factors = (grown * k_factor, rest * k_factor, grown * q_factor, left, beta)
+    for number, factor in enumerate(factors):
+        place = out.factors.at[number, head, tokens.token]
+        _triton.store(place, factor, mask=tokens.valid)
+
+
+class Tokens(NamedTuple):
+    """The tokens of a chunk [C], and which of them the row has."""
+
+    token: Array
+    valid: Array
+
+
+def padded(K: int) -> int:
+    return max(MIN_DOT, pl.next_power_of_2(K))
+
+
+def load_rows(ref: Any, tokens: Tokens, head: Array) -> Array:
+    """[C K] of [L H K]."""
+    K = ref.shape[2]
+    k = jnp.arange(padded(K), dtype=jnp.int32)[None, :]
+    mask = tokens.valid[:, None] & (k < K)
+    return _triton.load(ref.at[tokens.token[:, None], head, k], mask=mask, other=0)
+
+
+def _inverse_norm(products: Array, place: Array) -> Array:
+    """1 / |x_i| of x x^T, whose diagonal has the squares."""
+    diagonal = place[:, None] == place[None, :]
+    squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=1)
+    return lax.rsqrt(squares + rule.EPSILON)
+
+
+def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
+    """G and its last value as coarse + fine: multiples of 1/1024, which float32 adds
+    without rounding, and a rest that stays small. In one part the sum would lose,
+    behind a token that forgets everything (-100 and less), the small decays between
+    its followers."""
+    coarse = jnp.floor(log_decay * STEPS) / STEPS
+    fine = log_decay - coarse
+    return (jnp.cumsum(coarse), jnp.cumsum(fine)), (jnp.sum(coarse), jnp.sum(fine))
+
+
+def _decay_between(G: Sums, place: Array) -> Array:
+    """exp(G_i - G_j), zero above the diagonal."""
+    coarse, fine = (part[:, None] - part[None, :] for part in G)
+    lower = place[:, None] >= place[None, :]
+    return jnp.exp(jnp.where(lower, coarse + fine, -jnp.inf))
+
+
+def _invert(A: Array, place: Array, cut: Cut) -> Array:
+    """(I + A)^-1 - I of a strict lower triangle: in every turn, from the inverses of
+    its diagonal blocks those of blocks twice as large. A power series in A would not
+    do: where keys repeat, its terms grow to 1e17 and cancel."""
+    apart = place[:, None] ^ place[None, :]
+
+    def double(turn, inverse):
+        off = jnp.where(apart >> turn == 1, A, 0.0)
+        parts = cut(inverse)
+        passed = off + dot(cut(off), parts)
+        return inverse - (passed + dot(parts, cut(passed)))
+
+    pairs = jnp.where(apart == 1, -A, 0.0)
+    turns = CHUNK.bit_length() - 1
+    return lax.fori_loop(np.int32(1), np.int32(turns), double, pairs)
+
+
+def _store_square(refs, parts: Parts, tokens: Tokens, head: Array) -> None:
+    column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
+    mask = jnp.broadcast_to(tokens.valid[:, None], (CHUNK, CHUNK))
+    for ref, part in zip(refs, parts, strict=True):
+        _triton.store(ref.at[head, tokens.token[:, None], column], part, mask=mask)
+
+
+def _load_gates(x: Any, options: Options, tokens: Tokens, head) -> Sums:
+    """log_decay and beta [C]; 0 where there is no token."""
+    a, b = (
+        _triton.load(ref.at[tokens.token, head], mask=tokens.valid, other=0)
+        for ref in x.gates.per_token
+    )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    if isinstance(x.gates, Gates):
+        log_decay, beta = a, b
+    else:
+        A_log, dt_bias = (
+            ref[head].astype(jnp.float32) for ref in (x.gates.A_log, x.gates.dt_bias)
+        )
+        log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+        beta = rule.beta(b, options.gating)
+    log_decay = jnp.maximum(log_decay, NO_DECAY_LEFT)
+    valid = tokens.valid
+    return jnp.where(valid, log_decay, 0.0), jnp.where(valid, beta, 0.0)
+
+
+def _find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
+    """The first token of a chunk and how many it has; none past the last."""
+    if options.tokens_per_row is not None:
+        steps = np.int32(pl.cdiv(options.tokens_per_row, CHUNK))
+        row, step = lax.div(number, steps), lax.rem(number, steps)
+    else:
+        row, step = ragged.find_block(x.cu_seqlens, x.q.shape[0], CHUNK, number)
+    found = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
+    left = jnp.clip(found.length - step * CHUNK, 0, CHUNK)
+    is_live = (row < x.num_rows) & found.live
+    return found.begin + step * CHUNK, jnp.where(is_live, left, 0)
+
+
+def prepare(
+    x: Inputs, options: Options, config: ChunkConfig, interpret: bool
+) -> Prepared:
+    L, HV = x.v.shape[:2]
+    if options.tokens_per_row is not None:
+        chunks = x.num_rows * pl.cdiv(options.tokens_per_row, CHUNK)
+    else:
+        chunks = ragged.most_blocks(L, x.num_rows, CHUNK)
+    square = ((HV, L, CHUNK), jnp.bfloat16)
+    outputs = _triton.launch(
+        functools.partial(prepare_kernel, options=options, interpret=interpret),
+        x,
+        (*(square,) * 4, ((5, HV, L), jnp.float32)),
+        grid=(HV, chunks),
+        aliases={},
+        num_warps=config.prepare_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
+    return Prepared(outputs[:2], outputs[2:4], outputs[4])
