@@ -6,7 +6,7 @@ gates, recurrent_update     the same in two launches, for gates of your own
 causal_conv1d, ConvState    the convolution before it, and its state in slots
 gated_rms_norm              the norm behind it, with its output gate
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
-LaunchConfig                a kernel's launch, to pin
+LaunchConfig, ChunkConfig   a kernel's launch, to pin
 testing                     cases, an oracle, tolerances, check_slots
 """
 
@@ -15,13 +15,14 @@ from gdn_jax.ops.causal_conv1d.api import causal_conv1d
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
 from gdn_jax.ops.gated_delta.chunk_api import chunk_update
-from gdn_jax.ops.gated_delta.tuning import LaunchConfig
+from gdn_jax.ops.gated_delta.tuning import ChunkConfig, LaunchConfig
 from gdn_jax.ops.gated_delta.unfused import gates
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.pool import SlotPool, copy_slots
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChunkConfig",
     "ConvState",
     "LaunchConfig",
     "SlotPool",

@@ -34,7 +34,7 @@ class Compiled:
     hlo: str
     alias_bytes: int
     temp_bytes: int
-    ptx: str
+    ptx: tuple[str, ...]  # one module a kernel
 
     @property
     def entry(self) -> list[str]:
@@ -48,13 +48,17 @@ class Compiled:
         return [line for line in self.entry if not re.search(free, line)]
 
     def resources(self) -> dict[str, int]:
-        """Registers and spilled bytes, as ptxas reports them for sm_90a."""
+        """The most registers and all spilled bytes, as ptxas reports for sm_90a."""
+        text = ""
         with tempfile.TemporaryDirectory() as folder:
             source = pathlib.Path(folder, "kernel.ptx")
-            source.write_text(self.ptx)
             command = [_ptxas(), "-arch=sm_90a", "-v", source, "-o", "/dev/null"]
-            report = subprocess.run(command, capture_output=True, text=True, check=True)
-        text = report.stderr + report.stdout
+            for module in self.ptx:
+                source.write_text(module)
+                run = subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                )
+                text += run.stderr + run.stdout
         spilled = re.findall(r"(\d+) bytes spill", text)
         registers = re.findall(r"Used (\d+) registers", text)
         return {"registers": max(map(int, registers)), "spills": sum(map(int, spilled))}
@@ -74,11 +78,21 @@ def compile_for_h200(f, *args, **jit_options) -> Compiled:
         with jax.sharding.use_abstract_mesh(ABSTRACT_H200):
             lowered = jax.jit(f, **jit_options).lower(*args)
         compiled = lowered.compile(compiler_options=options)
-        ptx = "\n".join(p.read_text() for p in pathlib.Path(folder).glob("*.ptx"))
+        ptx = tuple(path.read_text() for path in pathlib.Path(folder).glob("*.ptx"))
     memory = compiled.memory_analysis()
     return Compiled(
         compiled.as_text(), memory.alias_size_in_bytes, memory.temp_size_in_bytes, ptx
     )
+
+
+def copies(compiled: Compiled, pool) -> list[str]:
+    """Instructions that copy an array of a pool's shape."""
+    shape = f"[{','.join(map(str, pool.shape))}]"
+    return [
+        line
+        for line in compiled.hlo.splitlines()
+        if " copy" in line.split("(")[0] and shape in line.split("(")[0]
+    ]
 
 
 def _ptxas() -> str:

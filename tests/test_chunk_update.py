@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -92,6 +93,26 @@ def _agrees_with_the_oracle(case, implementation):
     assert not out[want_out == 0].any()
     untouched = (state[~written], args[0][~written])
     assert np.array_equal(*(x.view(np.uint8) for x in untouched))
+
+
+@pytest.mark.parametrize("config", [dict(block_v=8), dict(num_warps=3)])
+def test_wrong_configs_are_told(config):
+    with pytest.raises(ValueError, match=next(iter(config))):
+        gdn_jax.ChunkConfig(**config)
+
+
+@pytest.mark.parametrize("implementation", PATHS)
+def test_keys_that_repeat_do_not_blow_up(implementation):
+    """Where nothing is forgotten, powers of A grow to 1e17 and cancel."""
+    case = Case("same keys", (130,), act_dtype="float32", options=GATES_OPEN)
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
+    k, b = np.broadcast_to(k[:, :1], k.shape), np.full_like(b, 20.0)  # beta = 1
+    args = (state, q, k, v, A_log, a, b, dt_bias)
+    want_state, want_out, written = testing.oracle(args, kwargs)
+    state, out = gdn_jax.chunk_update(*args, **kwargs, implementation=implementation)
+    bar = testing.TOLERANCE["chunked state", "float32"]
+    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
+    assert testing.relative_error(out, want_out) < bar
 
 
 @pytest.mark.parametrize("implementation", PATHS)
@@ -223,9 +244,11 @@ def test_it_works_under_checkpoint_vmap_and_scan(implementation):
         ),
         (dict(implementation="cuda"), "implementation must be None or one of"),
         (dict(scale=0.0), "scale must be"),
+        (dict(config={"block_v": 32}), "config must be a ChunkConfig or None"),
     ],
 )
-def test_wrong_calls_are_told(more, text):
+def test_wrong_calls_are_told(more, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     args, kwargs = testing.make(Case("rows", (3,) * 2))
     with pytest.raises(ValueError, match=text):
         gdn_jax.chunk_update(*args, **kwargs | more)

@@ -177,7 +177,7 @@ def test_the_pool_stays_in_place_as_a_scan_carry():
     )
     assert compiled.hlo.count(f'custom_call_target="{aot.KERNEL_CALL}"') == 1
     assert compiled.alias_bytes == _bytes(state)
-    assert not _copies(compiled, state)
+    assert not aot.copies(compiled, state)
 
 
 def test_every_layer_of_a_tuple_stays_in_place():
@@ -196,20 +196,11 @@ def test_every_layer_of_a_tuple_stays_in_place():
     )
     assert len(compiled.launches()) == 3
     assert compiled.alias_bytes == 3 * _bytes(state)
-    assert not _copies(compiled, state)
+    assert not aot.copies(compiled, state)
 
 
 def test_a_pool_that_is_not_donated_is_copied_once():
     """The cost that the docstring warns of; if XLA loses it, the warning can go."""
     shapes = _shapes(2, 2, 4, 128, 128, "float32")
     compiled = aot.compile_for_h200(_update, *shapes)
-    assert len(_copies(compiled, shapes[0])) == 1
-
-
-def _copies(compiled: aot.Compiled, pool) -> list[str]:
-    shape = f"[{','.join(map(str, pool.shape))}]"
-    return [
-        line
-        for line in compiled.hlo.splitlines()
-        if " copy" in line.split("(")[0] and shape in line.split("(")[0]
-    ]
+    assert len(aot.copies(compiled, shapes[0])) == 1

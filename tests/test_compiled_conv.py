@@ -58,14 +58,14 @@ def _compile(shapes) -> aot.Compiled:
 
 
 def _widths(compiled: aot.Compiled, what: str) -> set[str]:
-    return set(re.findall(rf"{what}\.global\.(\S+)", compiled.ptx))
+    return set(re.findall(rf"{what}\.global\.(\S+)", "".join(compiled.ptx)))
 
 
 @pytest.mark.parametrize("N", [1, 8, 64, 256])
 def test_decode_reads_and_writes_whole_rings(N):
     compiled = _compile(_shapes(N))
     assert compiled.resources()["registers"] <= 48
-    assert "shared" not in compiled.ptx
+    assert "shared" not in "".join(compiled.ptx)
     for what in ("ld", "st"):  # a channel's ring is one access
         assert "v2.b32" in _widths(compiled, what)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -14,7 +15,7 @@ from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_triton import chunk_triton
 from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
 from gdn_jax.ops.gated_delta.reference import reference
-from gdn_jax.ops.gated_delta.tuning import ChunkConfig
+from gdn_jax.ops.gated_delta.tuning import ChunkConfig, chunk_heuristic
 
 
 def chunk_update(
@@ -51,8 +52,12 @@ def chunk_update(
     those of `fused_update`; it has no `per_token_states`, no `num_accepted` and no 2-D
     `slots`, since a state between tokens is never formed.
 
-    Numerics: products that feed the state are float32's or as good, so a float32 state
-    is within 1e-5 of float64 (relative RMS) at any length and decay.
+    `config` is a `ChunkConfig`. KDA's per-K decay has no kernel: "triton" and
+    "interpret" raise NotImplementedError there, and None is xla.
+
+    Numerics: products are float32's or of three and two bfloat16 parts, so a float32
+    state is within 1e-5 of float64 (relative RMS), and 2e-6 where gates forget and the
+    activations are bfloat16.
 
     Transformations: `jax.grad` is what it is for: gradients of q, k, v, A_log, a, b,
     dt_bias and the initial state, for cotangents of out and of the final state, in
@@ -95,7 +100,10 @@ def chunk_update(
 def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
     empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
     run = nothing if empty else _differentiable
-    launch = config or ChunkConfig()
+    if config is not None and not isinstance(config, ChunkConfig):
+        raise ValueError(f"config must be a ChunkConfig or None; got {config!r}.")
+    key_parts = 1 if x.q.dtype == x.k.dtype == jnp.bfloat16 else 2
+    launch = config or chunk_heuristic(x.q.shape[2], key_parts)
 
     def run_triton():
         _triton.device_kind(x)

@@ -17,20 +17,25 @@ MIN_DOT = 16  # Triton pads a smaller product, with wrong results
 
 
 class Cut(NamedTuple):
-    """Cuts an operand into parts; the interpreter must not fuse the rounding away."""
+    """Cuts float32 values into parts. XLA, and so the interpreter, would take the
+    rounding away where nothing says that it is meant."""
 
     interpret: bool
 
     def __call__(self, x: Array, parts: int = 2) -> Parts:
-        if x.dtype == jnp.bfloat16:
-            return (x,)
-        x = x.astype(jnp.float32)
         cut = []
         for _ in range(parts):
             part = lax.reduce_precision(x, 8, 7) if self.interpret else x
             cut.append(part.astype(jnp.bfloat16))
             x = x - cut[-1].astype(jnp.float32)
         return tuple(cut)
+
+
+def cut_array(x: Array) -> Parts:
+    """The same outside a kernel; a bfloat16 array is its own only part."""
+    if x.dtype == jnp.bfloat16:
+        return (x,)
+    return Cut(interpret=True)(x.astype(jnp.float32))
 
 
 def dot(x: Parts, y: Parts, *, trans_y: bool = False) -> Array:

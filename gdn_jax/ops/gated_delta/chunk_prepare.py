@@ -15,7 +15,7 @@ from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, Parts, dot
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, Parts, cut_array, dot
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 CHUNK = 64
@@ -23,6 +23,17 @@ NO_DECAY_LEFT = -105.0  # exp of it is 0 in float32
 STEPS = 1024.0
 
 Sums = tuple[Array, Array]
+
+
+class Keys(NamedTuple):
+    """q and k in parts, [L H K] each."""
+
+    q: Parts
+    k: Parts
+
+    @classmethod
+    def of(cls, x: Inputs) -> "Keys":
+        return cls(cut_array(x.q), cut_array(x.k))
 
 
 class Prepared(NamedTuple):
@@ -42,24 +53,27 @@ class Prepared(NamedTuple):
 READ, FOLD, QUERY, DECAY, BETA = range(5)
 
 
-def prepare_kernel(x: Any, *outputs: Any, options: Options, interpret: bool) -> None:
+def prepare_kernel(
+    inputs: tuple[Any, Keys], *outputs: Any, options: Options, interpret: bool
+) -> None:
     """Grid: (value heads, chunks)."""
+    x, keys = inputs
     out = Prepared(outputs[:2], outputs[2:4], outputs[4])
     head, number = pl.program_id(0), pl.program_id(1)
     begin, length = _find_chunk(x, options, number)
 
     @pl.when(length > 0)
     def _():
-        _prepare_chunk(x, out, options, Cut(interpret), begin, length, head)
+        _prepare_chunk(x, keys, out, options, Cut(interpret), begin, length, head)
 
 
 def _prepare_chunk(
-    x: Any, out: Prepared, options: Options, cut: Cut, begin, length, head
+    x: Any, keys: Keys, out: Prepared, options: Options, cut: Cut, begin, length, head
 ) -> None:
     key_head = head // (x.v.shape[1] // x.k.shape[1])
     place = jnp.arange(CHUNK, dtype=jnp.int32)
     tokens = Tokens(begin + place, place < length)
-    q, k = (cut(load_rows(ref, tokens, key_head)) for ref in (x.q, x.k))
+    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
     log_decay, beta = _load_gates(x, options, tokens, head)
     G, total = _running_sum(log_decay)
     decay = _decay_between(G, place)
@@ -96,12 +110,15 @@ def padded(K: int) -> int:
     return max(MIN_DOT, pl.next_power_of_2(K))
 
 
-def load_rows(ref: Any, tokens: Tokens, head: Array) -> Array:
+def load_rows(refs: Any, tokens: Tokens, head: Array) -> Parts:
     """[C K] of [L H K]."""
-    K = ref.shape[2]
+    K = refs[0].shape[2]
     k = jnp.arange(padded(K), dtype=jnp.int32)[None, :]
     mask = tokens.valid[:, None] & (k < K)
-    return _triton.load(ref.at[tokens.token[:, None], head, k], mask=mask, other=0)
+    return tuple(
+        _triton.load(ref.at[tokens.token[:, None], head, k], mask=mask, other=0)
+        for ref in refs
+    )
 
 
 def _inverse_norm(products: Array, place: Array) -> Array:
@@ -186,7 +203,7 @@ def _find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
 
 
 def prepare(
-    x: Inputs, options: Options, config: ChunkConfig, interpret: bool
+    x: Inputs, keys: Keys, options: Options, config: ChunkConfig, interpret: bool
 ) -> Prepared:
     L, HV = x.v.shape[:2]
     if options.tokens_per_row is not None:
@@ -196,7 +213,7 @@ def prepare(
     square = ((HV, L, CHUNK), jnp.bfloat16)
     outputs = _triton.launch(
         functools.partial(prepare_kernel, options=options, interpret=interpret),
-        x,
+        (x, keys),
         (*(square,) * 4, ((5, HV, L), jnp.float32)),
         grid=(HV, chunks),
         aliases={},

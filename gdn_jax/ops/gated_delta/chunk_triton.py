@@ -25,6 +25,7 @@ from gdn_jax.ops.gated_delta.chunk_prepare import (
     FOLD,
     QUERY,
     READ,
+    Keys,
     Prepared,
     Tokens,
     load_rows,
@@ -39,7 +40,7 @@ MAX_HEAD_DIM = 256
 
 
 def walk_kernel(
-    inputs: tuple[Any, Prepared],
+    inputs: tuple[Any, Keys, Prepared],
     new_ref: Any,
     out_ref: Any,
     *,
@@ -49,7 +50,7 @@ def walk_kernel(
 ) -> None:
     """Grid: (tiles of V, value heads, rows); with `cu_seqlens` one row more, whose
     programs clear the tokens that belong to no row."""
-    x, prepared = inputs
+    x, keys, prepared = inputs
     tile, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     is_row = number < x.num_rows
     row = find_rows(x, options, jnp.minimum(number, np.int32(x.num_rows - 1)))
@@ -57,19 +58,20 @@ def walk_kernel(
     V, K = x.state.shape[2:]
     v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)[None, :]
     k = jnp.arange(padded(K), dtype=jnp.int32)[:, None]
-    inside = (v < V) & (k < K)
-    at = (row.read, head, v, k)
-
-    state = _triton.load(x.state.at[at], mask=inside & row.keeps_state, other=0)
-    steps = jnp.where(
-        row.live, lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK)), 0
-    )
+    # Past the end the last row and column again: nothing reads or keeps them, and no
+    # mask has to be kept in registers.
+    at = (row.read, head, jnp.minimum(v, V - 1), jnp.minimum(k, K - 1))
+    wanted = jnp.broadcast_to(row.keeps_state, (k.size, v.size))
+    state = _triton.load(x.state.at[at], mask=wanted, other=0)
+    steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
     advance = functools.partial(
-        _advance, x, prepared, out_ref, row, head, v, Cut(interpret)
+        _advance, x, keys, prepared, out_ref, row, head, v, Cut(interpret)
     )
     steps = jnp.where(row.live, steps, np.int32(0))
     state = lax.fori_loop(np.int32(0), steps, advance, state.astype(jnp.float32))
-    _triton.store(new_ref.at[at], state.astype(new_ref.dtype), mask=inside & row.live)
+    inside = (v < V) & (k < K) & row.live
+    place = new_ref.at[row.read, head, v, k]
+    _triton.store(place, state.astype(new_ref.dtype), mask=inside)
 
     clearing = config.clearing
     length = jnp.where(row.live | ~is_row, 0, row.length)
@@ -85,6 +87,7 @@ def walk_kernel(
 
 def _advance(
     x: Any,
+    keys: Keys,
     prepared: Prepared,
     out_ref: Any,
     row: Rows,
@@ -99,7 +102,7 @@ def _advance(
     tokens = Tokens(row.begin + place, place < row.length)
     token, valid = tokens
     key_head = head // (x.v.shape[1] // x.k.shape[1])
-    k, q = (cut(load_rows(ref, tokens, key_head)) for ref in (x.k, x.q))
+    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
     in_v = valid[:, None] & (v < x.v.shape[2])
     values = _triton.load(x.v.at[token[:, None], head, v], mask=in_v, other=0)
     column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
@@ -145,13 +148,14 @@ def chunk_triton(
             f"{x.state.shape[3]}, {x.state.shape[2]}. Use implementation='xla'."
         )
     HV, V = x.v.shape[1:]
-    prepared = prepare(x, options, config, interpret)
+    keys = Keys.of(x)
+    prepared = prepare(x, keys, options, config, interpret)
     rows = x.num_rows + (x.cu_seqlens is not None)
     return _triton.launch(
         functools.partial(
             walk_kernel, options=options, config=config, interpret=interpret
         ),
-        (x, prepared),
+        (x, keys, prepared),
         ((x.state.shape, x.state.dtype), (x.v.shape, options.out_dtype)),
         grid=(pl.cdiv(V, config.block_v), HV, rows),
         aliases={0: 0},  # the pool is the first leaf
