@@ -28,7 +28,8 @@ def times_of(result: dict) -> dict[str, dict[str, dict]]:
 
 
 def tables(result: dict) -> str:
-    """Microseconds; how many times as long others take as gdn_jax; who is absent."""
+    """Microseconds; how many times as long others take as gdn_jax; how exact they are;
+    who is absent."""
     times = times_of(result)
     titles = list(dict.fromkeys(title_of(row) for row in result["rows"]))
 
@@ -53,6 +54,11 @@ def tables(result: dict) -> str:
     share = cells(ours, lambda title: f"{ours[title]['tb_per_s'] / copy:.0%}")
     compared.append(("gdn_jax, share of a copy's bandwidth", share))
     lines += ["", *markdown("time / gdn_jax's", titles, compared), ""]
+    errors = [
+        (STYLE[name][0], cells(rows, lambda t, rows=rows: _worst_error(rows[t])))
+        for name, rows in times.items()
+    ]
+    lines += [*markdown("largest relative error but out's", titles, errors), ""]
     lines += absences(result, titles)
     return "\n".join([*lines, source(result)])
 
@@ -70,6 +76,12 @@ def absences(result: dict, titles: list[str]) -> list[str]:
         + f": {reason}\n"
         for (name, reason), places in found.items()
     ]
+
+
+def _worst_error(row: dict) -> str:
+    """Of the state and the gradients; `out` is rounded to the activations' dtype."""
+    errors = [error for what, error in row["errors"].items() if what != "out"]
+    return f"{max(errors):.1e}" if errors else "-"
 
 
 def _ratio(rows: dict[str, dict], ours: dict[str, dict]):
