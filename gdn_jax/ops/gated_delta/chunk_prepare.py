@@ -60,7 +60,7 @@ def prepare_kernel(
     x, keys = inputs
     out = Prepared(outputs[:2], outputs[2:4], outputs[4])
     head, number = pl.program_id(0), pl.program_id(1)
-    begin, length = _find_chunk(x, options, number)
+    begin, length = find_chunk(x, options, number)
 
     @pl.when(length > 0)
     def _():
@@ -70,33 +70,75 @@ def prepare_kernel(
 def _prepare_chunk(
     x: Any, keys: Keys, out: Prepared, options: Options, cut: Cut, begin, length, head
 ) -> None:
-    key_head = head // (x.v.shape[1] // x.k.shape[1])
-    place = jnp.arange(CHUNK, dtype=jnp.int32)
-    tokens = Tokens(begin + place, place < length)
-    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-    log_decay, beta = _load_gates(x, options, tokens, head)
-    G, total = _running_sum(log_decay)
-    decay = _decay_between(G, place)
-
-    kk = dot(k, k, trans_y=True)
-    q_factor, k_factor = jnp.full(CHUNK, options.scale), jnp.ones(CHUNK)
-    if options.qk_l2norm:
-        k_factor = _inverse_norm(kk, place)
-        q_factor = _inverse_norm(dot(q, q, trans_y=True), place) * options.scale
-    decay = decay * k_factor[None, :]
-    scores = dot(q, k, trans_y=True) * decay * q_factor[:, None]
-    _store_square(out.scores, cut(scores), tokens, head)
-    A = kk * decay * (beta * k_factor)[:, None]
-    A = jnp.where(place[:, None] > place[None, :], A, 0.0)
-    _store_square(out.inverse, cut(_invert(A, place, cut)), tokens, head)
-
-    grown = jnp.exp(G[0] + G[1])
-    rest = jnp.exp((total[0] - G[0]) + (total[1] - G[1]))
-    left = jnp.full(CHUNK, jnp.exp(total[0] + total[1]))
-    factors = (grown * k_factor, rest * k_factor, grown * q_factor, left, beta)
+    tokens = Tokens.of(begin, length)
+    chunk = Scores.of(x, keys, options, tokens, head)
+    _store_square(out.scores, cut(chunk.B), tokens, head)
+    _store_square(out.inverse, cut(_invert(chunk.A, cut)), tokens, head)
+    coarse, fine = chunk.G
+    grown = jnp.exp(coarse + fine)
+    rest = jnp.exp((chunk.total[0] - coarse) + (chunk.total[1] - fine))
+    left = jnp.full(CHUNK, jnp.exp(chunk.total[0] + chunk.total[1]))
+    factors = (
+        grown * chunk.k_factor,
+        rest * chunk.k_factor,
+        grown * chunk.q_factor,
+        left,
+        chunk.beta,
+    )
     for number, factor in enumerate(factors):
         place = out.factors.at[number, head, tokens.token]
         _triton.store(place, factor, mask=tokens.valid)
+
+
+class Scores(NamedTuple):
+    """A chunk's A and B, and what they are made of."""
+
+    q: Parts  # [C K], as they came
+    k: Parts
+    q_factor: Array  # [C], scale / |q|
+    k_factor: Array  # [C], 1 / |k|
+    beta: Array
+    G: Sums
+    total: Sums  # G of the last token
+    qk: Array  # [C C], q k^T as they came
+    kk: Array
+    query_weight: Array  # [C C], what makes B of qk; zero above the diagonal
+    key_weight: Array  # what makes A of kk; zero on and above it
+
+    @property
+    def A(self) -> Array:
+        return self.kk * self.key_weight
+
+    @property
+    def B(self) -> Array:
+        return self.qk * self.query_weight
+
+    @classmethod
+    def of(cls, x: Any, keys: Keys, options: Options, tokens: "Tokens", head):
+        key_head = head // (x.v.shape[1] // x.k.shape[1])
+        q, k = (load_rows(refs, tokens, key_head) for refs in keys)
+        log_decay, beta = _load_gates(x, options, tokens, head)
+        G, total = _running_sum(log_decay)
+        qk, kk = dot(q, k, trans_y=True), dot(k, k, trans_y=True)
+        q_factor, k_factor = jnp.full(CHUNK, options.scale), jnp.ones(CHUNK)
+        if options.qk_l2norm:
+            k_factor = _inverse_norm(kk)
+            q_factor = _inverse_norm(dot(q, q, trans_y=True)) * options.scale
+        decay = _decay_between(G) * k_factor[None, :]
+        i, j = square()
+        return cls(
+            q=q,
+            k=k,
+            q_factor=q_factor,
+            k_factor=k_factor,
+            beta=beta,
+            G=G,
+            total=total,
+            qk=qk,
+            kk=kk,
+            query_weight=decay * q_factor[:, None],
+            key_weight=jnp.where(i > j, decay * (beta * k_factor)[:, None], 0.0),
+        )
 
 
 class Tokens(NamedTuple):
@@ -104,6 +146,17 @@ class Tokens(NamedTuple):
 
     token: Array
     valid: Array
+
+    @classmethod
+    def of(cls, begin: Array, length: Array) -> "Tokens":
+        place = jnp.arange(CHUNK, dtype=jnp.int32)
+        return cls(begin + place, place < length)
+
+
+def square() -> tuple[Array, Array]:
+    """Row and column numbers of a chunk's triangle."""
+    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    return place[:, None], place[None, :]
 
 
 def padded(K: int) -> int:
@@ -121,11 +174,14 @@ def load_rows(refs: Any, tokens: Tokens, head: Array) -> Parts:
     )
 
 
-def _inverse_norm(products: Array, place: Array) -> Array:
+def diagonal(products: Array) -> Array:
+    i, j = square()
+    return jnp.sum(jnp.where(i == j, products, 0.0), axis=1)
+
+
+def _inverse_norm(products: Array) -> Array:
     """1 / |x_i| of x x^T, whose diagonal has the squares."""
-    diagonal = place[:, None] == place[None, :]
-    squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=1)
-    return lax.rsqrt(squares + rule.EPSILON)
+    return lax.rsqrt(diagonal(products) + rule.EPSILON)
 
 
 def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
@@ -138,18 +194,19 @@ def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
     return (jnp.cumsum(coarse), jnp.cumsum(fine)), (jnp.sum(coarse), jnp.sum(fine))
 
 
-def _decay_between(G: Sums, place: Array) -> Array:
+def _decay_between(G: Sums) -> Array:
     """exp(G_i - G_j), zero above the diagonal."""
     coarse, fine = (part[:, None] - part[None, :] for part in G)
-    lower = place[:, None] >= place[None, :]
-    return jnp.exp(jnp.where(lower, coarse + fine, -jnp.inf))
+    i, j = square()
+    return jnp.exp(jnp.where(i >= j, coarse + fine, -jnp.inf))
 
 
-def _invert(A: Array, place: Array, cut: Cut) -> Array:
+def _invert(A: Array, cut: Cut) -> Array:
     """(I + A)^-1 - I of a strict lower triangle: in every turn, from the inverses of
     its diagonal blocks those of blocks twice as large. A power series in A would not
     do: where keys repeat, its terms grow to 1e17 and cancel."""
-    apart = place[:, None] ^ place[None, :]
+    i, j = square()
+    apart = i ^ j
 
     def double(turn, inverse):
         off = jnp.where(apart >> turn == 1, A, 0.0)
@@ -189,7 +246,14 @@ def _load_gates(x: Any, options: Options, tokens: Tokens, head) -> Sums:
     return jnp.where(valid, log_decay, 0.0), jnp.where(valid, beta, 0.0)
 
 
-def _find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
+def num_chunks(x: Any, options: Options) -> int:
+    """As many as there can be."""
+    if options.tokens_per_row is not None:
+        return x.num_rows * pl.cdiv(options.tokens_per_row, CHUNK)
+    return ragged.most_blocks(x.q.shape[0], x.num_rows, CHUNK)
+
+
+def find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
     """The first token of a chunk and how many it has; none past the last."""
     if options.tokens_per_row is not None:
         steps = np.int32(pl.cdiv(options.tokens_per_row, CHUNK))
@@ -206,16 +270,12 @@ def prepare(
     x: Inputs, keys: Keys, options: Options, config: ChunkConfig, interpret: bool
 ) -> Prepared:
     L, HV = x.v.shape[:2]
-    if options.tokens_per_row is not None:
-        chunks = x.num_rows * pl.cdiv(options.tokens_per_row, CHUNK)
-    else:
-        chunks = ragged.most_blocks(L, x.num_rows, CHUNK)
-    square = ((HV, L, CHUNK), jnp.bfloat16)
+    square_of = ((HV, L, CHUNK), jnp.bfloat16)
     outputs = _triton.launch(
         functools.partial(prepare_kernel, options=options, interpret=interpret),
         (x, keys),
-        (*(square,) * 4, ((5, HV, L), jnp.float32)),
-        grid=(HV, chunks),
+        (*(square_of,) * 4, ((5, HV, L), jnp.float32)),
+        grid=(HV, num_chunks(x, options)),
         aliases={},
         num_warps=config.prepare_warps,
         num_stages=1,

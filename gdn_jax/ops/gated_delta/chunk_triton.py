@@ -7,7 +7,7 @@ needs, and a tile of V can be narrow. The equations are chunk_xla.py's.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,39 +98,67 @@ def _advance(
     state: Array,
 ) -> Array:
     """One chunk: its out is stored, and the state behind it returned, [K V]."""
-    place = step * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
-    tokens = Tokens(row.begin + place, place < row.length)
-    token, valid = tokens
-    key_head = head // (x.v.shape[1] // x.k.shape[1])
-    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-    in_v = valid[:, None] & (v < x.v.shape[2])
-    values = _triton.load(x.v.at[token[:, None], head, v], mask=in_v, other=0)
-    column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
-    square = jnp.broadcast_to(valid[:, None], (CHUNK, CHUNK))
-
-    def load(refs) -> Parts:
-        return tuple(
-            _triton.load(ref.at[head, token[:, None], column], mask=square, other=0)
-            for ref in refs
-        )
-
-    def factor(number: int) -> Array:
-        at = prepared.factors.at[number, head, token]
-        return _triton.load(at, mask=valid, other=0)[:, None]
-
-    decay = prepared.factors[DECAY, head, row.begin + step * CHUNK]
-    query = factor(
-        QUERY
-    )  # loaded early: it enters no product, so nothing prefetches it
+    chunk = Chunk.of(x, keys, prepared, row, head, step)
+    query = chunk.factor(QUERY)  # early: it enters no product, and is not loaded ahead
     parts = cut(state)
-    error = values.astype(jnp.float32) - wide_dot(k, parts) * factor(READ)
-    error = error * factor(BETA)
-    u = error + wide_dot(load(prepared.inverse), cut(error))  # [C V]
-    out = wide_dot(q, parts) * query + wide_dot(load(prepared.scores), cut(u))
-    _triton.store(
-        out_ref.at[token[:, None], head, v], out.astype(out_ref.dtype), mask=in_v
-    )
-    return state * decay + wide_dot(k, cut(u * factor(FOLD), 3), trans_x=True)
+    u = chunk.find_u(chunk.load(x.v, v), parts, cut)
+    out = wide_dot(chunk.q, parts) * query
+    out += wide_dot(chunk.square(prepared.scores), cut(u))
+    chunk.store(out_ref, out, v)
+    return chunk.fold(state, u, cut)
+
+
+class Chunk(NamedTuple):
+    """A chunk of a row as a walk meets it."""
+
+    begin: Array
+    tokens: Tokens
+    head: Array
+    q: Parts
+    k: Parts
+    prepared: Prepared
+
+    @classmethod
+    def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head, step):
+        begin = row.begin + step * CHUNK
+        tokens = Tokens.of(begin, row.length - step * CHUNK)
+        key_head = head // (x.v.shape[1] // x.k.shape[1])
+        q, k = (load_rows(refs, tokens, key_head) for refs in keys)
+        return cls(begin, tokens, head, q, k, prepared)
+
+    def square(self, refs) -> Parts:
+        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
+        mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
+        place = (self.head, self.tokens.token[:, None], column)
+        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+
+    def factor(self, number: int) -> Array:
+        place = self.prepared.factors.at[number, self.head, self.tokens.token]
+        return _triton.load(place, mask=self.tokens.valid, other=0)[:, None]
+
+    def decay(self) -> Array:
+        return self.prepared.factors[DECAY, self.head, self.begin]
+
+    def load(self, ref, v: Array) -> Array:
+        """[C V] of [L HV V]."""
+        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
+        place = (self.tokens.token[:, None], self.head, v)
+        return _triton.load(ref.at[place], mask=mask, other=0)
+
+    def store(self, ref, value: Array, v: Array) -> None:
+        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
+        place = ref.at[self.tokens.token[:, None], self.head, v]
+        _triton.store(place, value.astype(ref.dtype), mask=mask)
+
+    def find_u(self, values: Array, state: Parts, cut: Cut) -> Array:
+        error = values.astype(jnp.float32)
+        error -= wide_dot(self.k, state) * self.factor(READ)
+        error *= self.factor(BETA)
+        return error + wide_dot(self.square(self.prepared.inverse), cut(error))
+
+    def fold(self, state: Array, u: Array, cut: Cut) -> Array:
+        folded = wide_dot(self.k, cut(u * self.factor(FOLD), 3), trans_x=True)
+        return state * self.decay() + folded
 
 
 def chunk_triton(
