@@ -12,6 +12,7 @@ from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.api import nothing
 from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
+from gdn_jax.ops.gated_delta.chunk_backward import chunk_backward
 from gdn_jax.ops.gated_delta.chunk_triton import chunk_triton
 from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
 from gdn_jax.ops.gated_delta.reference import reference
@@ -125,6 +126,12 @@ def _interpreted(
     return chunk_triton(x, options, config, interpret=True)
 
 
+def _interpreted_backward(
+    x: Inputs, options: Options, config: ChunkConfig, cotangents: tuple[Array, Array]
+) -> Inputs:
+    return chunk_backward(x, options, config, cotangents, interpret=True)
+
+
 def _batched(x: Inputs, options: Options, config: None) -> tuple[Array, Array]:
     del config
     return chunk_xla(x, options)
@@ -132,8 +139,8 @@ def _batched(x: Inputs, options: Options, config: None) -> tuple[Array, Array]:
 
 BACKWARD = vjp.backward_of(chunk_xla)
 BATCHED = vjp.Path(_batched, BACKWARD)
-COMPILED = vjp.Path(chunk_triton, BACKWARD)
-INTERPRETED = vjp.Path(_interpreted, BACKWARD)
+COMPILED = vjp.Path(chunk_triton, chunk_backward)
+INTERPRETED = vjp.Path(_interpreted, _interpreted_backward)
 
 # jit so that a call outside jit is traced and compiled once, not at every call.
 _differentiable = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))

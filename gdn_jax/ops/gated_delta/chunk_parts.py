@@ -38,11 +38,14 @@ def cut_array(x: Array) -> Parts:
     return Cut(interpret=True)(x.astype(jnp.float32))
 
 
-def dot(x: Parts, y: Parts, *, trans_y: bool = False) -> Array:
-    """x y, or x y^T; products below the error of the finer operand are left out."""
+def dot(x: Parts, y: Parts, *, trans_x: bool = False, trans_y: bool = False) -> Array:
+    """x y, each transposed if so said; products below the error of the finer operand
+    are left out."""
     most = max(len(x), len(y))
     pairs = [(x_part, y_part) for i, x_part in enumerate(x) for y_part in y[: most - i]]
-    products = (_triton.dot(*pair, trans_b=trans_y) for pair in reversed(pairs))
+    products = (
+        _triton.dot(*pair, trans_a=trans_x, trans_b=trans_y) for pair in reversed(pairs)
+    )
     return functools.reduce(jnp.add, products)
 
 

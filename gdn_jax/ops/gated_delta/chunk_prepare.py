@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
+from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, Parts, cut_array, dot
@@ -60,7 +61,8 @@ def prepare_kernel(
     x, keys = inputs
     out = Prepared(outputs[:2], outputs[2:4], outputs[4])
     head, number = pl.program_id(0), pl.program_id(1)
-    begin, length = find_chunk(x, options, number)
+    row, step, length = find_chunk(x, options, number)
+    begin = row.begin + step * CHUNK
 
     @pl.when(length > 0)
     def _():
@@ -253,8 +255,8 @@ def num_chunks(x: Any, options: Options) -> int:
     return ragged.most_blocks(x.q.shape[0], x.num_rows, CHUNK)
 
 
-def find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
-    """The first token of a chunk and how many it has; none past the last."""
+def find_chunk(x: Any, options: Options, number: Array) -> tuple[Rows, Array, Array]:
+    """A chunk's row, its place there, and its number of tokens; 0 past the last."""
     if options.tokens_per_row is not None:
         steps = np.int32(pl.cdiv(options.tokens_per_row, CHUNK))
         row, step = lax.div(number, steps), lax.rem(number, steps)
@@ -263,7 +265,7 @@ def find_chunk(x: Any, options: Options, number: Array) -> tuple[Array, Array]:
     found = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
     left = jnp.clip(found.length - step * CHUNK, 0, CHUNK)
     is_live = (row < x.num_rows) & found.live
-    return found.begin + step * CHUNK, jnp.where(is_live, left, 0)
+    return found, step, jnp.where(is_live, left, 0)
 
 
 def prepare(
