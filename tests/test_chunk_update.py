@@ -116,6 +116,21 @@ def test_keys_that_repeat_do_not_blow_up(implementation):
 
 
 @pytest.mark.parametrize("implementation", PATHS)
+def test_a_token_may_forget_everything(implementation):
+    """A log-decay of -inf is a decay of 0."""
+    case = Case("forget", (70,), act_dtype="float32")
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
+    a = a.copy()
+    a[:, 5] = np.inf
+    args = (state, q, k, v, A_log, a, b, dt_bias)
+    want_state, want_out, written = testing.oracle(args, kwargs)
+    state, out = gdn_jax.chunk_update(*args, **kwargs, implementation=implementation)
+    bar = testing.TOLERANCE["chunked state", "float32"]
+    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
+    assert testing.relative_error(out, want_out) < bar
+
+
+@pytest.mark.parametrize("implementation", PATHS)
 def test_state_after_a_prefill_is_that_after_decoding(implementation):
     case = Case("prefill", (130,) * 2, slots="none", act_dtype="float32")
     (state, q, k, v, A_log, a, b, dt_bias), _ = testing.make(case)

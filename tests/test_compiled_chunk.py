@@ -67,6 +67,23 @@ def test_float32_activations_are_cut_before(K):
         assert compiled.resources()["spills"] == 0
 
 
+@pytest.mark.parametrize("K", [8, 128])
+def test_the_backward_is_four_kernels(K):
+    """prepare, a walk forward and one backward, and the pull over chunks."""
+    state, tokens, _ = _shapes(2, 130, 2, 4, K, K)
+    state = jax.ShapeDtypeStruct((2, *state.shape[1:]), state.dtype)
+
+    def pull_back(state, tokens, cotangents):
+        def update(state, *tokens):
+            return gdn_jax.chunk_update(state, *tokens, implementation="triton")
+
+        return jax.vjp(update, state, *tokens)[1](cotangents)
+
+    compiled = aot.compile_for_h200(pull_back, state, tokens, (state, tokens[2]))
+    kernels = [launch for launch in compiled.launches() if aot.KERNEL_CALL in launch]
+    assert len(kernels) == 4
+
+
 @pytest.mark.parametrize(
     ("tokens", "kernels"), [(1, 2), (1000, 3)], ids=["decode", "prefill"]
 )

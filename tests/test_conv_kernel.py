@@ -118,8 +118,8 @@ def test_any_width_and_channels_agree_with_the_oracle(W, C, kernel):
 
 @KERNELS
 def test_many_rows_are_searched_piece_by_piece(kernel, monkeypatch):
-    monkeypatch.setattr("gdn_jax.ops.causal_conv1d.ragged.ROWS_AT_ONCE", 4)
-    monkeypatch.setattr("gdn_jax.ops.causal_conv1d.ragged.PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr("gdn_jax.ops.ragged.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("gdn_jax.ops.ragged.PAIRS_AT_ONCE", 16)
     _agrees(*_make((3, 1, 2, 0, 19, 5, 4, 1, 8, 1, 1), C=8), kernel)
 
 

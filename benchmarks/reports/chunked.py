@@ -58,7 +58,7 @@ def tables(result: dict) -> str:
         (STYLE[name][0], cells(rows, lambda t, rows=rows: _worst_error(rows[t])))
         for name, rows in times.items()
     ]
-    lines += [*markdown("largest relative error but out's", titles, errors), ""]
+    lines += [*markdown("relative error (state, gradients)", titles, errors), ""]
     lines += absences(result, titles)
     return "\n".join([*lines, source(result)])
 

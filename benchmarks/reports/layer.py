@@ -28,7 +28,10 @@ def tables(result: dict) -> str:
     for model, contenders in models_of(result).items():
         batches = sorted({n for rows in contenders.values() for n in rows})
         shown = [(LABELS[name], _cells(r, batches)) for name, r in contenders.items()]
-        lines += [*markdown(f"{model}, N =", map(str, batches), shown), ""]
+        lines += [
+            *markdown(f"{model}, us (kernels), N =", map(str, batches), shown),
+            "",
+        ]
     return "\n".join([*lines, source(result)])
 
 

@@ -51,7 +51,8 @@ def chunk_update(
 
     Arguments, null rule, in-place update of a donated state, errors and results are
     those of `fused_update`; it has no `per_token_states`, no `num_accepted` and no 2-D
-    `slots`, since a state between tokens is never formed.
+    `slots`, since a state between tokens is never formed. A falling `cu_seqlens` that
+    gives a token to two rows makes all of the call's results undefined.
 
     `config` is a `ChunkConfig`. KDA's per-K decay has no kernel: "triton" and
     "interpret" raise NotImplementedError there, and None is xla.
@@ -62,15 +63,16 @@ def chunk_update(
 
     Transformations: `jax.grad` is what it is for: gradients of q, k, v, A_log, a, b,
     dt_bias and the initial state, for cotangents of out and of the final state, in
-    chunks too. It keeps its inputs alone and computes the chunks again in the backward
-    pass, so it needs no `jax.checkpoint` of its own. `vmap`, `scan` and `shard_map` as
-    with `fused_update`.
+    chunks too. It keeps its inputs alone; the backward pass computes the chunks again,
+    and needs room for a state and its cotangent for every 64 tokens, K V float32 each a
+    value head ("xla": several times that). `vmap`, `scan` and `shard_map` as with
+    `fused_update`.
     """
     _dispatch.check_name(implementation)
-    if getattr(slots, "ndim", 1) == 2:
+    if slots is not None and jnp.ndim(slots) == 2:
         checks.fail(
             "slots",
-            slots.shape,  # pyright: ignore[reportAttributeAccessIssue]
+            jnp.shape(slots),
             "[N], one slot a row",
             "Speculative decoding keeps a state per token: use fused_update.",
         )

@@ -26,7 +26,13 @@ from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows, find_owners
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
+from gdn_jax.ops.gated_delta.call import (
+    GateLogits,
+    Gates,
+    Inputs,
+    Options,
+    find_rows,
+)
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, cut_array, dot, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
@@ -49,7 +55,7 @@ from gdn_jax.ops.gated_delta.chunk_triton import Chunk
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 V_AT_ONCE = 64
-K_AT_ONCE = 64
+K_AT_ONCE = 32
 Pair = tuple[Any, Any]  # two parts
 
 
@@ -146,7 +152,7 @@ def enter_kernel(
 
 
 def leave_kernel(
-    inputs: tuple[Any, Any, Keys, Prepared, Parts],
+    inputs: tuple[Any, Any, Keys, Prepared, Any],
     dstate_ref: Any,
     dv_ref: Any,
     *outputs: Any,
@@ -174,9 +180,8 @@ def leave_kernel(
             chunk.store(ref, part, place.v)
         dr = dy * chunk.factor(BETA)
         chunk.store(dv_ref, dr, place.v)
-        do = sum(part.astype(jnp.float32) for part in do)
         read = cut(dr * chunk.factor(READ), 3)
-        asked = cut(do * chunk.factor(QUERY), 3)
+        asked = cut(_join(do) * chunk.factor(QUERY), 3)
         dstate = dstate * chunk.decay() + wide_dot(chunk.q, asked, trans_x=True)
         return dstate - wide_dot(chunk.k, read, trans_x=True)
 
@@ -186,7 +191,7 @@ def leave_kernel(
 
 
 def pull_kernel(
-    inputs: tuple[Any, Keys, Parts, Walked],
+    inputs: tuple[Any, Keys, Any, Walked],
     *outputs: Any,
     options: Options,
     interpret: bool,
@@ -208,7 +213,7 @@ def pull_kernel(
 def _pull_chunk(
     x: Any,
     keys: Keys,
-    dout: Parts,
+    dout: Any,
     walked: Walked,
     pulled: Pulled,
     options: Options,
@@ -218,7 +223,7 @@ def _pull_chunk(
     place: Array,
 ) -> None:
     chunk = Scores.of(x, keys, options, tokens, head)
-    do_u, dy_u = _products(x, dout, walked, tokens, head)
+    do_u, dy_u = _products(dout, walked, tokens, head)
     W = do_u * chunk.query_weight  # of q k^T, in B
     Z = -dy_u * chunk.key_weight  # of k k^T, in A
     safe = jnp.where(chunk.beta > 0, chunk.beta, 1.0)
@@ -234,23 +239,27 @@ def _pull_chunk(
         -grown * chunk.k_factor * chunk.beta,
         rest * chunk.k_factor,
     )
-    W, Z = cut(W), cut(Z)
-    before, behind, kept = jnp.zeros(CHUNK), jnp.zeros(CHUNK), 0.0
-    for first in range(0, x.state.shape[3], K_AT_ONCE):
-        columns = _Columns.of(x, first, head, place)
+    W, Z = cut(W), cut(Z + Z.T)
+
+    def pull_columns(turn, sums):
+        before, behind, kept = sums
+        columns = _Columns.of(x, turn, head, place)
         q, k = (columns.rows(refs, tokens) for refs in keys)
-        asked, read, folded = columns.through_states(dout, walked, tokens)
+        *through, inner = columns.through_states(dout, walked, tokens)
         asked, read, folded = (
-            y * w[:, None] for y, w in zip((asked, read, folded), weights, strict=True)
+            y * weight[:, None] for y, weight in zip(through, weights, strict=True)
         )
-        q_float, k_float = (sum(part.astype(jnp.float32) for part in y) for y in (q, k))
-        before += jnp.sum(asked * q_float + read * k_float, axis=1)
-        behind += jnp.sum(folded * k_float, axis=1)
-        kept += columns.inner_product(walked)
         columns.store(pulled.q, asked + dot(W, k), tokens)
-        dk = read + folded + dot(W, q, trans_x=True)
-        dk += dot(Z, k) + dot(Z, k, trans_x=True)
+        dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
         columns.store(pulled.k, dk, tokens)
+        q, k = _join(q), _join(k)
+        before += jnp.sum(asked * q + read * k, axis=1)
+        behind += jnp.sum(folded * k, axis=1)
+        return before, behind, kept + inner
+
+    turns = np.int32(pl.cdiv(x.state.shape[3], K_AT_ONCE))
+    sums = jnp.zeros(CHUNK), jnp.zeros(CHUNK), jnp.float32(0)
+    before, behind, kept = lax.fori_loop(np.int32(0), turns, pull_columns, sums)
 
     m, i = square()
     dlog_decay = straddling + jnp.sum(jnp.where(i >= m, before[None, :], 0.0), axis=1)
@@ -260,20 +269,35 @@ def _pull_chunk(
 
 
 def _products(
-    x: Any, dout: Parts, walked: Walked, tokens: Tokens, head: Array
+    dout: Any, walked: Walked, tokens: Tokens, head: Array
 ) -> tuple[Array, Array]:
     """dO U^T and dY U^T."""
-    do_u, dy_u = jnp.zeros((CHUNK, CHUNK)), jnp.zeros((CHUNK, CHUNK))
-    V = x.v.shape[2]
-    size = min(V_AT_ONCE, padded(V))
-    for first in range(0, V, size):
-        v = first + jnp.arange(size, dtype=jnp.int32)
+
+    def add(turn, products):
+        v = _values(turn, dout[0])
         do, dy, u = (
             _load(refs, tokens, head, v) for refs in (dout, walked.dy, walked.u)
         )
-        do_u += dot(do, u, trans_y=True)
-        dy_u += dot(dy, u, trans_y=True)
-    return do_u, dy_u
+        do_u, dy_u = products
+        return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
+
+    zeros = jnp.zeros((CHUNK, CHUNK))
+    return _over_values(add, dout[0], (zeros, zeros))
+
+
+def _values(turn: Array, ref: Any) -> Array:
+    size = min(V_AT_ONCE, padded(ref.shape[2]))
+    return turn * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def _over_values(body: Any, ref: Any, carry: Any) -> Any:
+    """A loop over V, some columns a turn: all of them at once would spill."""
+    turns = pl.cdiv(ref.shape[2], V_AT_ONCE)
+    return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
+
+
+def _join(parts: Parts) -> Array:
+    return functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
 
 
 def _load(refs: Any, tokens: Tokens, head: Array, columns: Array) -> Parts:
@@ -296,48 +320,48 @@ class _Columns(NamedTuple):
     """Some columns along K of a chunk's gradients."""
 
     k: Array  # [n]
-    v: Array  # all of V
     head: Array
     key_head: Array
     place: Array
 
     @classmethod
-    def of(cls, x: Any, first: int, head: Array, place: Array) -> "_Columns":
-        K, V = x.q.shape[2], x.v.shape[2]
-        k = first + jnp.arange(min(K_AT_ONCE, padded(K)), dtype=jnp.int32)
-        v = jnp.arange(padded(V), dtype=jnp.int32)
-        return cls(k, v, head, head // (x.v.shape[1] // x.k.shape[1]), place)
+    def of(cls, x: Any, turn: Array, head: Array, place: Array) -> "_Columns":
+        size = min(K_AT_ONCE, padded(x.q.shape[2]))
+        k = turn * size + jnp.arange(size, dtype=jnp.int32)
+        return cls(k, head, head // (x.v.shape[1] // x.k.shape[1]), place)
 
     def rows(self, refs: Any, tokens: Tokens) -> Parts:
         return _load(refs, tokens, self.key_head, self.k)
 
     def through_states(
-        self, dout: Parts, walked: Walked, tokens: Tokens
-    ) -> tuple[Array, Array, Array]:
-        """dO S^T, dY S^T and U dS'^T."""
-        do, dy, u = (
-            _load(refs, tokens, self.head, self.v)
-            for refs in (dout, walked.dy, walked.u)
-        )
-        entering, leaving = self._states(walked.entering), self._states(walked.leaving)
-        return (
-            dot(do, entering, trans_y=True),
-            dot(dy, entering, trans_y=True),
-            dot(u, leaving, trans_y=True),
-        )
+        self, dout: Any, walked: Walked, tokens: Tokens
+    ) -> tuple[Array, Array, Array, Array]:
+        """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
 
-    def inner_product(self, walked: Walked) -> Array:
-        entering, leaving = (
-            sum(part.astype(jnp.float32) for part in self._states(refs))
-            for refs in (walked.entering, walked.leaving)
-        )
-        return jnp.sum(entering * leaving)
+        def add(turn, sums):
+            asked, read, folded, inner = sums
+            v = _values(turn, dout[0])
+            do, dy, u = (
+                _load(refs, tokens, self.head, v)
+                for refs in (dout, walked.dy, walked.u)
+            )
+            entering, leaving = (
+                self._states(refs, v) for refs in (walked.entering, walked.leaving)
+            )
+            asked += dot(do, entering, trans_y=True)
+            read += dot(dy, entering, trans_y=True)
+            folded += dot(u, leaving, trans_y=True)
+            inner += jnp.sum(_join(entering) * _join(leaving))
+            return asked, read, folded, inner
 
-    def _states(self, refs: Pair) -> Parts:
+        zeros = jnp.zeros((CHUNK, self.k.size))
+        return _over_values(add, dout[0], (zeros,) * 3 + (jnp.float32(0),))
+
+    def _states(self, refs: Pair, v: Array) -> Parts:
         """[n V]"""
         K, V = refs[0].shape[2:]
-        mask = (self.k < K)[:, None] & (self.v < V)[None, :]
-        place = (self.place, self.head, self.k[:, None], self.v[None, :])
+        mask = (self.k < K)[:, None] & (v < V)[None, :]
+        place = (self.place, self.head, self.k[:, None], v[None, :])
         return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
 
     def store(self, ref: Any, value: Array, tokens: Tokens) -> None:
@@ -380,7 +404,7 @@ def _walk(
     keys: Keys,
     prepared: Prepared,
     dnew: Array,
-    dout: Parts,
+    dout: Any,
     options: Options,
     config: ChunkConfig,
     interpret: bool,
@@ -450,9 +474,7 @@ def _assemble(
     )
 
 
-def _gates(logits: Any, *, options: Options) -> Gates:
-    if isinstance(logits, Gates):
-        return logits
+def _gates(logits: GateLogits, *, options: Options) -> Gates:
     A_log, a, b, dt_bias = (y.astype(jnp.float32) for y in logits)
     return Gates(
         rule.log_decay(A_log, a, dt_bias, options.gating), rule.beta(b, options.gating)

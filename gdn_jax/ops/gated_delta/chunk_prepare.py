@@ -15,12 +15,11 @@ from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
+from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, Parts, cut_array, dot
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 CHUNK = 64
-NO_DECAY_LEFT = -105.0  # exp of it is 0 in float32
 STEPS = 1024.0
 
 Sums = tuple[Array, Array]
@@ -228,22 +227,19 @@ def _store_square(refs, parts: Parts, tokens: Tokens, head: Array) -> None:
         _triton.store(ref.at[head, tokens.token[:, None], column], part, mask=mask)
 
 
-def _load_gates(x: Any, options: Options, tokens: Tokens, head) -> Sums:
+def _load_gates(x: Any, options: Options, tokens: Tokens, head) -> tuple[Array, Array]:
     """log_decay and beta [C]; 0 where there is no token."""
     a, b = (
         _triton.load(ref.at[tokens.token, head], mask=tokens.valid, other=0)
         for ref in x.gates.per_token
     )
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    if isinstance(x.gates, Gates):
-        log_decay, beta = a, b
-    else:
-        A_log, dt_bias = (
-            ref[head].astype(jnp.float32) for ref in (x.gates.A_log, x.gates.dt_bias)
-        )
-        log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
-        beta = rule.beta(b, options.gating)
-    log_decay = jnp.maximum(log_decay, NO_DECAY_LEFT)
+    A_log, dt_bias = (
+        ref[head].astype(jnp.float32) for ref in (x.gates.A_log, x.gates.dt_bias)
+    )
+    log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+    beta = rule.beta(b, options.gating)
+    log_decay = jnp.maximum(log_decay, rule.NO_DECAY_LEFT)
     valid = tokens.valid
     return jnp.where(valid, log_decay, 0.0), jnp.where(valid, beta, 0.0)
 

@@ -80,7 +80,11 @@ def walk_kernel(
     if x.cu_seqlens is not None:
         program = tile + np.int32(pl.cdiv(V, config.block_v)) * head
 
-        @pl.when(~is_row)
+        # Boundaries that rise from the first token to past the last own every one.
+        everything = x.cu_seqlens[0] <= 0
+        everything &= x.cu_seqlens[x.num_rows] >= x.q.shape[0]
+
+        @pl.when(~is_row & ~everything)
         def _():
             clear_unowned(x, new_ref, out_ref, program, clearing, options)
 

@@ -25,7 +25,13 @@ from jax.scipy.linalg import solve_triangular
 
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows, write_slots
+from gdn_jax.ops.gated_delta.call import (
+    GateLogits,
+    Inputs,
+    Options,
+    find_rows,
+    write_slots,
+)
 
 CHUNK = 64
 SUBCHUNK = 16  # KDA: decays are factored around the borders of these
@@ -124,14 +130,16 @@ def _prepare(x: Inputs, options: Options, chunks: Chunks) -> Prepared:
     if options.qk_l2norm:
         q, k = (y * lax.rsqrt(_dot(y, y) + rule.EPSILON) for y in (q, k))
     q = q * options.scale
-    log_decay, beta = (take(y) for y in x.gates.per_token)
-    if not isinstance(x.gates, Gates):
-        A_log = x.gates.A_log.astype(jnp.float32).reshape(H, HV // H, 1)
-        dt_bias = x.gates.dt_bias.astype(jnp.float32)
-        dt_bias = dt_bias.reshape(H, HV // H, 1, *dt_bias.shape[1:])
-        A_log = A_log if dt_bias.ndim == 3 else A_log[..., None]
-        log_decay = rule.log_decay(A_log, log_decay, dt_bias, options.gating)
-        beta = rule.beta(beta, options.gating)
+    assert isinstance(x.gates, GateLogits)  # chunk_update makes no others
+    a, b = (take(y) for y in x.gates.per_token)
+    A_log = x.gates.A_log.astype(jnp.float32).reshape(H, HV // H, 1)
+    dt_bias = x.gates.dt_bias.astype(jnp.float32)
+    dt_bias = dt_bias.reshape(H, HV // H, 1, *dt_bias.shape[1:])
+    A_log = A_log if dt_bias.ndim == 3 else A_log[..., None]
+    log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+    # -inf would be NaN where a sum over tokens multiplies it by 0
+    log_decay = jnp.maximum(log_decay, rule.NO_DECAY_LEFT)
+    beta = rule.beta(b, options.gating)
     valid = chunks.valid[:, :, None, None]
     log_decay, beta = _select(valid, log_decay, 0), _select(valid, beta, 0)
     return _wy(q, k, v, log_decay, beta[..., None])

@@ -14,6 +14,7 @@ from jax import Array, lax
 from gdn_jax.ops.gated_delta.call import GateOptions
 
 EPSILON = 1e-6  # inside the root, on the sum of squares: vLLM's and FLA's kernels
+NO_DECAY_LEFT = -105.0  # a log-decay whose exp is 0 in float32, as that of any below
 
 Chunks = tuple[Array, ...]
 
