@@ -38,6 +38,11 @@ def cut_array(x: Array) -> Parts:
     return Cut(interpret=True)(x.astype(jnp.float32))
 
 
+def join(parts: Parts) -> Array:
+    """The float32 values that parts are of."""
+    return functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))
+
+
 def dot(x: Parts, y: Parts, *, trans_x: bool = False, trans_y: bool = False) -> Array:
     """x y, each transposed if so said; products below the error of the finer operand
     are left out."""
