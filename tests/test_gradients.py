@@ -187,7 +187,20 @@ def test_bfloat16_parameters_gather_their_gradients_in_float32():
         assert testing.relative_error(x, y) < testing.TOLERANCE["out", "bfloat16"]
 
 
-@pytest.mark.parametrize("update", [_update, _unfused])
+def _chunked(path):
+    return functools.partial(gdn_jax.chunk_update, implementation=path)
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_gradients_in_chunks_equal_finite_differences(case, path):
+    gradients = _gradients(case, _chunked(path))
+    for name, x, want in zip(NAMES, gradients, _finite_differences(case), strict=True):
+        bar = testing.TOLERANCE["gradient", "float32"]
+        assert testing.relative_error(x, want) < bar, name
+        assert not np.asarray(x)[want == 0].any(), name
+
+
+@pytest.mark.parametrize("update", [_update, _unfused, _chunked])
 def test_a_gradient_has_a_gradient(update, path):
     case = _case("decode", (1,) * 2, slots="none")
     args, _ = jax.tree.map(jnp.asarray, testing.make(case))

@@ -128,21 +128,35 @@ def _interpreted(
     return chunk_triton(x, options, config, interpret=True)
 
 
-def _interpreted_backward(
-    x: Inputs, options: Options, config: ChunkConfig, cotangents: tuple[Array, Array]
-) -> Inputs:
-    return chunk_backward(x, options, config, cotangents, interpret=True)
-
-
 def _batched(x: Inputs, options: Options, config: None) -> tuple[Array, Array]:
     del config
     return chunk_xla(x, options)
 
 
+def _backward_of_kernels(*, interpret: bool):
+    """The kernels' backward, which has XLA's for its own gradient."""
+
+    def forward(x: Any, options: Options, config: ChunkConfig) -> Inputs:
+        inputs, cotangents = x
+        return chunk_backward(inputs, options, config, cotangents, interpret=interpret)
+
+    def batched(x: Any, options: Options) -> Inputs:
+        inputs, cotangents = x
+        pulled = BACKWARD(inputs, options, None, cotangents)
+        return pulled._replace(slots=None, cu_seqlens=None, has_state=None)
+
+    path = vjp.Path(forward, vjp.backward_of(batched))
+
+    def backward(x: Inputs, options: Options, config: ChunkConfig, cotangents: Any):
+        return vjp.differentiable(path, options, config, (x, cotangents))
+
+    return backward
+
+
 BACKWARD = vjp.backward_of(chunk_xla)
 BATCHED = vjp.Path(_batched, BACKWARD)
-COMPILED = vjp.Path(chunk_triton, chunk_backward)
-INTERPRETED = vjp.Path(_interpreted, _interpreted_backward)
+COMPILED = vjp.Path(chunk_triton, _backward_of_kernels(interpret=False))
+INTERPRETED = vjp.Path(_interpreted, _backward_of_kernels(interpret=True))
 
 # jit so that a call outside jit is traced and compiled once, not at every call.
 _differentiable = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
