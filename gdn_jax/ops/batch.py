@@ -4,7 +4,7 @@ every op that keeps a state in slots."""
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from gdn_jax import _types as t
 
@@ -72,18 +72,18 @@ def find_rows(
 def find_owners(
     rows: Rows, num_tokens: int, tokens_per_row: int | None
 ) -> tuple[Array, Array, Array]:
-    """For each token [L]: its row, its place in that row, whether it is live. Compares
-    every token with every row; for oracles."""
+    """For each token [L]: its row, its place in that row, whether it is live."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    if tokens_per_row is None:
-        after = token[:, None] >= rows.begin
-        owned = after & (token[:, None] < rows.begin + rows.length)  # [L N]
-        row = jnp.argmax(owned, axis=1).astype(jnp.int32)
-        has_row = owned.any(axis=1)
-    else:
+    if tokens_per_row is not None:
         row = token // tokens_per_row
-        has_row = jnp.ones_like(token, bool)
-    return row, token - rows.begin[row], has_row & rows.live[row]
+        return row, token - rows.begin[row], rows.live[row]
+    # the row that begins last, at or before the token
+    begin = jnp.where(rows.length > 0, rows.begin, num_tokens)
+    begins = jnp.full(num_tokens, -1, jnp.int32).at[begin].max(rows.number, mode="drop")
+    row = begins[lax.cummax(jnp.where(begins >= 0, token, 0))]
+    is_behind, row = row >= 0, jnp.maximum(row, 0)
+    place = token - rows.begin[row]
+    return row, place, is_behind & (place < rows.length[row]) & rows.live[row]
 
 
 def is_live_slot(slot: Array, num_slots: int, null_slot: int | None) -> Array:

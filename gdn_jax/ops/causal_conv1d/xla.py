@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Rows, find_owners
 from gdn_jax.ops.causal_conv1d.call import (
     ConvState,
     Inputs,
@@ -20,8 +20,7 @@ def xla(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
     width, num_tokens = inputs.weight.shape[1], inputs.x.shape[0]
     rows = find_rows(inputs, options)
     first, left = find_columns(inputs, rows)
-    row, step = _owners(rows, num_tokens)
-    live = (step < rows.length[row]) & (step >= 0) & rows.live[row]
+    _, step, live = find_owners(rows, num_tokens, options.tokens_per_row)
     x = jnp.where(live[:, None], inputs.x, 0)
     weight = inputs.weight.astype(jnp.float32)
 
@@ -35,15 +34,6 @@ def xla(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
     y = jax.nn.silu(y) if options.silu else y
     y = jnp.where(live[:, None], y, 0).astype(inputs.x.dtype)
     return _keep(inputs, rows, first, left, x), y
-
-
-def _owners(rows: Rows, num_tokens: int) -> tuple[Array, Array]:
-    """For each token: the last row that begins at or before it, and its place there."""
-    number = jnp.arange(rows.begin.shape[0], dtype=jnp.int32)
-    begins = jnp.where(rows.length > 0, rows.begin, num_tokens)
-    marks = jnp.zeros(num_tokens, jnp.int32).at[begins].max(number, mode="drop")
-    row = jax.lax.cummax(marks)
-    return row, jnp.arange(num_tokens, dtype=jnp.int32) - rows.begin[row]
 
 
 def _add_history(
