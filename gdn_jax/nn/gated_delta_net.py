@@ -147,17 +147,21 @@ class GatedDeltaNet(nn.Module):
         that begin, of any lengths, may share a call.
 
         Args:
-          x: [N, T, D] (dense) or [L, D] (packed).
+          x: [N, T, D] (dense) or [L, D] (packed; without `cu_seqlens` every token is a
+            sequence of its own).
           state: from `init_state` or the last call. Donate it under `jax.jit` and it is
             updated in place. None: every row begins from zeros.
           slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`.
           conv_slots: [N] int32, each row's slot of `state.conv`, which has one a
             sequence where the rule has S. None: `slots`, or its column 0, so that a
             sequence's first slot is its slot in both pools.
-          cu_seqlens, num_accepted, has_state: as in `fused_update`.
+          cu_seqlens, num_accepted, has_state: as in `fused_update`. Also the step after
+            the last speculative one needs `num_accepted`: without it the convolution
+            takes one token of that step to stand.
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
             to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
+            Per-K decays (KDA) in chunks are XLA's.
           implementation: of convolution, rule and norm, as in `fused_update`; the norm
             has no kernel and is XLA's beside those of the others.
 

@@ -56,7 +56,8 @@ def causal_conv1d(
       cu_seqlens, has_state, null_slot: as in `fused_update`.
       num_accepted: [N] int32 in 1..S, how many tokens of the last step stand: 1 + the
         drafts accepted, and 1 after a plain step. Sequence n goes on behind them. Dense
-        T <= S; packed tokens past the S-th give `y` and are not kept.
+        T <= S; packed tokens past the S-th give `y` and are not kept. A step without it
+        behind a speculative one takes one token of that step to stand.
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
         "reference"; None: triton where it can run, else xla.

@@ -53,7 +53,7 @@ class ConvState(NamedTuple):
 
     def to_dense(self, width: int, num_accepted: Array | None = None) -> Array:
         """[P, C, W - 1], the last inputs of each slot, oldest first; `num_accepted` [P]
-        as the next step would be given it."""
+        as the next step would be given it, None: 1 after a speculative step."""
         first = self.start if num_accepted is None else self.start + num_accepted - 1
         column = (first[:, None] + jnp.arange(width - 1)) % self.buffer.shape[2]
         return jnp.take_along_axis(self.buffer, column[:, None, :], axis=2)

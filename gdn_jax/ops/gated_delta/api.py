@@ -56,7 +56,7 @@ def fused_update(
     float32, bfloat16 and float16 each argument is:
 
         decay = exp(-exp(A_log) * softplus(a + dt_bias))        beta = sigmoid(b)
-        q, k  = q / |q| * scale, k / |k|                        (if qk_l2norm)
+        q, k  = q / |q|, k / |k|  (if qk_l2norm);               q = q * scale
         S     = decay * S
         S     = S + beta * (v - S k) k^T
         out   = S q
