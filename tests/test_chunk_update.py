@@ -101,18 +101,21 @@ def test_wrong_configs_are_told(config):
         gdn_jax.ChunkConfig(**config)
 
 
+def _is_float32_grade(args, kwargs, implementation):
+    want_state, want_out, written = testing.oracle(args, kwargs)
+    state, out = gdn_jax.chunk_update(*args, **kwargs, implementation=implementation)
+    bar = testing.TOLERANCE["chunked state", "float32"]
+    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
+    assert testing.relative_error(out, want_out) < bar
+
+
 @pytest.mark.parametrize("implementation", PATHS)
 def test_keys_that_repeat_do_not_blow_up(implementation):
     """Where nothing is forgotten, powers of A grow to 1e17 and cancel."""
     case = Case("same keys", (130,), act_dtype="float32", options=GATES_OPEN)
     (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
     k, b = np.broadcast_to(k[:, :1], k.shape), np.full_like(b, 20.0)  # beta = 1
-    args = (state, q, k, v, A_log, a, b, dt_bias)
-    want_state, want_out, written = testing.oracle(args, kwargs)
-    state, out = gdn_jax.chunk_update(*args, **kwargs, implementation=implementation)
-    bar = testing.TOLERANCE["chunked state", "float32"]
-    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
-    assert testing.relative_error(out, want_out) < bar
+    _is_float32_grade((state, q, k, v, A_log, a, b, dt_bias), kwargs, implementation)
 
 
 @pytest.mark.parametrize("implementation", PATHS)
@@ -122,12 +125,7 @@ def test_a_token_may_forget_everything(implementation):
     (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
     a = a.copy()
     a[:, 5] = np.inf
-    args = (state, q, k, v, A_log, a, b, dt_bias)
-    want_state, want_out, written = testing.oracle(args, kwargs)
-    state, out = gdn_jax.chunk_update(*args, **kwargs, implementation=implementation)
-    bar = testing.TOLERANCE["chunked state", "float32"]
-    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
-    assert testing.relative_error(out, want_out) < bar
+    _is_float32_grade((state, q, k, v, A_log, a, b, dt_bias), kwargs, implementation)
 
 
 @pytest.mark.parametrize("implementation", PATHS)
