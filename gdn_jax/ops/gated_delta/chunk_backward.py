@@ -3,7 +3,7 @@
 With the letters of chunk_xla.py, dX the cotangent of X, N = (I + A)^-1 - I and
 Y = beta (V - (k exp G) S^T):
 
-    dU = B^T dO + (k exp(G_C - G)) dS'^T              dY = dU + N^T dU
+    dF = (k exp(G_C - G)) dS'^T              dY = (B + B N)^T dO + dF + N^T dF
     dS = exp(G_C) dS' + dO^T (q exp G) - (beta dY)^T (k exp G)
     dV = beta dY        dB = dO U^T        dA = -dY U^T        beta dbeta = dY . U
 
@@ -36,16 +36,16 @@ from gdn_jax.ops.gated_delta.call import (
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, cut_array, join, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
-    CHUNK,
     FOLD,
+    INVERSE,
     QUERY,
     READ,
-    Keys,
+    SCORES,
     Prepared,
-    padded,
     prepare,
 )
 from gdn_jax.ops.gated_delta.chunk_pull import Pair, Pulled, Walked, place_of, pull
+from gdn_jax.ops.gated_delta.chunk_scores import CHUNK, Keys, padded
 from gdn_jax.ops.gated_delta.chunk_triton import Chunk
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
@@ -104,7 +104,8 @@ def enter_kernel(
         chunk = Chunk.of(x, keys, prepared, place.row, place.head, step)
         parts = cut(state)
         place.store_state(entering, parts, step)
-        u = chunk.find_u(chunk.load(x.v, place.v), parts, cut)
+        error = chunk.find_error(chunk.load(x.v, place.v), parts)
+        u = error + wide_dot(chunk.square(INVERSE), cut(error))
         for ref, part in zip(u_refs, cut(u), strict=True):
             chunk.store(ref, part, place.v)
         return chunk.fold(state, u, cut)
@@ -134,10 +135,9 @@ def leave_kernel(
         parts = cut(dstate)
         place.store_state(leaving, parts, step)
         do = tuple(chunk.load(ref, place.v) for ref in dout)
-        du = wide_dot(chunk.square(prepared.scores), do, trans_x=True)
-        du += wide_dot(chunk.k, parts) * chunk.factor(FOLD)
-        inverse = chunk.square(prepared.inverse)
-        dy = du + wide_dot(inverse, cut(du), trans_x=True)
+        dy = wide_dot(chunk.square(SCORES), do, trans_x=True)
+        df = wide_dot(chunk.k, parts) * chunk.factor(FOLD)
+        dy += df + wide_dot(chunk.square(INVERSE), cut(df), trans_x=True)
         for ref, part in zip(dy_refs, cut(dy), strict=True):
             chunk.store(ref, part, place.v)
         dr = dy * chunk.factor(BETA)

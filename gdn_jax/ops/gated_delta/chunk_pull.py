@@ -15,13 +15,16 @@ from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, dot, join
-from gdn_jax.ops.gated_delta.chunk_prepare import (
+from gdn_jax.ops.gated_delta.chunk_scores import (
     CHUNK,
+    Gate,
     Keys,
-    Scores,
+    KeyScores,
+    QueryScores,
     Tokens,
     diagonal,
     find_chunk,
+    load_rows,
     num_chunks,
     padded,
     square,
@@ -94,22 +97,22 @@ def _pull_chunk(
     head: Array,
     place: Array,
 ) -> None:
-    chunk = Scores.of(x, keys, options, tokens, head)
+    key_head = head // (x.v.shape[1] // x.k.shape[1])
+    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
+    gate = Gate.of(x, options, tokens, head)
+    A = KeyScores.of(k, gate, options)
+    B = QueryScores.of(q, k, gate.G, A.k_factor, options)
     do_u, dy_u = _products(dout, walked, tokens, head)
-    W = do_u * chunk.query_weight  # of q k^T, in B
-    Z = -dy_u * chunk.key_weight  # of k k^T, in A
-    safe = jnp.where(chunk.beta > 0, chunk.beta, 1.0)
-    dbeta = jnp.where(chunk.beta > 0, diagonal(dy_u) / safe, 0.0)
-    straddling = _sum_straddling(W * chunk.qk + Z * chunk.kk, cut)
-
-    coarse, fine = chunk.G
-    grown = jnp.exp(coarse + fine)
-    left = jnp.exp(chunk.total[0] + chunk.total[1])
-    rest = jnp.exp((chunk.total[0] - coarse) + (chunk.total[1] - fine))
+    W = do_u * B.weight  # of q k^T, in B
+    Z = -dy_u * A.weight  # of k k^T, in A
+    safe = jnp.where(gate.beta > 0, gate.beta, 1.0)
+    dbeta = jnp.where(gate.beta > 0, diagonal(dy_u) / safe, 0.0)
+    straddling = _sum_straddling(W * B.products + Z * A.products, cut)
+    grown, left = gate.grown(), gate.left()
     weights = (
-        grown * chunk.q_factor,
-        -grown * chunk.k_factor * chunk.beta,
-        rest * chunk.k_factor,
+        grown * B.q_factor,
+        -grown * A.k_factor * gate.beta,
+        gate.rest() * A.k_factor,
     )
     W, Z = cut(W), cut(Z + Z.T)
 

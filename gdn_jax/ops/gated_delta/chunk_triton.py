@@ -20,23 +20,26 @@ from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
-    CHUNK,
     DECAY,
     FOLD,
     QUERY,
     READ,
-    Keys,
     Prepared,
+    prepare,
+)
+from gdn_jax.ops.gated_delta.chunk_scores import (
+    CHUNK,
+    Keys,
     Tokens,
     load_rows,
     padded,
-    prepare,
 )
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 MAX_HEAD_DIM = 256
+ERROR_PARTS = 2
 
 
 def walk_kernel(
@@ -105,9 +108,13 @@ def _advance(
     chunk = Chunk.of(x, keys, prepared, row, head, step)
     query = chunk.factor(QUERY)  # early: it enters no product, and is not loaded ahead
     parts = cut(state)
-    u = chunk.find_u(chunk.load(x.v, v), parts, cut)
+    error = chunk.find_error(chunk.load(x.v, v), parts)
     out = wide_dot(chunk.q, parts) * query
-    out += wide_dot(chunk.square(prepared.scores), cut(u))
+    both = wide_dot(chunk.solved(), cut(error, ERROR_PARTS)).reshape(2, CHUNK, v.size)
+    both = lax.split(both.transpose(1, 2, 0), (1, 1), axis=2)
+    passed, own = (y.reshape(CHUNK, v.size) for y in both)
+    u = error + passed
+    out += own
     chunk.store(out_ref, out, v)
     return chunk.fold(state, u, cut)
 
@@ -116,6 +123,7 @@ class Chunk(NamedTuple):
     """A chunk of a row as a walk meets it."""
 
     begin: Array
+    length: Array
     tokens: Tokens
     head: Array
     q: Parts
@@ -125,16 +133,31 @@ class Chunk(NamedTuple):
     @classmethod
     def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head, step):
         begin = row.begin + step * CHUNK
-        tokens = Tokens.of(begin, row.length - step * CHUNK)
+        length = row.length - step * CHUNK
+        tokens = Tokens.of(begin, length)
         key_head = head // (x.v.shape[1] // x.k.shape[1])
         q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-        return cls(begin, tokens, head, q, k, prepared)
+        return cls(begin, length, tokens, head, q, k, prepared)
 
-    def square(self, refs) -> Parts:
+    def solved(self) -> Parts:
+        """N over B + B N, [2C C]"""
+        row = jnp.arange(2 * CHUNK, dtype=jnp.int32)[:, None]
+        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
+        token = row % CHUNK
+        mask = jnp.broadcast_to(token < self.length, (2 * CHUNK, CHUNK))
+        place = (self.head, row // CHUNK, self.begin + token, column)
+        return self._load_parts(place, mask)
+
+    def square(self, number: int) -> Parts:
+        """One of them, [C C]"""
         column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
         mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
-        place = (self.head, self.tokens.token[:, None], column)
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+        return self._load_parts((self.head, number, self.tokens.token[:, None], column), mask)
+
+    def _load_parts(self, place: Any, mask: Array) -> Parts:
+        return tuple(
+            _triton.load(ref.at[place], mask=mask, other=0) for ref in self.prepared.solved
+        )
 
     def factor(self, number: int) -> Array:
         place = self.prepared.factors.at[number, self.head, self.tokens.token]
@@ -154,11 +177,11 @@ class Chunk(NamedTuple):
         place = ref.at[self.tokens.token[:, None], self.head, v]
         _triton.store(place, value.astype(ref.dtype), mask=mask)
 
-    def find_u(self, values: Array, state: Parts, cut: Cut) -> Array:
+    def find_error(self, values: Array, state: Parts) -> Array:
+        """E = beta (V - (k exp G) S^T)"""
         error = values.astype(jnp.float32)
         error -= wide_dot(self.k, state) * self.factor(READ)
-        error *= self.factor(BETA)
-        return error + wide_dot(self.square(self.prepared.inverse), cut(error))
+        return error * self.factor(BETA)
 
     def fold(self, state: Array, u: Array, cut: Cut) -> Array:
         folded = wide_dot(self.k, cut(u * self.factor(FOLD), 3), trans_x=True)
