@@ -9,8 +9,9 @@ Y = beta (V - (k exp G) S^T):
 
 `enter_kernel` walks a row forward for the states that enter its chunks and U,
 `leave_kernel` backward for the cotangents of the states that leave them and dY. Then
-`pull_kernel` has all that it needs of every chunk, side by side. The norms' gradients
-and those of the gates' own arguments, elementwise, are XLA's.
+chunk_pull.py has all that it needs of every chunk, side by side. The norms' gradients
+and those of the gates' own arguments, elementwise, are XLA's. Products take two parts:
+an error here is not carried on from state to state as in the forward pass.
 """
 
 import functools
@@ -35,18 +36,14 @@ from gdn_jax.ops.gated_delta.call import (
 )
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, cut_array, join, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
-    BETA,
-    FOLD,
     INVERSE,
-    QUERY,
-    READ,
     SCORES,
     Prepared,
     prepare,
 )
 from gdn_jax.ops.gated_delta.chunk_pull import Pair, Pulled, Walked, place_of, pull
 from gdn_jax.ops.gated_delta.chunk_scores import CHUNK, Keys, padded
-from gdn_jax.ops.gated_delta.chunk_triton import Chunk
+from gdn_jax.ops.gated_delta.chunk_triton import Walk
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 
@@ -99,25 +96,28 @@ def enter_kernel(
     x, keys, prepared = inputs
     entering, u_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
     place = _Place.of(x, options, config)
+    walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
 
-    def advance(step, state):
-        chunk = Chunk.of(x, keys, prepared, place.row, place.head, step)
+    def advance(step, carry):
+        state, factors = carry
+        chunk = walk.chunk(step, factors)
         parts = cut(state)
         place.store_state(entering, parts, step)
         error = chunk.find_error(chunk.load(x.v, place.v), parts)
         u = error + wide_dot(chunk.square(INVERSE), cut(error))
         for ref, part in zip(u_refs, cut(u), strict=True):
             chunk.store(ref, part, place.v)
-        return chunk.fold(state, u, cut)
+        following = walk.factors(step + 1)
+        return chunk.fold(state, cut(u * factors.fold[:, None])), following
 
     state = place.load(x.state, place.row.keeps_state)
-    lax.fori_loop(np.int32(0), place.steps, advance, state)
+    carry = state, walk.factors(jnp.int32(0))
+    lax.fori_loop(np.int32(0), place.steps, advance, carry)
 
 
 def leave_kernel(
     inputs: tuple[Any, Any, Keys, Prepared, Any],
     dstate_ref: Any,
-    dv_ref: Any,
     *outputs: Any,
     options: Options,
     config: ChunkConfig,
@@ -128,27 +128,29 @@ def leave_kernel(
     dnew, x, keys, prepared, dout = inputs
     leaving, dy_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
     place = _Place.of(x, options, config)
+    walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
 
-    def retreat(turn, dstate):
+    def retreat(turn, carry):
+        dstate, factors = carry
         step = place.steps - 1 - turn
-        chunk = Chunk.of(x, keys, prepared, place.row, place.head, step)
+        chunk = walk.chunk(step, factors)
         parts = cut(dstate)
         place.store_state(leaving, parts, step)
         do = tuple(chunk.load(ref, place.v) for ref in dout)
-        dy = wide_dot(chunk.square(SCORES), do, trans_x=True)
-        df = wide_dot(chunk.k, parts) * chunk.factor(FOLD)
-        dy += df + wide_dot(chunk.square(INVERSE), cut(df), trans_x=True)
+        asked = cut(join(do) * factors.query[:, None])
+        dstate = dstate * factors.decay + wide_dot(chunk.q, asked, trans_x=True)
+        df = wide_dot(chunk.k, parts) * factors.fold[:, None]
+        dy = df + wide_dot(chunk.square(INVERSE), cut(df), trans_x=True)
+        dy += wide_dot(chunk.square(SCORES), do, trans_x=True)
         for ref, part in zip(dy_refs, cut(dy), strict=True):
             chunk.store(ref, part, place.v)
-        dr = dy * chunk.factor(BETA)
-        chunk.store(dv_ref, dr, place.v)
-        read = cut(dr * chunk.factor(READ), 3)
-        asked = cut(join(do) * chunk.factor(QUERY), 3)
-        dstate = dstate * chunk.decay() + wide_dot(chunk.q, asked, trans_x=True)
-        return dstate - wide_dot(chunk.k, read, trans_x=True)
+        following = walk.factors(step - 1)
+        read = cut(dy * (factors.beta * factors.read)[:, None])
+        return dstate - wide_dot(chunk.k, read, trans_x=True), following
 
     dstate = place.load(dnew, place.row.live)
-    dstate = lax.fori_loop(np.int32(0), place.steps, retreat, dstate)
+    carry = dstate, walk.factors(place.steps - 1)
+    dstate, _ = lax.fori_loop(np.int32(0), place.steps, retreat, carry)
     place.store(dstate_ref, jnp.where(place.row.keeps_state, dstate, 0.0))
 
 
@@ -165,11 +167,9 @@ def chunk_backward(
     dnew, dout = cotangents
     keys, dout = Keys.of(x), cut_array(dout)
     prepared = prepare(x, keys, options, config, interpret)
-    dstate, dv, walked = _walk(
-        x, keys, prepared, dnew, dout, options, config, interpret
-    )
-    pulled = pull(x, keys, dout, walked, options, config, interpret)
-    return _assemble(x, options, dstate, dv, pulled)
+    dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
+    pulled = pull(x, keys, prepared, dout, walked, options, config, interpret)
+    return _assemble(x, options, dstate, pulled)
 
 
 def _walk(
@@ -181,7 +181,7 @@ def _walk(
     options: Options,
     config: ChunkConfig,
     interpret: bool,
-) -> tuple[Array, Array, Walked]:
+) -> tuple[Array, Walked]:
     (L, HV, V), K = x.v.shape, x.state.shape[3]
     chunks = ragged.most_blocks(L, x.num_rows, CHUNK)
     states = [((chunks, HV, K, V), jnp.bfloat16)] * 2
@@ -200,18 +200,18 @@ def _walk(
         states + values,
         aliases={},
     )
-    dstate, dv, *left = run(
+    dstate, *left = run(
         functools.partial(leave_kernel, **static),
         (dnew, x, keys, prepared, dout),
-        [(dnew.shape, dnew.dtype), (x.v.shape, x.v.dtype), *states, *values],
+        [(dnew.shape, dnew.dtype), *states, *values],
         aliases={0: 0},
     )
     pairs = (tuple(y) for y in (entered[:2], entered[2:], left[:2], left[2:]))
-    return dstate, dv, Walked(*pairs)
+    return dstate, Walked(*pairs)
 
 
 def _assemble(
-    x: Inputs, options: Options, dstate: Array, dv: Array, pulled: Pulled
+    x: Inputs, options: Options, dstate: Array, pulled: Pulled
 ) -> Inputs:
     """What the kernels left for tokens of live rows alone, through norms and gates."""
     rows = find_rows(x, options)
@@ -233,7 +233,7 @@ def _assemble(
     gates = x.gates._replace(
         **{name: select(getattr(x.gates, name)) for name in x.gates.PER_TOKEN}
     )
-    cotangents = Gates(select(pulled.log_decay), select(pulled.beta))
+    cotangents = Gates(select(pulled.log_decay.sum(axis=0)), select(pulled.beta))
     _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
     [dgates] = pull(cotangents)
     zeros = (None,) * 4
@@ -241,7 +241,7 @@ def _assemble(
         dstate,
         of_key(x.q, pulled.q),
         of_key(x.k, pulled.k),
-        select(dv),
+        select(pulled.v),
         dgates,
         *zeros,
     )

@@ -63,17 +63,22 @@ def _range(n: int) -> Array:
 def _invert_blocks(square: Square) -> None:
     """Row i of a block's inverse X is that of I - A X, whose rows before i suffice."""
     blocks = square.ref.shape[2] // BLOCK
+    shape = (blocks, BLOCK, BLOCK)
     begin = BLOCK * _range(blocks)[:, None, None]
     j, k = _range(BLOCK)[None, :, None], _range(BLOCK)[None, None, :]
 
-    def substitute(i, inverse):  # [block column row]
-        a = square.load(begin + i, jnp.broadcast_to(begin + k, inverse.shape))
+    def load(i):
+        return square.load(begin + i, jnp.broadcast_to(begin + k, shape), i < BLOCK)
+
+    def substitute(i, carry):  # [block column row]
+        inverse, a = carry
+        following = load(i + 1)  # ahead of its turn: it takes longer than this one
         row = jnp.sum(a * inverse, axis=2)[:, :, None]  # zero from column i on
-        return jnp.where(k == i, inverse - row, inverse)
+        return jnp.where(k == i, inverse - row, inverse), following
 
     identity = jnp.where(j == k, 1.0, 0.0)
-    inverse = jnp.broadcast_to(identity, (blocks, BLOCK, BLOCK))
-    inverse = lax.fori_loop(np.int32(1), np.int32(BLOCK), substitute, inverse)
+    carry = jnp.broadcast_to(identity, shape), load(jnp.int32(1))
+    inverse, _ = lax.fori_loop(np.int32(1), np.int32(BLOCK), substitute, carry)
     square.store(begin + k, begin + j, inverse - identity)
 
 

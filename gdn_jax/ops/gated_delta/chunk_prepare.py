@@ -63,7 +63,7 @@ def key_kernel(
         tokens = chunk.tokens
         gate = Gate.of(x, options, tokens, chunk.head)
         k = load_rows(keys.k, tokens, chunk.key_head)
-        A = KeyScores.of(k, gate, options)
+        A = KeyScores.of(k, gate.G, gate.beta, tokens, options)
         chunk.store_factors(
             factors,
             {
@@ -97,7 +97,7 @@ def query_kernel(
         tokens = chunk.tokens
         k_factor, *G = (chunk.load_factor(factors, n) for n in OF_SCORES)
         q, k = (load_rows(refs, tokens, chunk.key_head) for refs in keys)
-        B = QueryScores.of(q, k, tuple(G), k_factor, options)
+        B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
         chunk.store_factors(factors, {QUERY: jnp.exp2(G[0] + G[1]) * B.q_factor})
         cut = Cut(interpret)
         scores = B.products * B.weight

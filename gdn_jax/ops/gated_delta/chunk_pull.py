@@ -1,4 +1,4 @@
-"""Of the chunked update's gradients, all that needs no walk: a kernel over chunks.
+"""Of the chunked update's gradients, all that needs no walk: two kernels over chunks.
 
 The equations are chunk_backward.py's.
 """
@@ -15,9 +15,17 @@ from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, dot, join
+from gdn_jax.ops.gated_delta.chunk_prepare import (
+    BETA,
+    DECAY,
+    FOLD,
+    OF_SCORES,
+    QUERY,
+    READ,
+    Prepared,
+)
 from gdn_jax.ops.gated_delta.chunk_scores import (
     CHUNK,
-    Gate,
     Keys,
     KeyScores,
     QueryScores,
@@ -32,12 +40,12 @@ from gdn_jax.ops.gated_delta.chunk_scores import (
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 V_AT_ONCE = 64
-K_AT_ONCE = 32  # more spills
+K_AT_ONCE = 64
 Pair = tuple[Any, Any]  # two parts
 
 
 class Walked(NamedTuple):
-    """What the walks leave for `pull_kernel`, in two parts.
+    """What the walks leave, in two parts.
 
     entering, leaving: S and dS' of every chunk   [M HV K V]
     u, dy: U and dY                               [L HV V]
@@ -50,11 +58,13 @@ class Walked(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """Gradients of q and k by value head, as if their norms were constant [L HV K], and
-    of log_decay and beta [L HV]; float32."""
+    """Gradients of q and k by value head, as if their norms were constant [L HV K], of
+    v, of log_decay, a part for each tile of K and one more [tiles + 1 L HV], and of
+    beta [L HV]; float32 but for v's."""
 
     q: Any
     k: Any
+    v: Any
     log_decay: Any
     beta: Any
 
@@ -65,99 +75,165 @@ def place_of(row: Rows, step: Array) -> Array:
     return lax.div(row.begin, np.int32(CHUNK)) + row.number + step
 
 
-def pull_kernel(
-    inputs: tuple[Any, Keys, Any, Walked],
+class _Chunk(NamedTuple):
+    tokens: Tokens
+    head: Array
+    key_head: Array
+    place: Array
+
+    @classmethod
+    def of(cls, x: Any, options: Options, head: Array, number: Array) -> "_Chunk":
+        row, step, length = find_chunk(x, options, number)
+        tokens = Tokens.of(row.begin + step * CHUNK, length)
+        key_head = head // (x.v.shape[1] // x.k.shape[1])
+        return cls(tokens, head, key_head, place_of(row, step))
+
+    def factor(self, prepared: Prepared, number: int) -> Array:
+        place = prepared.factors.at[number, self.head, self.tokens.token]
+        return _triton.load(place, mask=self.tokens.valid, other=0)
+
+    def load(self, refs: Any, head: Array, columns: Array) -> Parts:
+        """[C n] of [L heads n]."""
+        mask = self.tokens.valid[:, None] & (columns < refs[0].shape[2])[None, :]
+        place = (self.tokens.token[:, None], head, columns[None, :])
+        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+
+    def store(self, ref: Any, columns: Array, value: Array) -> None:
+        mask = self.tokens.valid[:, None] & (columns < ref.shape[2])[None, :]
+        place = ref.at[self.tokens.token[:, None], self.head, columns[None, :]]
+        _triton.store(place, value.astype(ref.dtype), mask=mask)
+
+    def square(self) -> tuple[Any, Array]:
+        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
+        mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
+        return (self.head, self.tokens.token[:, None], column), mask
+
+    def store_square(self, refs: Any, parts: Parts) -> None:
+        place, mask = self.square()
+        for ref, part in zip(refs, parts, strict=True):
+            _triton.store(ref.at[place], part, mask=mask)
+
+    def load_square(self, refs: Any) -> Parts:
+        place, mask = self.square()
+        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+
+
+def scores_kernel(
+    inputs: tuple[Any, Keys, Prepared, Any, Walked],
     *outputs: Any,
     options: Options,
     interpret: bool,
 ) -> None:
-    """Grid: (value heads, chunks)."""
-    x, keys, dout, walked = inputs
-    head, number = pl.program_id(0), pl.program_id(1)
-    row, step, length = find_chunk(x, options, number)
+    """The gradients through A and B. Grid: (value heads, chunks)."""
+    x, keys, prepared, dout, walked = inputs
+    chunk = _Chunk.of(x, options, pl.program_id(0), pl.program_id(1))
 
-    @pl.when(length > 0)
+    @pl.when(chunk.tokens.length > 0)
     def _():
-        tokens = Tokens.of(row.begin + step * CHUNK, length)
-        place = place_of(row, step)
-        gradients = Pulled(*outputs)
-        cut = Cut(interpret)
-        _pull_chunk(x, keys, dout, walked, gradients, options, cut, tokens, head, place)
+        _pull_scores(x, keys, prepared, dout, walked, outputs, options, interpret, chunk)
 
 
-def _pull_chunk(
-    x: Any,
-    keys: Keys,
-    dout: Any,
-    walked: Walked,
-    pulled: Pulled,
-    options: Options,
-    cut: Cut,
-    tokens: Tokens,
-    head: Array,
-    place: Array,
+def _pull_scores(
+    x, keys, prepared, dout, walked, outputs, options, interpret, chunk
 ) -> None:
-    key_head = head // (x.v.shape[1] // x.k.shape[1])
-    q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-    gate = Gate.of(x, options, tokens, head)
-    A = KeyScores.of(k, gate, options)
-    B = QueryScores.of(q, k, gate.G, A.k_factor, options)
-    do_u, dy_u = _products(dout, walked, tokens, head)
-    W = do_u * B.weight  # of q k^T, in B
-    Z = -dy_u * A.weight  # of k k^T, in A
-    safe = jnp.where(gate.beta > 0, gate.beta, 1.0)
-    dbeta = jnp.where(gate.beta > 0, diagonal(dy_u) / safe, 0.0)
-    straddling = _sum_straddling(W * B.products + Z * A.products, cut)
-    grown, left = gate.grown(), gate.left()
-    weights = (
-        grown * B.q_factor,
-        -grown * A.k_factor * gate.beta,
-        gate.rest() * A.k_factor,
-    )
-    W, Z = cut(W), cut(Z + Z.T)
-
-    def pull_columns(turn, sums):
-        before, behind, kept = sums
-        columns = _Columns.of(x, turn, head, place)
-        q, k = (columns.rows(refs, tokens) for refs in keys)
-        *through, inner = columns.through_states(dout, walked, tokens)
-        asked, read, folded = (
-            y * weight[:, None] for y, weight in zip(through, weights, strict=True)
-        )
-        columns.store(pulled.q, asked + dot(W, k), tokens)
-        dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
-        columns.store(pulled.k, dk, tokens)
-        q, k = join(q), join(k)
-        before += jnp.sum(asked * q + read * k, axis=1)
-        behind += jnp.sum(folded * k, axis=1)
-        return before, behind, kept + inner
-
-    turns = np.int32(pl.cdiv(x.state.shape[3], K_AT_ONCE))
-    sums = jnp.zeros(CHUNK), jnp.zeros(CHUNK), jnp.float32(0)
-    before, behind, kept = lax.fori_loop(np.int32(0), turns, pull_columns, sums)
-
-    m, i = square()
-    dlog_decay = straddling + jnp.sum(jnp.where(i >= m, before[None, :], 0.0), axis=1)
-    dlog_decay += jnp.sum(jnp.where(i < m, behind[None, :], 0.0), axis=1) + kept * left
-    for ref, value in ((pulled.log_decay, dlog_decay), (pulled.beta, dbeta)):
-        _triton.store(ref.at[tokens.token, head], value, mask=tokens.valid)
-
-
-def _products(
-    dout: Any, walked: Walked, tokens: Tokens, head: Array
-) -> tuple[Array, Array]:
-    """dO U^T and dY U^T."""
+    *squares, dv_ref, dlog_decay_ref, dbeta_ref = outputs
+    cut, tokens = Cut(interpret), chunk.tokens
+    beta = chunk.factor(prepared, BETA)
 
     def add(turn, products):
         v = _values(turn, dout[0])
         do, dy, u = (
-            _load(refs, tokens, head, v) for refs in (dout, walked.dy, walked.u)
+            chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
         )
+        chunk.store(dv_ref, v, join(dy) * beta[:, None])
         do_u, dy_u = products
         return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
 
     zeros = jnp.zeros((CHUNK, CHUNK))
-    return _over_values(add, dout[0], (zeros, zeros))
+    do_u, dy_u = _over_values(add, dout[0], (zeros, zeros))
+    safe = jnp.where(beta > 0, beta, 1.0)
+    dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
+    k_factor, *G = (chunk.factor(prepared, n) for n in OF_SCORES)
+    q, k = (load_rows(refs, tokens, chunk.key_head) for refs in keys)
+    A = KeyScores.of(k, tuple(G), beta, tokens, options)
+    Z = -dy_u * A.weight  # of k k^T, in A
+    chunk.store_square(squares[2:], cut(Z + Z.T))
+    straddling = Z * A.products
+    B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
+    W = do_u * B.weight  # of q k^T, in B
+    chunk.store_square(squares[:2], cut(W))
+    straddling = _sum_straddling(straddling + W * B.products, cut)
+    place = (tokens.token, chunk.head)
+    _triton.store(dlog_decay_ref.at[(jnp.zeros_like(chunk.head), *place)], straddling, mask=tokens.valid)
+    _triton.store(dbeta_ref.at[place], dbeta, mask=tokens.valid)
+
+
+def columns_kernel(
+    inputs: tuple[Any, Any, Keys, Prepared, Any, Walked, tuple[Pair, Pair]],
+    dq_ref: Any,
+    dk_ref: Any,
+    dlog_decay_ref: Any,
+    *,
+    options: Options,
+    interpret: bool,
+) -> None:
+    """The gradients of some columns of q and k, and what the states and these columns
+    have to do with those of the log-decays. Grid: (tiles of K, value heads, chunks)."""
+    _, x, keys, prepared, dout, walked, (W_refs, Z_refs) = inputs
+    tile, head, number = (pl.program_id(n) for n in range(3))
+    chunk = _Chunk.of(x, options, head, number)
+
+    @pl.when(chunk.tokens.length > 0)
+    def _():
+        tokens = chunk.tokens
+        columns = tile * K_AT_ONCE + jnp.arange(K_AT_ONCE, dtype=jnp.int32)
+        asked, read, folded, inner = _through_states(dout, walked, chunk, columns)
+        read_by, fold, query, beta = (
+            chunk.factor(prepared, n)[:, None] for n in (READ, FOLD, QUERY, BETA)
+        )
+        asked, read, folded = asked * query, -read * read_by * beta, folded * fold
+        q, k = (chunk.load(refs, chunk.key_head, columns) for refs in keys)
+        W, Z = chunk.load_square(W_refs), chunk.load_square(Z_refs)
+        chunk.store(dq_ref, columns, asked + dot(W, k))
+        dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
+        chunk.store(dk_ref, columns, dk)
+        q, k = join(q), join(k)
+        before = jnp.sum(asked * q + read * k, axis=1)
+        behind = jnp.sum(folded * k, axis=1)
+        i, m = square()
+        held = jnp.where(i >= m, before[:, None], behind[:, None])
+        dlog_decay = jnp.sum(held, axis=0)
+        left = prepared.factors[DECAY, chunk.head, tokens.begin]
+        place = dlog_decay_ref.at[tile + 1, tokens.token, chunk.head]
+        _triton.store(place, dlog_decay + inner * left, mask=tokens.valid)
+
+
+def _through_states(
+    dout: Any, walked: Walked, chunk: _Chunk, columns: Array
+) -> tuple[Array, Array, Array, Array]:
+    """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
+
+    def load(refs, v):
+        K, V = refs[0].shape[2:]
+        mask = (columns < K)[:, None] & (v < V)[None, :]
+        place = (chunk.place, chunk.head, columns[:, None], v[None, :])
+        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+
+    def add(turn, sums):
+        asked, read, folded, inner = sums
+        v = _values(turn, dout[0])
+        do, dy, u = (
+            chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
+        )
+        entering, leaving = load(walked.entering, v), load(walked.leaving, v)
+        asked += dot(do, entering, trans_y=True)
+        read += dot(dy, entering, trans_y=True)
+        folded += dot(u, leaving, trans_y=True)
+        inner += jnp.sum(join(entering) * join(leaving))
+        return asked, read, folded, inner
+
+    zeros = jnp.zeros((CHUNK, columns.size))
+    return _over_values(add, dout[0], (zeros,) * 3 + (jnp.float32(0),))
 
 
 def _values(turn: Array, ref: Any) -> Array:
@@ -171,13 +247,6 @@ def _over_values(body: Any, ref: Any, carry: Any) -> Any:
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
-def _load(refs: Any, tokens: Tokens, head: Array, columns: Array) -> Parts:
-    """[C n] of [L heads n]."""
-    mask = tokens.valid[:, None] & (columns < refs[0].shape[2])[None, :]
-    place = (tokens.token[:, None], head, columns[None, :])
-    return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-
 def _sum_straddling(M: Array, cut: Cut) -> Array:
     """For every m the sum of M_ij over j < m <= i: the pairs whose decay G_i - G_j has
     the log-decay of m in it. As a difference of running sums it would cancel."""
@@ -187,63 +256,10 @@ def _sum_straddling(M: Array, cut: Cut) -> Array:
     return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1)
 
 
-class _Columns(NamedTuple):
-    """Some columns along K of a chunk's gradients."""
-
-    k: Array  # [n]
-    head: Array
-    key_head: Array
-    place: Array
-
-    @classmethod
-    def of(cls, x: Any, turn: Array, head: Array, place: Array) -> "_Columns":
-        size = min(K_AT_ONCE, padded(x.q.shape[2]))
-        k = turn * size + jnp.arange(size, dtype=jnp.int32)
-        return cls(k, head, head // (x.v.shape[1] // x.k.shape[1]), place)
-
-    def rows(self, refs: Any, tokens: Tokens) -> Parts:
-        return _load(refs, tokens, self.key_head, self.k)
-
-    def through_states(
-        self, dout: Any, walked: Walked, tokens: Tokens
-    ) -> tuple[Array, Array, Array, Array]:
-        """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
-
-        def add(turn, sums):
-            asked, read, folded, inner = sums
-            v = _values(turn, dout[0])
-            do, dy, u = (
-                _load(refs, tokens, self.head, v)
-                for refs in (dout, walked.dy, walked.u)
-            )
-            entering, leaving = (
-                self._states(refs, v) for refs in (walked.entering, walked.leaving)
-            )
-            asked += dot(do, entering, trans_y=True)
-            read += dot(dy, entering, trans_y=True)
-            folded += dot(u, leaving, trans_y=True)
-            inner += jnp.sum(join(entering) * join(leaving))
-            return asked, read, folded, inner
-
-        zeros = jnp.zeros((CHUNK, self.k.size))
-        return _over_values(add, dout[0], (zeros,) * 3 + (jnp.float32(0),))
-
-    def _states(self, refs: Pair, v: Array) -> Parts:
-        """[n V]"""
-        K, V = refs[0].shape[2:]
-        mask = (self.k < K)[:, None] & (v < V)[None, :]
-        place = (self.place, self.head, self.k[:, None], v[None, :])
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-    def store(self, ref: Any, value: Array, tokens: Tokens) -> None:
-        mask = tokens.valid[:, None] & (self.k < ref.shape[2])[None, :]
-        place = ref.at[tokens.token[:, None], self.head, self.k[None, :]]
-        _triton.store(place, value, mask=mask)
-
-
 def pull(
     x: Inputs,
     keys: Keys,
+    prepared: Prepared,
     dout: Any,
     walked: Walked,
     options: Options,
@@ -251,13 +267,30 @@ def pull(
     interpret: bool,
 ) -> Pulled:
     L, HV, K = x.q.shape[0], *x.state.shape[1::2]
-    pulled = _triton.launch(
-        functools.partial(pull_kernel, options=options, interpret=interpret),
-        (x, keys, dout, walked),
-        [((L, HV, K), jnp.float32)] * 2 + [((L, HV), jnp.float32)] * 2,
-        grid=(HV, num_chunks(x, options)),
-        aliases={},
-        num_warps=config.num_warps,
+    tiles = pl.cdiv(K, K_AT_ONCE)
+    chunks = num_chunks(x, options)
+    run = functools.partial(
+        _triton.launch,
+        num_warps=config.prepare_warps,
+        num_stages=config.num_stages,
         interpret=interpret,
     )
-    return Pulled(*pulled)
+    static = dict(options=options, interpret=interpret)
+    per_token = ((L, HV), jnp.float32)
+    parts = ((1 + tiles, L, HV), jnp.float32)
+    *squares, dv, dlog_decay, dbeta = run(
+        functools.partial(scores_kernel, **static),
+        (x, keys, prepared, dout, walked),
+        [((HV, L, CHUNK), jnp.bfloat16)] * 4 + [(x.v.shape, x.v.dtype), parts, per_token],
+        grid=(HV, chunks),
+        aliases={},
+    )
+    WZ = tuple(squares[:2]), tuple(squares[2:])
+    dq, dk, dlog_decay = run(
+        functools.partial(columns_kernel, **static),
+        (dlog_decay, x, keys, prepared, dout, walked, WZ),
+        [((L, HV, K), jnp.float32)] * 2 + [parts],
+        grid=(tiles, HV, chunks),
+        aliases={0: 2},
+    )
+    return Pulled(dq, dk, dv, dlog_decay, dbeta)

@@ -38,11 +38,13 @@ class Tokens(NamedTuple):
 
     token: Array
     valid: Array
+    begin: Array  # the first
+    length: Array
 
     @classmethod
     def of(cls, begin: Array, length: Array) -> "Tokens":
         place = jnp.arange(CHUNK, dtype=jnp.int32)
-        return cls(begin + place, place < length)
+        return cls(begin + place, place < length, begin, length)
 
 
 class Gate(NamedTuple):
@@ -79,13 +81,15 @@ class KeyScores(NamedTuple):
     k_factor: Array  # [C], 1 / |k|
 
     @classmethod
-    def of(cls, k: Parts, gate: Gate, options: Options) -> "KeyScores":
+    def of(
+        cls, k: Parts, G: Sums, beta: Array, tokens: Tokens, options: Options
+    ) -> "KeyScores":
         products, k_factor = dot(k, k, trans_y=True), jnp.ones(CHUNK)
         if options.qk_l2norm:
             k_factor = _inverse_norm(products)
         i, j = square()
-        weight = decay_between(gate.G, i > j) * k_factor[None, :]
-        return cls(products, weight * (gate.beta * k_factor)[:, None], k_factor)
+        weight = decay_between(G, (i > j) & tokens.valid[:, None]) * k_factor[None, :]
+        return cls(products, weight * (beta * k_factor)[:, None], k_factor)
 
 
 class QueryScores(NamedTuple):
@@ -95,19 +99,26 @@ class QueryScores(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: Parts, k: Parts, G: Sums, k_factor: Array, options: Options
+        cls,
+        q: Parts,
+        k: Parts,
+        G: Sums,
+        k_factor: Array,
+        tokens: Tokens,
+        options: Options,
     ) -> "QueryScores":
         q_factor = jnp.full(CHUNK, options.scale)
         if options.qk_l2norm:
             q_factor *= _inverse_norm(dot(q, q, trans_y=True))
         products = dot(q, k, trans_y=True)
         i, j = square()
-        weight = decay_between(G, i >= j) * k_factor[None, :]
+        weight = decay_between(G, (i >= j) & tokens.valid[:, None]) * k_factor[None, :]
         return cls(products, weight * q_factor[:, None], q_factor)
 
 
 def decay_between(G: Sums, inside: Array) -> Array:
-    """exp(G_i - G_j) inside the triangle, zero outside."""
+    """exp(G_i - G_j) inside a triangle of tokens, zero outside: there it may be
+    infinite."""
     coarse, fine = (part[:, None] - part[None, :] for part in G)
     return jnp.exp2(jnp.where(inside, coarse + fine, -jnp.inf))
 

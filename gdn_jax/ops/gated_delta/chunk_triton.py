@@ -21,6 +21,8 @@ from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
     DECAY,
+    INVERSE,
+    SCORES,
     FOLD,
     QUERY,
     READ,
@@ -67,11 +69,11 @@ def walk_kernel(
     wanted = jnp.broadcast_to(row.keeps_state, (k.size, v.size))
     state = _triton.load(x.state.at[at], mask=wanted, other=0)
     steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
-    advance = functools.partial(
-        _advance, x, keys, prepared, out_ref, row, head, v, Cut(interpret)
-    )
     steps = jnp.where(row.live, steps, np.int32(0))
-    state = lax.fori_loop(np.int32(0), steps, advance, state.astype(jnp.float32))
+    walk = Walk(x, keys, prepared, row, head, steps)
+    advance = functools.partial(_advance, walk, out_ref, v, Cut(interpret))
+    carry = state.astype(jnp.float32), walk.factors(jnp.int32(0))
+    state, _ = lax.fori_loop(np.int32(0), steps, advance, carry)
     inside = (v < V) & (k < K) & row.live
     place = new_ref.at[row.read, head, v, k]
     _triton.store(place, state.astype(new_ref.dtype), mask=inside)
@@ -93,59 +95,88 @@ def walk_kernel(
 
 
 def _advance(
-    x: Any,
-    keys: Keys,
-    prepared: Prepared,
+    walk: "Walk",
     out_ref: Any,
-    row: Rows,
-    head: Array,
     v: Array,
     cut: Cut,
     step: Array,
-    state: Array,
-) -> Array:
+    carry: tuple[Array, "Factors"],
+) -> tuple[Array, "Factors"]:
     """One chunk: its out is stored, and the state behind it returned, [K V]."""
-    chunk = Chunk.of(x, keys, prepared, row, head, step)
-    query = chunk.factor(QUERY)  # early: it enters no product, and is not loaded ahead
+    state, factors = carry
+    chunk = walk.chunk(step, factors)
     parts = cut(state)
-    error = chunk.find_error(chunk.load(x.v, v), parts)
-    out = wide_dot(chunk.q, parts) * query
-    both = wide_dot(chunk.solved(), cut(error, ERROR_PARTS)).reshape(2, CHUNK, v.size)
-    both = lax.split(both.transpose(1, 2, 0), (1, 1), axis=2)
-    passed, own = (y.reshape(CHUNK, v.size) for y in both)
-    u = error + passed
-    out += own
+    error = chunk.find_error(chunk.load(walk.x.v, v), parts)
+    out = wide_dot(chunk.q, parts) * factors.query[:, None]
+    parts = cut(error)
+    out += wide_dot(chunk.square(SCORES), parts)
     chunk.store(out_ref, out, v)
-    return chunk.fold(state, u, cut)
+    passed = wide_dot(chunk.square(INVERSE), parts)
+    following = walk.factors(step + 1)
+    u = (error + passed) * factors.fold[:, None]
+    return chunk.fold(state, cut(u, 3)), following
+
+
+class Factors(NamedTuple):
+    """A chunk's own of Prepared.factors. A walk carries those of the next chunk: as
+    they enter no product, the compiler would not load them ahead."""
+
+    read: Array  # [C]
+    fold: Array
+    query: Array
+    beta: Array
+    decay: Array
+
+
+class Walk(NamedTuple):
+    """Along the chunks of a row, for one value head."""
+
+    x: Any
+    keys: Keys
+    prepared: Prepared
+    row: Rows
+    head: Array
+    steps: Array
+
+    def tokens(self, step: Array) -> Tokens:
+        is_step = (0 <= step) & (step < self.steps)
+        length = jnp.where(is_step, self.row.length - step * CHUNK, 0)
+        return Tokens.of(self.row.begin + step * CHUNK, length)
+
+    def factors(self, step: Array) -> Factors:
+        tokens = self.tokens(step)
+
+        def load(number, token, mask):
+            place = self.prepared.factors.at[number, self.head, token]
+            return _triton.load(place, mask=mask, other=0)
+
+        vectors = (load(n, *tokens[:2]) for n in (READ, FOLD, QUERY, BETA))
+        return Factors(*vectors, load(jnp.int32(DECAY), tokens.begin, tokens.length > 0))
+
+    def chunk(self, step: Array, factors: Factors) -> "Chunk":
+        tokens = self.tokens(step)
+        key_head = self.head // (self.x.v.shape[1] // self.x.k.shape[1])
+        q, k = (load_rows(refs, tokens, key_head) for refs in self.keys)
+        return Chunk(tokens, self.head, q, k, self.prepared.solved, factors)
 
 
 class Chunk(NamedTuple):
     """A chunk of a row as a walk meets it."""
 
-    begin: Array
-    length: Array
     tokens: Tokens
     head: Array
     q: Parts
     k: Parts
-    prepared: Prepared
-
-    @classmethod
-    def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head, step):
-        begin = row.begin + step * CHUNK
-        length = row.length - step * CHUNK
-        tokens = Tokens.of(begin, length)
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
-        q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-        return cls(begin, length, tokens, head, q, k, prepared)
+    refs: Any
+    factors: Factors
 
     def solved(self) -> Parts:
         """N over B + B N, [2C C]"""
         row = jnp.arange(2 * CHUNK, dtype=jnp.int32)[:, None]
         column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
         token = row % CHUNK
-        mask = jnp.broadcast_to(token < self.length, (2 * CHUNK, CHUNK))
-        place = (self.head, row // CHUNK, self.begin + token, column)
+        mask = jnp.broadcast_to(token < self.tokens.length, (2 * CHUNK, CHUNK))
+        place = (self.head, row // CHUNK, self.tokens.begin + token, column)
         return self._load_parts(place, mask)
 
     def square(self, number: int) -> Parts:
@@ -156,15 +187,8 @@ class Chunk(NamedTuple):
 
     def _load_parts(self, place: Any, mask: Array) -> Parts:
         return tuple(
-            _triton.load(ref.at[place], mask=mask, other=0) for ref in self.prepared.solved
+            _triton.load(ref.at[place], mask=mask, other=0) for ref in self.refs
         )
-
-    def factor(self, number: int) -> Array:
-        place = self.prepared.factors.at[number, self.head, self.tokens.token]
-        return _triton.load(place, mask=self.tokens.valid, other=0)[:, None]
-
-    def decay(self) -> Array:
-        return self.prepared.factors[DECAY, self.head, self.begin]
 
     def load(self, ref, v: Array) -> Array:
         """[C V] of [L HV V]."""
@@ -180,12 +204,12 @@ class Chunk(NamedTuple):
     def find_error(self, values: Array, state: Parts) -> Array:
         """E = beta (V - (k exp G) S^T)"""
         error = values.astype(jnp.float32)
-        error -= wide_dot(self.k, state) * self.factor(READ)
-        return error * self.factor(BETA)
+        error -= wide_dot(self.k, state) * self.factors.read[:, None]
+        return error * self.factors.beta[:, None]
 
-    def fold(self, state: Array, u: Array, cut: Cut) -> Array:
-        folded = wide_dot(self.k, cut(u * self.factor(FOLD), 3), trans_x=True)
-        return state * self.decay() + folded
+    def fold(self, state: Array, u: Parts) -> Array:
+        """exp(G_C) S + k^T (exp(G_C - G) U), all factors in `u` already"""
+        return state * self.factors.decay + wide_dot(self.k, u, trans_x=True)
 
 
 def chunk_triton(
