@@ -34,7 +34,7 @@ from gdn_jax.ops.gated_delta.call import (
     Options,
     find_rows,
 )
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, cut_array, join, wide_dot
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, join, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     INVERSE,
     SCORES,
@@ -94,7 +94,7 @@ def enter_kernel(
 ) -> None:
     """Grid: (tiles of V, value heads, rows)."""
     x, keys, prepared = inputs
-    entering, u_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
+    entering, u_refs = outputs[:2], outputs[2:]
     place = _Place.of(x, options, config)
     walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
 
@@ -126,7 +126,7 @@ def leave_kernel(
     """Grid: (tiles of V, value heads, rows). The pool's cotangent is updated in place:
     of the slots that rows wrote it becomes that of the state they started from."""
     dnew, x, keys, prepared, dout = inputs
-    leaving, dy_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
+    leaving, dy_refs = outputs[:2], outputs[2:]
     place = _Place.of(x, options, config)
     walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
 

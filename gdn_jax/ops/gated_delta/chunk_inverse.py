@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from gdn_jax import _triton
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Cut, dot
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, cut, dot
 
 BLOCK = MIN_DOT
 PARTS = 2
@@ -47,12 +47,12 @@ class Square(NamedTuple):
             _triton.barrier()
 
 
-def invert(square: Square, cut: Cut) -> None:
+def invert(square: Square) -> None:
     """In place."""
     _invert_blocks(square)
     width = BLOCK
     while width < square.ref.shape[2]:
-        _merge(square, width, cut)
+        _merge(square, width)
         width *= 2
 
 
@@ -82,7 +82,7 @@ def _invert_blocks(square: Square) -> None:
     square.store(begin + k, begin + j, inverse - identity)
 
 
-def _merge(square: Square, width: int, cut: Cut) -> None:
+def _merge(square: Square, width: int) -> None:
     """Of every pair of blocks [[X 0] [A Y]] A becomes -(I + Y) A (I + X), for X and Y
     are inverses less I. Odd blocks' rows hold A and Y, in one product for all pairs."""
     C = square.ref.shape[2]

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.call import Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_inverse import Square, invert
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, dot
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot
 from gdn_jax.ops.gated_delta.chunk_scores import (
     CHUNK,
     Gate,
@@ -76,8 +76,7 @@ def key_kernel(
         )
         place = Square(work, chunk.head, chunk.begin, chunk.length, interpret)
         place.store(*square(), A.products * A.weight)
-        cut = Cut(interpret)
-        invert(place, cut)
+        invert(place)
         chunk.store_square(solved, INVERSE, cut(place.load(*square())))
 
 
@@ -99,7 +98,6 @@ def query_kernel(
         q, k = (load_rows(refs, tokens, chunk.key_head) for refs in keys)
         B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
         chunk.store_factors(factors, {QUERY: jnp.exp2(G[0] + G[1]) * B.q_factor})
-        cut = Cut(interpret)
         scores = B.products * B.weight
         scores += dot(cut(scores), chunk.load_square(solved, INVERSE))
         chunk.store_square(solved, SCORES, cut(scores))

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, dot, join
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot, join
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
     DECAY,
@@ -41,6 +41,7 @@ from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 V_AT_ONCE = 64
 K_AT_ONCE = 64
+STAGES = 2  # a third would leave room for one program only
 Pair = tuple[Any, Any]  # two parts
 
 
@@ -137,7 +138,7 @@ def _pull_scores(
     x, keys, prepared, dout, walked, outputs, options, interpret, chunk
 ) -> None:
     *squares, dv_ref, dlog_decay_ref, dbeta_ref = outputs
-    cut, tokens = Cut(interpret), chunk.tokens
+    tokens = chunk.tokens
     beta = chunk.factor(prepared, BETA)
 
     def add(turn, products):
@@ -162,7 +163,7 @@ def _pull_scores(
     B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
     W = do_u * B.weight  # of q k^T, in B
     chunk.store_square(squares[:2], cut(W))
-    straddling = _sum_straddling(straddling + W * B.products, cut)
+    straddling = _sum_straddling(straddling + W * B.products)
     place = (tokens.token, chunk.head)
     _triton.store(dlog_decay_ref.at[(jnp.zeros_like(chunk.head), *place)], straddling, mask=tokens.valid)
     _triton.store(dbeta_ref.at[place], dbeta, mask=tokens.valid)
@@ -247,7 +248,7 @@ def _over_values(body: Any, ref: Any, carry: Any) -> Any:
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
-def _sum_straddling(M: Array, cut: Cut) -> Array:
+def _sum_straddling(M: Array) -> Array:
     """For every m the sum of M_ij over j < m <= i: the pairs whose decay G_i - G_j has
     the log-decay of m in it. As a difference of running sums it would cancel."""
     m, i = square()
@@ -272,7 +273,7 @@ def pull(
     run = functools.partial(
         _triton.launch,
         num_warps=config.prepare_warps,
-        num_stages=config.num_stages,
+        num_stages=STAGES,
         interpret=interpret,
     )
     static = dict(options=options, interpret=interpret)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, wide_dot
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
     DECAY,
@@ -71,7 +71,7 @@ def walk_kernel(
     steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
     steps = jnp.where(row.live, steps, np.int32(0))
     walk = Walk(x, keys, prepared, row, head, steps)
-    advance = functools.partial(_advance, walk, out_ref, v, Cut(interpret))
+    advance = functools.partial(_advance, walk, out_ref, v)
     carry = state.astype(jnp.float32), walk.factors(jnp.int32(0))
     state, _ = lax.fori_loop(np.int32(0), steps, advance, carry)
     inside = (v < V) & (k < K) & row.live
@@ -98,7 +98,6 @@ def _advance(
     walk: "Walk",
     out_ref: Any,
     v: Array,
-    cut: Cut,
     step: Array,
     carry: tuple[Array, "Factors"],
 ) -> tuple[Array, "Factors"]:

@@ -54,22 +54,23 @@ class ChunkConfig:
 
     Attributes:
       block_v: rows of V that a program carries along a row's chunks, at least 16.
-      num_warps, num_stages: of that program; a second stage loads a chunk ahead.
+      num_warps, num_stages: of that program; with three stages a chunk is loaded
+        while the one before is worked on, with two between them.
       prepare_warps: of a program that prepares a chunk.
     """
 
     block_v: int = 32
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     prepare_warps: int = 4
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or value < 1 or value & (value - 1):
-                raise ValueError(
-                    f"{field.name} must be a positive power of two; got {value!r}"
-                )
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field.name} must be a positive int; got {value!r}")
+            if field.name != "num_stages" and value & (value - 1):
+                raise ValueError(f"{field.name} must be a power of two; got {value}")
         if not 16 <= self.block_v <= 256:
             raise ValueError(f"block_v must be 16 to 256; got {self.block_v}")
         if max(self.num_warps, self.prepare_warps) > MAX_WARPS:
