@@ -67,14 +67,16 @@ class _Place(NamedTuple):
         return cls(row, head, v[None, :], k[:, None], steps)
 
     def load(self, pool: Any, wanted: Array) -> Array:
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3]) & wanted
         place = pool.at[self.row.read, self.head, self.v, self.k]
-        return _triton.load(place, mask=inside, other=0).astype(jnp.float32)
+        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3])
+        mask = inside & wanted
+        return _triton.load(place, mask=mask, other=0).astype(jnp.float32)
 
     def store(self, pool: Any, state: Array) -> None:
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3]) & self.row.live
         place = pool.at[self.row.read, self.head, self.v, self.k]
-        _triton.store(place, state.astype(pool.dtype), mask=inside)
+        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3])
+        mask = inside & self.row.live
+        _triton.store(place, state.astype(pool.dtype), mask=mask)
 
     def store_state(self, refs: Pair, parts: Parts, step: Array) -> None:
         """Of a chunk; [M HV K V]."""
@@ -210,9 +212,7 @@ def _walk(
     return dstate, Walked(*pairs)
 
 
-def _assemble(
-    x: Inputs, options: Options, dstate: Array, pulled: Pulled
-) -> Inputs:
+def _assemble(x: Inputs, options: Options, dstate: Array, pulled: Pulled) -> Inputs:
     """What the kernels left for tokens of live rows alone, through norms and gates."""
     rows = find_rows(x, options)
     *_, live = find_owners(rows, x.q.shape[0], options.tokens_per_row)
@@ -220,14 +220,14 @@ def _assemble(
     def select(y: Array) -> Array:
         return jnp.where(live.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
 
-    def of_key(y: Array, gradient: Array) -> Array:
+    def of_key(y: Array, gradient: Array, along: Array) -> Array:
         """Through y / |y|, of all value heads that read it."""
-        by_head = select(gradient).reshape(*y.shape[:2], -1, y.shape[2])
-        gradient, exact = by_head.sum(axis=2), select(y).astype(jnp.float32)
+        gradient = select(gradient).reshape(*y.shape[:2], -1, y.shape[2]).sum(axis=2)
         if options.qk_l2norm:
-            square = jnp.sum(exact * exact, axis=-1, keepdims=True) + rule.EPSILON
-            along = jnp.sum(exact * gradient, axis=-1, keepdims=True)
-            gradient = gradient - exact * (along / square)
+            exact = select(y).astype(jnp.float32)
+            square = jnp.sum(exact * exact, axis=-1) + rule.EPSILON
+            along = select(along.sum(axis=0)).reshape(*y.shape[:2], -1).sum(axis=2)
+            gradient -= exact * (along / square)[..., None]
         return gradient.astype(y.dtype)
 
     gates = x.gates._replace(
@@ -239,8 +239,8 @@ def _assemble(
     zeros = (None,) * 4
     return Inputs(
         dstate,
-        of_key(x.q, pulled.q),
-        of_key(x.k, pulled.k),
+        of_key(x.q, pulled.q, pulled.along_q),
+        of_key(x.k, pulled.k, pulled.along_k),
         select(pulled.v),
         dgates,
         *zeros,

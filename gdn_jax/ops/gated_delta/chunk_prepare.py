@@ -1,8 +1,8 @@
-"""Of the recurrence in chunks, all that needs no state: two Pallas kernels over chunks.
+"""Of the recurrence in chunks, all that needs no state: two kernels over chunks.
 
-With the letters of chunk_xla.py and N = (I + A)^-1 - I, one makes N of the keys, and one
-of the queries B + B N, with which out is (q exp G) S^T + (B + B N) E for the errors
-E = beta (V - (k exp G) S^T), beside U = E + N E: one product makes both of E.
+With the letters of chunk_xla.py and N = (I + A)^-1 - I, one makes N of the keys, and
+one of the queries B + B N, with which out is (q exp G) S^T + (B + B N) E for the errors
+E = beta (V - (k exp G) S^T), beside U = E + N E.
 """
 
 import functools

@@ -40,6 +40,7 @@ from gdn_jax.ops.gated_delta.chunk_scores import (
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 V_AT_ONCE = 64
+V_OF_SCORES = 128
 K_AT_ONCE = 64
 STAGES = 2  # a third would leave room for one program only
 Pair = tuple[Any, Any]  # two parts
@@ -59,15 +60,22 @@ class Walked(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """Gradients of q and k by value head, as if their norms were constant [L HV K], of
-    v, of log_decay, a part for each tile of K and one more [tiles + 1 L HV], and of
-    beta [L HV]; float32 but for v's."""
+    """Gradients, float32 but for v's.
+
+    q, k: by value head, as if their norms were constant     [L HV K]
+    v: [L HV V]
+    beta: [L HV]
+    log_decay: of the scores, and of every tile of K         [1 + tiles L HV]
+    along_q, along_k: q and k times their gradients, summed over K, in the same parts
+    """
 
     q: Any
     k: Any
     v: Any
-    log_decay: Any
     beta: Any
+    log_decay: Any
+    along_q: Any
+    along_k: Any
 
 
 def place_of(row: Rows, step: Array) -> Array:
@@ -104,6 +112,12 @@ class _Chunk(NamedTuple):
         place = ref.at[self.tokens.token[:, None], self.head, columns[None, :]]
         _triton.store(place, value.astype(ref.dtype), mask=mask)
 
+    def store_sums(self, ref: Any, value: Array, *part: Array | int) -> None:
+        """[C] of [L HV], or of a part of [parts L HV]."""
+        part = tuple(jnp.full_like(self.head, n) for n in part)
+        place = ref.at[(*part, self.tokens.token, self.head)]
+        _triton.store(place, value, mask=self.tokens.valid)
+
     def square(self) -> tuple[Any, Array]:
         column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
         mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
@@ -131,18 +145,20 @@ def scores_kernel(
 
     @pl.when(chunk.tokens.length > 0)
     def _():
-        _pull_scores(x, keys, prepared, dout, walked, outputs, options, interpret, chunk)
+        _pull_scores(
+            x, keys, prepared, dout, walked, outputs, options, interpret, chunk
+        )
 
 
 def _pull_scores(
     x, keys, prepared, dout, walked, outputs, options, interpret, chunk
 ) -> None:
-    *squares, dv_ref, dlog_decay_ref, dbeta_ref = outputs
+    *squares, dv_ref, dbeta_ref, dlog_decay_ref, along_q_ref, along_k_ref = outputs
     tokens = chunk.tokens
     beta = chunk.factor(prepared, BETA)
 
     def add(turn, products):
-        v = _values(turn, dout[0])
+        v = _values(turn, dout[0], V_OF_SCORES)
         do, dy, u = (
             chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
         )
@@ -151,7 +167,7 @@ def _pull_scores(
         return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
 
     zeros = jnp.zeros((CHUNK, CHUNK))
-    do_u, dy_u = _over_values(add, dout[0], (zeros, zeros))
+    do_u, dy_u = _over_values(add, dout[0], V_OF_SCORES, (zeros, zeros))
     safe = jnp.where(beta > 0, beta, 1.0)
     dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
     k_factor, *G = (chunk.factor(prepared, n) for n in OF_SCORES)
@@ -159,28 +175,32 @@ def _pull_scores(
     A = KeyScores.of(k, tuple(G), beta, tokens, options)
     Z = -dy_u * A.weight  # of k k^T, in A
     chunk.store_square(squares[2:], cut(Z + Z.T))
-    straddling = Z * A.products
+    in_A = Z * A.products
     B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
     W = do_u * B.weight  # of q k^T, in B
     chunk.store_square(squares[:2], cut(W))
-    straddling = _sum_straddling(straddling + W * B.products)
-    place = (tokens.token, chunk.head)
-    _triton.store(dlog_decay_ref.at[(jnp.zeros_like(chunk.head), *place)], straddling, mask=tokens.valid)
-    _triton.store(dbeta_ref.at[place], dbeta, mask=tokens.valid)
+    in_B = W * B.products
+    in_both = in_A + in_B
+    chunk.store_sums(dbeta_ref, dbeta)
+    chunk.store_sums(dlog_decay_ref, _sum_straddling(in_both), 0)
+    chunk.store_sums(along_q_ref, in_B.sum(axis=1), 0)
+    chunk.store_sums(along_k_ref, in_both.sum(axis=0) + in_A.sum(axis=1), 0)
 
 
 def columns_kernel(
-    inputs: tuple[Any, Any, Keys, Prepared, Any, Walked, tuple[Pair, Pair]],
+    inputs: tuple[Any, ...],
     dq_ref: Any,
     dk_ref: Any,
     dlog_decay_ref: Any,
+    along_q_ref: Any,
+    along_k_ref: Any,
     *,
     options: Options,
     interpret: bool,
 ) -> None:
     """The gradients of some columns of q and k, and what the states and these columns
     have to do with those of the log-decays. Grid: (tiles of K, value heads, chunks)."""
-    _, x, keys, prepared, dout, walked, (W_refs, Z_refs) = inputs
+    *_, x, keys, prepared, dout, walked, (W_refs, Z_refs) = inputs
     tile, head, number = (pl.program_id(n) for n in range(3))
     chunk = _Chunk.of(x, options, head, number)
 
@@ -199,14 +219,16 @@ def columns_kernel(
         dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
         chunk.store(dk_ref, columns, dk)
         q, k = join(q), join(k)
-        before = jnp.sum(asked * q + read * k, axis=1)
-        behind = jnp.sum(folded * k, axis=1)
+        asked, read, folded = (
+            jnp.sum(x * y, axis=1) for x, y in ((asked, q), (read, k), (folded, k))
+        )
         i, m = square()
-        held = jnp.where(i >= m, before[:, None], behind[:, None])
-        dlog_decay = jnp.sum(held, axis=0)
+        held = jnp.where(i >= m, (asked + read)[:, None], folded[:, None])
         left = prepared.factors[DECAY, chunk.head, tokens.begin]
-        place = dlog_decay_ref.at[tile + 1, tokens.token, chunk.head]
-        _triton.store(place, dlog_decay + inner * left, mask=tokens.valid)
+        dlog_decay = jnp.sum(held, axis=0) + inner * left
+        chunk.store_sums(dlog_decay_ref, dlog_decay, tile + 1)
+        chunk.store_sums(along_q_ref, asked, tile + 1)
+        chunk.store_sums(along_k_ref, read + folded, tile + 1)
 
 
 def _through_states(
@@ -222,7 +244,7 @@ def _through_states(
 
     def add(turn, sums):
         asked, read, folded, inner = sums
-        v = _values(turn, dout[0])
+        v = _values(turn, dout[0], V_AT_ONCE)
         do, dy, u = (
             chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
         )
@@ -234,17 +256,17 @@ def _through_states(
         return asked, read, folded, inner
 
     zeros = jnp.zeros((CHUNK, columns.size))
-    return _over_values(add, dout[0], (zeros,) * 3 + (jnp.float32(0),))
+    return _over_values(add, dout[0], V_AT_ONCE, (zeros,) * 3 + (jnp.float32(0),))
 
 
-def _values(turn: Array, ref: Any) -> Array:
-    size = min(V_AT_ONCE, padded(ref.shape[2]))
+def _values(turn: Array, ref: Any, most: int) -> Array:
+    size = min(most, padded(ref.shape[2]))
     return turn * size + jnp.arange(size, dtype=jnp.int32)
 
 
-def _over_values(body: Any, ref: Any, carry: Any) -> Any:
+def _over_values(body: Any, ref: Any, most: int, carry: Any) -> Any:
     """A loop over V, some columns a turn: all of them at once would spill."""
-    turns = pl.cdiv(ref.shape[2], V_AT_ONCE)
+    turns = pl.cdiv(ref.shape[2], most)
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
@@ -277,21 +299,21 @@ def pull(
         interpret=interpret,
     )
     static = dict(options=options, interpret=interpret)
-    per_token = ((L, HV), jnp.float32)
     parts = ((1 + tiles, L, HV), jnp.float32)
-    *squares, dv, dlog_decay, dbeta = run(
+    *squares, dv, dbeta, dlog_decay, along_q, along_k = run(
         functools.partial(scores_kernel, **static),
         (x, keys, prepared, dout, walked),
-        [((HV, L, CHUNK), jnp.bfloat16)] * 4 + [(x.v.shape, x.v.dtype), parts, per_token],
+        [((HV, L, CHUNK), jnp.bfloat16)] * 4
+        + [(x.v.shape, x.v.dtype), ((L, HV), jnp.float32), parts, parts, parts],
         grid=(HV, chunks),
         aliases={},
     )
     WZ = tuple(squares[:2]), tuple(squares[2:])
-    dq, dk, dlog_decay = run(
+    dq, dk, *sums = run(
         functools.partial(columns_kernel, **static),
-        (dlog_decay, x, keys, prepared, dout, walked, WZ),
-        [((L, HV, K), jnp.float32)] * 2 + [parts],
+        (dlog_decay, along_q, along_k, x, keys, prepared, dout, walked, WZ),
+        [((L, HV, K), jnp.float32)] * 2 + [parts] * 3,
         grid=(tiles, HV, chunks),
-        aliases={0: 2},
+        aliases={0: 2, 1: 3, 2: 4},
     )
-    return Pulled(dq, dk, dv, dlog_decay, dbeta)
+    return Pulled(dq, dk, dv, dbeta, *sums)

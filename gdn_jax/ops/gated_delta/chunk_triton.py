@@ -21,11 +21,11 @@ from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import (
     BETA,
     DECAY,
-    INVERSE,
-    SCORES,
     FOLD,
+    INVERSE,
     QUERY,
     READ,
+    SCORES,
     Prepared,
     prepare,
 )
@@ -138,7 +138,7 @@ class Walk(NamedTuple):
     steps: Array
 
     def tokens(self, step: Array) -> Tokens:
-        is_step = (0 <= step) & (step < self.steps)
+        is_step = (step >= 0) & (step < self.steps)
         length = jnp.where(is_step, self.row.length - step * CHUNK, 0)
         return Tokens.of(self.row.begin + step * CHUNK, length)
 
@@ -150,7 +150,9 @@ class Walk(NamedTuple):
             return _triton.load(place, mask=mask, other=0)
 
         vectors = (load(n, *tokens[:2]) for n in (READ, FOLD, QUERY, BETA))
-        return Factors(*vectors, load(jnp.int32(DECAY), tokens.begin, tokens.length > 0))
+        return Factors(
+            *vectors, load(jnp.int32(DECAY), tokens.begin, tokens.length > 0)
+        )
 
     def chunk(self, step: Array, factors: Factors) -> "Chunk":
         tokens = self.tokens(step)
@@ -182,7 +184,9 @@ class Chunk(NamedTuple):
         """One of them, [C C]"""
         column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
         mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
-        return self._load_parts((self.head, number, self.tokens.token[:, None], column), mask)
+        return self._load_parts(
+            (self.head, number, self.tokens.token[:, None], column), mask
+        )
 
     def _load_parts(self, place: Any, mask: Array) -> Parts:
         return tuple(
