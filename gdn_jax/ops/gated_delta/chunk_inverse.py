@@ -15,7 +15,6 @@ from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, cut, dot
 
 BLOCK = MIN_DOT
-PARTS = 2
 
 
 class Square(NamedTuple):
@@ -47,12 +46,12 @@ class Square(NamedTuple):
             _triton.barrier()
 
 
-def invert(square: Square) -> None:
+def invert(square: Square, parts: int) -> None:
     """In place."""
     _invert_blocks(square)
     width = BLOCK
     while width < square.ref.shape[2]:
-        _merge(square, width)
+        _merge(square, width, parts)
         width *= 2
 
 
@@ -82,7 +81,7 @@ def _invert_blocks(square: Square) -> None:
     square.store(begin + k, begin + j, inverse - identity)
 
 
-def _merge(square: Square, width: int) -> None:
+def _merge(square: Square, width: int, parts: int) -> None:
     """Of every pair of blocks [[X 0] [A Y]] A becomes -(I + Y) A (I + X), for X and Y
     are inverses less I. Odd blocks' rows hold A and Y, in one product for all pairs."""
     C = square.ref.shape[2]
@@ -97,7 +96,7 @@ def _merge(square: Square, width: int) -> None:
     even = square.load(first + _range(width)[:, None], first + beside % width)
 
     def multiply(x, y):  # [C w], [w pairs w]
-        products = dot(cut(x, PARTS), cut(y, PARTS)).reshape(C, pairs, width)
+        products = dot(cut(x, parts), cut(y, parts)).reshape(C, pairs, width)
         own = _range(pairs)[None, :, None] == pair[:, :, None]
         return jnp.sum(jnp.where(own, products, 0.0), axis=1)
 

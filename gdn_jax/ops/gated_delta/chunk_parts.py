@@ -55,18 +55,17 @@ def dot(x: Parts, y: Parts, *, trans_x: bool = False, trans_y: bool = False) -> 
 def wide_dot(x: Parts, y: Parts, *, trans_x: bool = False) -> Array:
     """x y or x^T y, with two parts of y side by side in one product: a warpgroup waits
     for a product before it starts the next, so few and wide ones are fast."""
-    if len(y) == 1:
-        return functools.reduce(
-            jnp.add, (_triton.dot(part, y[0], trans_a=trans_x) for part in x)
-        )
-    both, *finer = x
-    both = _triton.dot(both, _beside(*y[:2]), trans_a=trans_x)
-    total = jnp.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2), axis=1)
-    for x_part in finer:
-        total += _triton.dot(x_part, y[0], trans_a=trans_x)
-    for y_part in y[2:]:
-        total += _triton.dot(x[0], y_part, trans_a=trans_x)
-    return total
+    most = max(len(x), len(y))
+    products = []
+    for i, part in enumerate(x):
+        own = y[: most - i]
+        if len(own) > 1:
+            both = _triton.dot(part, _beside(*own[:2]), trans_a=trans_x)
+            both = both.reshape(both.shape[0], 2, both.shape[1] // 2)
+            products.append(jnp.sum(both, axis=1))
+            own = own[2:]
+        products += [_triton.dot(part, y_part, trans_a=trans_x) for y_part in own]
+    return functools.reduce(jnp.add, products)
 
 
 def _beside(x: Array, y: Array) -> Array:

@@ -34,13 +34,19 @@ from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 class Prepared(NamedTuple):
     """What the kernels leave; of a chunk row i lies with its token.
 
-    solved: N and B + B N, in two parts of [HV 2 L C]
+    solved: N and B + B N, in `parts_of` parts of [HV 2 L C]
     factors: [5 HV L] float32: of a token's k where it is read, exp(G) / |k|, and where
       it is folded in, exp(G_C - G) / |k|; of its q, exp(G) scale / |q|; exp(G_C); beta
     """
 
-    solved: tuple[Any, Any]
+    solved: tuple[Any, ...]
     factors: Any
+
+
+def parts_of(options: Options) -> int:
+    """Of N, and what it meets: with beta up to 2 and nothing forgotten a third keeps
+    the state from errors of 1e-4."""
+    return 3 if options.gating.allow_neg_eigval else 2
 
 
 INVERSE, SCORES = range(2)
@@ -76,8 +82,9 @@ def key_kernel(
         )
         place = Square(work, chunk.head, chunk.begin, chunk.length, interpret)
         place.store(*square(), A.products * A.weight)
-        invert(place)
-        chunk.store_square(solved, INVERSE, cut(place.load(*square())))
+        parts = parts_of(options)
+        invert(place, parts)
+        chunk.store_square(solved, INVERSE, cut(place.load(*square()), parts))
 
 
 def query_kernel(
@@ -99,8 +106,9 @@ def query_kernel(
         B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
         chunk.store_factors(factors, {QUERY: jnp.exp2(G[0] + G[1]) * B.q_factor})
         scores = B.products * B.weight
-        scores += dot(cut(scores), chunk.load_square(solved, INVERSE))
-        chunk.store_square(solved, SCORES, cut(scores))
+        parts = parts_of(options)
+        scores += dot(cut(scores, parts), chunk.load_square(solved, INVERSE))
+        chunk.store_square(solved, SCORES, cut(scores, parts))
 
 
 class _Chunk(NamedTuple):
@@ -146,7 +154,7 @@ def prepare(
     x: Inputs, keys: Keys, options: Options, config: ChunkConfig, interpret: bool
 ) -> Prepared:
     L, HV = x.v.shape[:2]
-    solved = ((HV, 2, L, CHUNK), jnp.bfloat16)
+    solved = (((HV, 2, L, CHUNK), jnp.bfloat16),) * parts_of(options)
     factors = ((5 + len(OF_SCORES), HV, L), jnp.float32)
     run = functools.partial(
         _triton.launch,
@@ -158,13 +166,13 @@ def prepare(
     *outputs, _ = run(
         functools.partial(key_kernel, **static),
         (x, keys),
-        (solved, solved, factors, ((HV, L, CHUNK), jnp.float32)),
+        (*solved, factors, ((HV, L, CHUNK), jnp.float32)),
         aliases={},
     )
     *parts, filled = run(
         functools.partial(query_kernel, **static),
         (tuple(outputs), x, keys),
-        (solved, solved, factors),
-        aliases={0: 0, 1: 1, 2: 2},
+        (*solved, factors),
+        aliases={n: n for n in range(len(outputs))},
     )
     return Prepared(tuple(parts), filled)

@@ -41,7 +41,6 @@ from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 MAX_HEAD_DIM = 256
-ERROR_PARTS = 2
 
 
 def walk_kernel(
@@ -107,7 +106,7 @@ def _advance(
     parts = cut(state)
     error = chunk.find_error(chunk.load(walk.x.v, v), parts)
     out = wide_dot(chunk.q, parts) * factors.query[:, None]
-    parts = cut(error)
+    parts = cut(error, len(chunk.refs))
     out += wide_dot(chunk.square(SCORES), parts)
     chunk.store(out_ref, out, v)
     passed = wide_dot(chunk.square(INVERSE), parts)
