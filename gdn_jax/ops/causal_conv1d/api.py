@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.batch import Batch
-from gdn_jax.ops.causal_conv1d import tuning
 from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
 from gdn_jax.ops.causal_conv1d.reference import reference
 from gdn_jax.ops.causal_conv1d.triton import triton
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig, heuristic, next_power_of_2
 from gdn_jax.ops.causal_conv1d.xla import xla
 
 ACTIVATIONS = ("silu", None)
@@ -32,6 +32,7 @@ def causal_conv1d(
     has_state: ArrayLike | None = None,
     null_slot: int | None = None,
     implementation: str | None = None,
+    config: ConvConfig | None = None,
 ) -> tuple[ConvState, Array]:
     """Depthwise causal convolution of each sequence's channels: (state, y).
 
@@ -61,6 +62,8 @@ def causal_conv1d(
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
         "reference"; None: triton where it can run, else xla.
+      config: the kernel's launch; None takes a heuristic of the sizes. `xla` and
+        `reference` have no launch.
 
     Null rule: as in `fused_update`; a null row's `y` is exactly zero and its slot keeps
     its bits. Undefined: one slot given to two live rows, and one token to two rows, by
@@ -89,40 +92,48 @@ def causal_conv1d(
         checks.tables(slots, cu_seqlens, num_accepted, has_state),
         null_slot,
     )
+    _check_config(config, inputs, options)
     buffer, start = inputs.state
     varying = ConvState(
         _triton.varying_like(buffer, inputs),
         _triton.varying_like(start, (start, inputs.tables)),
     )
     inputs = inputs._replace(state=varying)
-    new, y = _dispatch.run(_paths(inputs, options), implementation)
+    new, y = _dispatch.run(_paths(inputs, options, config), implementation)
     return new, y.reshape(shape)
 
 
 def _paths(
-    x: Inputs, options: Options
+    x: Inputs, options: Options, config: ConvConfig | None
 ) -> dict[str, Callable[[], tuple[ConvState, Array]]]:
     if 0 in (*x.x.shape, x.num_rows, *x.state.buffer.shape):
         nothing = x.state, jnp.zeros_like(x.x)
         return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
 
+    num_tokens, channels = x.x.shape
+    launch = config or heuristic(
+        num_tokens,
+        x.num_rows,
+        channels,
+        x.weight.shape[1],
+        x.x.dtype.itemsize,
+        ragged=options.tokens_per_row is None,
+    )
+
     def run_triton():
         _triton.device_kind(x)
-        return _launched(COMPILED, options, tuning.choose(x, options), x)
-
-    def run_interpreted():
-        return _launched(INTERPRETED, options, tuning.choose(x, options), x)
+        return _launched(COMPILED, options, launch, x)
 
     return {
         "triton": run_triton,
-        "interpret": run_interpreted,
+        "interpret": lambda: _launched(INTERPRETED, options, launch, x),
         "xla": lambda: _xla(x, options),
         "reference": lambda: _reference(x, options),
     }
 
 
-def _interpreted(x: Inputs, options: Options, blocks: tuning.Blocks):
-    return triton(x, options, blocks, interpret=True)
+def _interpreted(x: Inputs, options: Options, config: ConvConfig):
+    return triton(x, options, config, interpret=True)
 
 
 def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array]:
@@ -189,6 +200,19 @@ def _pack(
     packed = x.reshape(-1, channels)
     inputs = Inputs(ConvState(buffer, start), packed, weight, bias, tables)
     return inputs, options, x.shape
+
+
+def _check_config(config: ConvConfig | None, x: Inputs, options: Options) -> None:
+    if config is None:
+        return
+    if not isinstance(config, ConvConfig):
+        raise ValueError(f"config must be a ConvConfig or None; got {config!r}.")
+    most, back = options.tokens_per_row, x.weight.shape[1] - 1
+    most = x.x.shape[0] if most is None else most
+    if config.tokens < min(back, most):
+        wanted = f"W - 1 = {back} or more where a row may have {most} tokens"
+        remedy = f"Take {next_power_of_2(min(back, most))}."
+        checks.fail("config.tokens", config.tokens, wanted, remedy)
 
 
 def _check_tables(
