@@ -369,6 +369,15 @@ CONV_PACKED = CONV | dict(x=zeros(L, C), cu_seqlens=ints(N + 1))
     (
         CONV,
         {
+            "x must be [N, T, C] ... C = 5, ...; got (2, 5, 3). Channels come last": (
+                dict(x=zeros(N, C, T))
+            ),
+            "weight must be [C, W] with C = 5 and W >= 1; got (4, 5)": dict(
+                weight=zeros(W, C)
+            ),
+            "weight must be [C, W] with C = 6 and W >= 1; got (5, 4)": dict(
+                x=zeros(N, T, 6)
+            ),
             "config must be a ConvConfig or None; got {'tokens': 8}": dict(
                 config={"tokens": 8}
             ),
@@ -383,6 +392,9 @@ CONV_PACKED = CONV | dict(x=zeros(L, C), cu_seqlens=ints(N + 1))
     (
         CONV_PACKED,
         {
+            "x must be ... or [L, C] with C = 5...; got (5, 7). Channels come last": (
+                dict(x=zeros(C, 7))
+            ),
             "config.tokens must be W - 1 = 3 or more ... 5 tokens; got 1. Take 4": (
                 dict(config=gdn_jax.ConvConfig(1, 1))
             ),

@@ -169,11 +169,8 @@ def _pack(
     x, weight = checks.floating("x", x), checks.floating("weight", weight)
     if x.ndim not in (2, 3):
         checks.fail("x", x.shape, "[N, T, C] (dense) or [L, C] (packed)", "Reshape it.")
-    channels = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
-        wanted = f"[C, W] with C = {channels} and W >= 1"
-        checks.fail("weight", weight.shape, wanted, "Channels come first.")
-    width = weight.shape[1]
+    _check_weight(weight, x)
+    channels, width = weight.shape
     if bias is not None:
         bias = checks.floating("bias", bias)
         if bias.shape != (channels,):
@@ -200,6 +197,18 @@ def _pack(
     packed = x.reshape(-1, channels)
     inputs = Inputs(ConvState(buffer, start), packed, weight, bias, tables)
     return inputs, options, x.shape
+
+
+def _check_weight(weight: Array, x: Array) -> None:
+    channels = x.shape[-1]
+    if weight.ndim == 2 and weight.shape[1] > 0 and weight.shape[0] == channels:
+        return
+    if weight.ndim == 2 and x.shape[-2] == weight.shape[0]:
+        wanted = f"[N, T, C] or [L, C] with C = {weight.shape[0]}, as weight [C, W] has"
+        remedy = "Channels come last in x (x.swapaxes(-1, -2)) and first in weight."
+        checks.fail("x", x.shape, wanted, remedy)
+    wanted = f"[C, W] with C = {channels} and W >= 1"
+    checks.fail("weight", weight.shape, wanted, "Channels come first.")
 
 
 def _check_config(config: ConvConfig | None, x: Inputs, options: Options) -> None:
