@@ -81,6 +81,22 @@ def causal_conv1d(
       NotImplementedError: the implementation asked for cannot run here.
 
     Transformations: as in `fused_update`. `jax.grad` of the kernel runs `xla` backward.
+
+    Example, sums of three: five tokens into slot 2, then one more.
+
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from gdn_jax import ConvState, causal_conv1d
+        >>> sums = functools.partial(causal_conv1d, activation=None)
+        >>> sums = jax.jit(sums, donate_argnums=0)
+        >>> state = ConvState.zeros(4, channels=2, width=3, dtype=jnp.float32)
+        >>> x = jnp.arange(12.0).reshape(1, 6, 2)
+        >>> weight, slots = jnp.ones((2, 3)), jnp.array([2], jnp.int32)
+        >>> state, y = sums(state, x[:, :5], weight, slots=slots)
+        >>> y[0, :, 0].tolist()
+        [0.0, 2.0, 6.0, 12.0, 18.0]
+        >>> state, y = sums(state, x[:, 5:], weight, slots=slots)
+        >>> y.tolist()
+        [[[24.0, 27.0]]]
     """
     _dispatch.check_name(implementation)
     inputs, options, shape = _pack(
