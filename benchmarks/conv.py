@@ -1,7 +1,7 @@
-"""The causal convolution: python benchmarks/conv.py [--quick]
+"""The causal convolution: python benchmarks/conv.py [--quick] [--no-tune]
 
 Decoding, verifying drafts and whole sequences, by Triton, by XLA and by every peer that
-can be imported, in one run; without --quick by other launches of our kernel too.
+can be imported, in one run; without either option by other launches of our kernel too.
 """
 
 import dataclasses
@@ -28,8 +28,11 @@ DRAFTS = (8, 64)
 DENSE = ((1, 2048), (1, 8192), (4, 2048))
 QWEN = 2 * 16 * 128 + 32 * 128  # q, k and v of Qwen3.5-9B and Qwen3-Next
 INPUTS = "normal x, filter and state; slots and starts of rings in random order"
-CHECKED_TOKENS = 2048
-DEALT = ("each", "parts", "num_warps")  # the channels of a program
+CHECKED_TOKENS = 512
+DEALT = ("ahead", "each", "parts", "num_warps")  # what a program holds at once
+HELD = (
+    64  # values of x by a lane; twice as many take every register, and 30 s to compile
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +202,7 @@ def tolerance(problem: Problem, what: str, *, is_ours: bool) -> float:
 
 def candidates(problem: Problem) -> list[ConvConfig]:
     """The heuristic's launch and its neighbours: one field doubled or halved, or as
-    many channels of a program dealt out otherwise."""
+    many values held by a program, dealt out otherwise."""
     plain = dataclasses.asdict(problem.heuristic)
     changes = [
         {},
@@ -216,6 +219,7 @@ def candidates(problem: Problem) -> list[ConvConfig]:
             and fields["ahead"] <= fields["tokens"]
             and least <= fields["tokens"] <= tuning.next_power_of_2(longest)
             and fields["each"] * problem.itemsize <= tuning.LOAD_BYTES
+            and fields["ahead"] * fields["each"] * fields["parts"] <= HELD
         )
         if useful:
             found.append(ConvConfig(**fields))
@@ -253,8 +257,10 @@ def suite(*, tune: bool) -> Suite:
     )
 
 
-def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
-    common.run_suite(suite(tune=not quick), problems(quick), out)
+def main(
+    quick: bool = False, tune: bool = True, out: pathlib.Path | None = None
+) -> None:
+    common.run_suite(suite(tune=tune and not quick), problems(quick), out)
 
 
 if __name__ == "__main__":
