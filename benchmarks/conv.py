@@ -30,9 +30,8 @@ QWEN = 2 * 16 * 128 + 32 * 128  # q, k and v of Qwen3.5-9B and Qwen3-Next
 INPUTS = "normal x, filter and state; slots and starts of rings in random order"
 CHECKED_TOKENS = 512
 DEALT = ("ahead", "each", "parts", "num_warps")  # what a program holds at once
-HELD = (
-    64  # values of x by a lane; twice as many take every register, and 30 s to compile
-)
+# Values of x in a lane; twice as many take all registers, and half a minute to compile.
+HELD = 64
 
 
 @dataclasses.dataclass(frozen=True)
