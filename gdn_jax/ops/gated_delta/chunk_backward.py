@@ -34,56 +34,50 @@ from gdn_jax.ops.gated_delta.call import (
     Options,
     find_rows,
 )
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Keys, padded
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, join, wide_dot
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    INVERSE,
-    SCORES,
-    Prepared,
-    prepare,
-)
-from gdn_jax.ops.gated_delta.chunk_pull import Pair, Pulled, Walked, place_of, pull
-from gdn_jax.ops.gated_delta.chunk_scores import CHUNK, Keys, padded
-from gdn_jax.ops.gated_delta.chunk_triton import Walk
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
+from gdn_jax.ops.gated_delta.chunk_pull import Chunks, Pulled, Walked, pull
+from gdn_jax.ops.gated_delta.chunk_triton import Walk, find_error
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 
-class _Place(NamedTuple):
-    """A tile of V of one value head's state for a row's walk."""
+class _Tile(NamedTuple):
+    """Of V, of one value head's state, for a row's walk."""
 
     row: Rows
     head: Array
-    v: Array  # [1 V]
-    k: Array  # [K 1]
-    steps: Array
+    v: Array  # [V]
+    k: Array  # [K]
 
     @classmethod
-    def of(cls, x: Any, options: Options, config: ChunkConfig) -> "_Place":
-        tile, head = pl.program_id(0), pl.program_id(1)
-        row = find_rows(x, options, pl.program_id(2))
+    def of(cls, x: Any, options: Options, config: ChunkConfig) -> "_Tile":
+        tile, head, number = (pl.program_id(n) for n in range(3))
         v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)
         k = jnp.arange(padded(x.state.shape[3]), dtype=jnp.int32)
-        steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
-        steps = jnp.where(row.live, steps, np.int32(0))
-        return cls(row, head, v[None, :], k[:, None], steps)
+        return cls(find_rows(x, options, number), head, v, k)
 
     def load(self, pool: Any, wanted: Array) -> Array:
-        place = pool.at[self.row.read, self.head, self.v, self.k]
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3])
-        mask = inside & wanted
-        return _triton.load(place, mask=mask, other=0).astype(jnp.float32)
+        place, inside = self._at(pool)
+        state = _triton.load(place, mask=inside & wanted, other=0)
+        return state.astype(jnp.float32)
 
     def store(self, pool: Any, state: Array) -> None:
-        place = pool.at[self.row.read, self.head, self.v, self.k]
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3])
+        place, inside = self._at(pool)
         mask = inside & self.row.live
         _triton.store(place, state.astype(pool.dtype), mask=mask)
 
-    def store_state(self, refs: Pair, parts: Parts, step: Array) -> None:
-        """Of a chunk; [M HV K V]."""
-        number = place_of(self.row, step)
-        inside = (self.v < refs[0].shape[3]) & (self.k < refs[0].shape[2])
+    def _at(self, pool: Any) -> tuple[Any, Array]:
+        v, k = self.v[None, :], self.k[:, None]
+        inside = (v < pool.shape[2]) & (k < pool.shape[3])
+        return pool.at[self.row.read, self.head, v, k], inside
+
+    def store_state(self, refs: Any, parts: Parts, number: Array) -> None:
+        """Of a chunk; [M HV K V]"""
+        v, k = self.v[None, :], self.k[:, None]
+        inside = (v < refs[0].shape[3]) & (k < refs[0].shape[2])
         for ref, part in zip(refs, parts, strict=True):
-            place = ref.at[number, self.head, self.k, self.v]
+            place = ref.at[number, self.head, k, v]
             _triton.store(place, part, mask=inside)
 
 
@@ -92,29 +86,28 @@ def enter_kernel(
     *outputs: Any,
     options: Options,
     config: ChunkConfig,
-    interpret: bool,
 ) -> None:
     """Grid: (tiles of V, value heads, rows)."""
     x, keys, prepared = inputs
     entering, u_refs = outputs[:2], outputs[2:]
-    place = _Place.of(x, options, config)
-    walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
+    tile = _Tile.of(x, options, config)
+    walk = Walk.of(x, keys, prepared, tile.row, tile.head)
 
     def advance(step, carry):
         state, factors = carry
-        chunk = walk.chunk(step, factors)
+        chunk, (_, k) = walk.chunk(step)
         parts = cut(state)
-        place.store_state(entering, parts, step)
-        error = chunk.find_error(chunk.load(x.v, place.v), parts)
-        u = error + wide_dot(chunk.square(INVERSE), cut(error))
-        for ref, part in zip(u_refs, cut(u), strict=True):
-            chunk.store(ref, part, place.v)
+        tile.store_state(entering, parts, chunk.number)
+        error = find_error(chunk.load(x.v, tile.v), k, parts, factors)
+        u = error + wide_dot(chunk.load_square(prepared.inverse), cut(error))
+        chunk.store_parts(u_refs, tile.v, cut(u))
         following = walk.factors(step + 1)
-        return chunk.fold(state, cut(u * factors.fold[:, None])), following
+        folded = wide_dot(k, cut(u * factors.fold[:, None]), trans_x=True)
+        return state * factors.decay + folded, following
 
-    state = place.load(x.state, place.row.keeps_state)
+    state = tile.load(x.state, tile.row.keeps_state)
     carry = state, walk.factors(jnp.int32(0))
-    lax.fori_loop(np.int32(0), place.steps, advance, carry)
+    lax.fori_loop(np.int32(0), walk.steps, advance, carry)
 
 
 def leave_kernel(
@@ -123,37 +116,35 @@ def leave_kernel(
     *outputs: Any,
     options: Options,
     config: ChunkConfig,
-    interpret: bool,
 ) -> None:
     """Grid: (tiles of V, value heads, rows). The pool's cotangent is updated in place:
     of the slots that rows wrote it becomes that of the state they started from."""
     dnew, x, keys, prepared, dout = inputs
     leaving, dy_refs = outputs[:2], outputs[2:]
-    place = _Place.of(x, options, config)
-    walk = Walk(x, keys, prepared, place.row, place.head, place.steps)
+    tile = _Tile.of(x, options, config)
+    walk = Walk.of(x, keys, prepared, tile.row, tile.head)
 
     def retreat(turn, carry):
         dstate, factors = carry
-        step = place.steps - 1 - turn
-        chunk = walk.chunk(step, factors)
+        step = walk.steps - 1 - turn
+        chunk, (q, k) = walk.chunk(step)
         parts = cut(dstate)
-        place.store_state(leaving, parts, step)
-        do = tuple(chunk.load(ref, place.v) for ref in dout)
+        tile.store_state(leaving, parts, chunk.number)
+        do = chunk.load_parts(dout, tile.v)
         asked = cut(join(do) * factors.query[:, None])
-        dstate = dstate * factors.decay + wide_dot(chunk.q, asked, trans_x=True)
-        df = wide_dot(chunk.k, parts) * factors.fold[:, None]
-        dy = df + wide_dot(chunk.square(INVERSE), cut(df), trans_x=True)
-        dy += wide_dot(chunk.square(SCORES), do, trans_x=True)
-        for ref, part in zip(dy_refs, cut(dy), strict=True):
-            chunk.store(ref, part, place.v)
+        dstate = dstate * factors.decay + wide_dot(q, asked, trans_x=True)
+        df = wide_dot(k, parts) * factors.fold[:, None]
+        dy = df + wide_dot(chunk.load_square(prepared.inverse), cut(df), trans_x=True)
+        dy += wide_dot(chunk.load_square(prepared.scores), do, trans_x=True)
+        chunk.store_parts(dy_refs, tile.v, cut(dy))
         following = walk.factors(step - 1)
         read = cut(dy * (factors.beta * factors.read)[:, None])
-        return dstate - wide_dot(chunk.k, read, trans_x=True), following
+        return dstate - wide_dot(k, read, trans_x=True), following
 
-    dstate = place.load(dnew, place.row.live)
-    carry = dstate, walk.factors(place.steps - 1)
-    dstate, _ = lax.fori_loop(np.int32(0), place.steps, retreat, carry)
-    place.store(dstate_ref, jnp.where(place.row.keeps_state, dstate, 0.0))
+    dstate = tile.load(dnew, tile.row.live)
+    carry = dstate, walk.factors(walk.steps - 1)
+    dstate, _ = lax.fori_loop(np.int32(0), walk.steps, retreat, carry)
+    tile.store(dstate_ref, jnp.where(tile.row.keeps_state, dstate, 0.0))
 
 
 def chunk_backward(
@@ -170,7 +161,8 @@ def chunk_backward(
     keys, dout = Keys.of(x), cut_array(dout)
     prepared = prepare(x, keys, options, config, interpret)
     dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
-    pulled = pull(x, keys, prepared, dout, walked, options, config, interpret)
+    chunks = Chunks(x, keys, prepared, dout, walked)
+    pulled = pull(chunks, options, config, interpret)
     return _assemble(x, options, dstate, pulled)
 
 
@@ -195,7 +187,7 @@ def _walk(
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    static = dict(options=options, config=config, interpret=interpret)
+    static = dict(options=options, config=config)
     entered = run(
         functools.partial(enter_kernel, **static),
         (x, keys, prepared),
@@ -226,14 +218,14 @@ def _assemble(x: Inputs, options: Options, dstate: Array, pulled: Pulled) -> Inp
         if options.qk_l2norm:
             exact = select(y).astype(jnp.float32)
             square = jnp.sum(exact * exact, axis=-1) + rule.EPSILON
-            along = select(along.sum(axis=0)).reshape(*y.shape[:2], -1).sum(axis=2)
+            along = select(along.sum(axis=0).T).reshape(*y.shape[:2], -1).sum(axis=2)
             gradient -= exact * (along / square)[..., None]
         return gradient.astype(y.dtype)
 
     gates = x.gates._replace(
         **{name: select(getattr(x.gates, name)) for name in x.gates.PER_TOKEN}
     )
-    cotangents = Gates(select(pulled.log_decay.sum(axis=0)), select(pulled.beta))
+    cotangents = Gates(select(pulled.log_decay.sum(axis=0).T), select(pulled.beta.T))
     _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
     [dgates] = pull(cotangents)
     zeros = (None,) * 4

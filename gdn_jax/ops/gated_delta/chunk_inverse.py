@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from gdn_jax import _triton
+from gdn_jax.ops.gated_delta.chunk_memory import Chunk
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, cut, dot
 
 BLOCK = MIN_DOT
@@ -23,23 +24,26 @@ class Square(NamedTuple):
     hold but few of them at a time, so that more programs fit beside each other."""
 
     ref: Any  # [HV L C]
-    head: Array
-    begin: Array
-    length: Array
+    chunk: Chunk
     interpret: bool
 
     def load(self, row: Array, column: Array, wanted: Array | bool = True) -> Array:
-        row, column, wanted = jnp.broadcast_arrays(row, column, wanted)
-        place = self.ref.at[self.head, self.begin + row, column]
-        return _triton.load(place, mask=wanted & (row < self.length), other=0)
+        place, inside = self._at(row, column, wanted)
+        return _triton.load(place, mask=inside, other=0)
 
-    def store(self, row: Array, column: Array, value: Array, wanted=True) -> None:
+    def store(
+        self, row: Array, column: Array, value: Array, wanted: Array | bool = True
+    ) -> None:
         """After every thread has loaded, and before any loads again."""
+        place, inside = self._at(row, column, wanted)
+        self._wait()
+        _triton.store(place, value, mask=inside)
+        self._wait()
+
+    def _at(self, row: Array, column: Array, wanted: Array | bool) -> tuple[Any, Array]:
         row, column, wanted = jnp.broadcast_arrays(row, column, wanted)
-        place = self.ref.at[self.head, self.begin + row, column]
-        self._wait()
-        _triton.store(place, value, mask=wanted & (row < self.length))
-        self._wait()
+        place = self.ref.at[self.chunk.head, self.chunk.begin + row, column]
+        return place, wanted & (row < self.chunk.length)
 
     def _wait(self) -> None:
         if not self.interpret:

@@ -12,36 +12,23 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.gated_delta.call import Inputs, Options
-from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot, join
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    BETA,
-    DECAY,
-    FOLD,
-    OF_SCORES,
-    QUERY,
-    READ,
-    Prepared,
-)
+from gdn_jax.ops.gated_delta.call import Options
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks, padded
+from gdn_jax.ops.gated_delta.chunk_parts import cut, dot, join
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared
 from gdn_jax.ops.gated_delta.chunk_scores import (
-    CHUNK,
-    Keys,
     KeyScores,
     QueryScores,
-    Tokens,
     diagonal,
-    find_chunk,
-    load_rows,
-    num_chunks,
-    padded,
     square,
 )
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
-V_AT_ONCE = 64
+# Of an H200, 1x8192 tokens, K = V = 128, us: columns took 454 with 64 of K and 64 of V,
+# 566 to 931 with 32 of either; scores 347, 281 and 251 with 32 of V, one stage, and 64.
 V_OF_SCORES = 128
-K_AT_ONCE = 64
+V_OF_COLUMNS = 64
+K_OF_COLUMNS = 64
 STAGES = 2  # a third would leave room for one program only
 Pair = tuple[Any, Any]  # two parts
 
@@ -59,13 +46,23 @@ class Walked(NamedTuple):
     dy: Pair
 
 
+class Chunks(NamedTuple):
+    """What both kernels are given."""
+
+    x: Any
+    keys: Keys
+    prepared: Prepared
+    dout: Any  # parts of [L HV V]
+    walked: Walked
+
+
 class Pulled(NamedTuple):
     """Gradients, float32 but for v's.
 
     q, k: by value head, as if their norms were constant     [L HV K]
     v: [L HV V]
-    beta: [L HV]
-    log_decay: of the scores, and of every tile of K         [1 + tiles L HV]
+    beta: [HV L]
+    log_decay: of the scores, and of every tile of K         [1 + tiles HV L]
     along_q, along_k: q and k times their gradients, summed over K, in the same parts
     """
 
@@ -78,117 +75,56 @@ class Pulled(NamedTuple):
     along_k: Any
 
 
-def place_of(row: Rows, step: Array) -> Array:
-    """A number of its own for every chunk, below `ragged.most_blocks`: rows that begin
-    in the same 64 tokens are told apart by their own numbers."""
-    return lax.div(row.begin, np.int32(CHUNK)) + row.number + step
-
-
-class _Chunk(NamedTuple):
-    tokens: Tokens
-    head: Array
-    key_head: Array
-    place: Array
-
-    @classmethod
-    def of(cls, x: Any, options: Options, head: Array, number: Array) -> "_Chunk":
-        row, step, length = find_chunk(x, options, number)
-        tokens = Tokens.of(row.begin + step * CHUNK, length)
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
-        return cls(tokens, head, key_head, place_of(row, step))
-
-    def factor(self, prepared: Prepared, number: int) -> Array:
-        place = prepared.factors.at[number, self.head, self.tokens.token]
-        return _triton.load(place, mask=self.tokens.valid, other=0)
-
-    def load(self, refs: Any, head: Array, columns: Array) -> Parts:
-        """[C n] of [L heads n]."""
-        mask = self.tokens.valid[:, None] & (columns < refs[0].shape[2])[None, :]
-        place = (self.tokens.token[:, None], head, columns[None, :])
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-    def store(self, ref: Any, columns: Array, value: Array) -> None:
-        mask = self.tokens.valid[:, None] & (columns < ref.shape[2])[None, :]
-        place = ref.at[self.tokens.token[:, None], self.head, columns[None, :]]
-        _triton.store(place, value.astype(ref.dtype), mask=mask)
-
-    def store_sums(self, ref: Any, value: Array, *part: Array | int) -> None:
-        """[C] of [L HV], or of a part of [parts L HV]."""
-        part = tuple(jnp.full_like(self.head, n) for n in part)
-        place = ref.at[(*part, self.tokens.token, self.head)]
-        _triton.store(place, value, mask=self.tokens.valid)
-
-    def square(self) -> tuple[Any, Array]:
-        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
-        mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
-        return (self.head, self.tokens.token[:, None], column), mask
-
-    def store_square(self, refs: Any, parts: Parts) -> None:
-        place, mask = self.square()
-        for ref, part in zip(refs, parts, strict=True):
-            _triton.store(ref.at[place], part, mask=mask)
-
-    def load_square(self, refs: Any) -> Parts:
-        place, mask = self.square()
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-
-def scores_kernel(
-    inputs: tuple[Any, Keys, Prepared, Any, Walked],
-    *outputs: Any,
-    options: Options,
-    interpret: bool,
-) -> None:
+def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
     """The gradients through A and B. Grid: (value heads, chunks)."""
-    x, keys, prepared, dout, walked = inputs
-    chunk = _Chunk.of(x, options, pl.program_id(0), pl.program_id(1))
+    chunk = Chunk.find(given.x, options, pl.program_id(0), pl.program_id(1))
 
-    @pl.when(chunk.tokens.length > 0)
+    @pl.when(chunk.length > 0)
     def _():
-        _pull_scores(
-            x, keys, prepared, dout, walked, outputs, options, interpret, chunk
-        )
+        _pull_scores(given, chunk, outputs, options)
 
 
 def _pull_scores(
-    x, keys, prepared, dout, walked, outputs, options, interpret, chunk
+    given: Chunks, chunk: Chunk, outputs: tuple[Any, ...], options: Options
 ) -> None:
-    *squares, dv_ref, dbeta_ref, dlog_decay_ref, along_q_ref, along_k_ref = outputs
-    tokens = chunk.tokens
-    beta = chunk.factor(prepared, BETA)
+    *WZ, dv_ref, dbeta_ref, dlog_decay_ref, along_q_ref, along_k_ref = outputs
+    factors, walked = given.prepared.factors, given.walked
+    beta = chunk.load_factor(factors.beta)
 
     def add(turn, products):
-        v = _values(turn, dout[0], V_OF_SCORES)
+        v = _values(turn, given, V_OF_SCORES)
         do, dy, u = (
-            chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
+            chunk.load_parts(refs, v) for refs in (given.dout, walked.dy, walked.u)
         )
         chunk.store(dv_ref, v, join(dy) * beta[:, None])
         do_u, dy_u = products
         return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
 
     zeros = jnp.zeros((CHUNK, CHUNK))
-    do_u, dy_u = _over_values(add, dout[0], V_OF_SCORES, (zeros, zeros))
+    do_u, dy_u = _over_values(add, given, V_OF_SCORES, (zeros, zeros))
     safe = jnp.where(beta > 0, beta, 1.0)
     dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
-    k_factor, *G = (chunk.factor(prepared, n) for n in OF_SCORES)
-    q, k = (load_rows(refs, tokens, chunk.key_head) for refs in keys)
-    A = KeyScores.of(k, tuple(G), beta, tokens, options)
+    k_factor = chunk.load_factor(factors.k_factor)
+    G = chunk.load_factor(factors.coarse), chunk.load_factor(factors.fine)
+    q, k = (chunk.load_keys(refs) for refs in given.keys)
+    A = KeyScores.of(k, G, beta, chunk, options)
     Z = -dy_u * A.weight  # of k k^T, in A
-    chunk.store_square(squares[2:], cut(Z + Z.T))
+    chunk.store_square(WZ[2:], cut(Z + Z.T))
     in_A = Z * A.products
-    B = QueryScores.of(q, k, tuple(G), k_factor, tokens, options)
+    B = QueryScores.of(q, k, G, k_factor, chunk, options)
     W = do_u * B.weight  # of q k^T, in B
-    chunk.store_square(squares[:2], cut(W))
+    chunk.store_square(WZ[:2], cut(W))
     in_B = W * B.products
     in_both = in_A + in_B
-    chunk.store_sums(dbeta_ref, dbeta)
-    chunk.store_sums(dlog_decay_ref, _sum_straddling(in_both), 0)
-    chunk.store_sums(along_q_ref, in_B.sum(axis=1), 0)
-    chunk.store_sums(along_k_ref, in_both.sum(axis=0) + in_A.sum(axis=1), 0)
+    part = jnp.zeros_like(chunk.head)
+    chunk.store_factor(dbeta_ref, dbeta)
+    chunk.store_factor(dlog_decay_ref, _sum_straddling(in_both), part)
+    chunk.store_factor(along_q_ref, in_B.sum(axis=1), part)
+    chunk.store_factor(along_k_ref, in_both.sum(axis=0) + in_A.sum(axis=1), part)
 
 
 def columns_kernel(
-    inputs: tuple[Any, ...],
+    inputs: tuple[Any, Chunks, Pair, Pair],
     dq_ref: Any,
     dk_ref: Any,
     dlog_decay_ref: Any,
@@ -196,24 +132,23 @@ def columns_kernel(
     along_k_ref: Any,
     *,
     options: Options,
-    interpret: bool,
 ) -> None:
     """The gradients of some columns of q and k, and what the states and these columns
     have to do with those of the log-decays. Grid: (tiles of K, value heads, chunks)."""
-    *_, x, keys, prepared, dout, walked, (W_refs, Z_refs) = inputs
-    tile, head, number = (pl.program_id(n) for n in range(3))
-    chunk = _Chunk.of(x, options, head, number)
+    _, given, W_refs, Z_refs = inputs
+    tile, head, turn = (pl.program_id(n) for n in range(3))
+    chunk = Chunk.find(given.x, options, head, turn)
+    factors = given.prepared.factors
 
-    @pl.when(chunk.tokens.length > 0)
+    @pl.when(chunk.length > 0)
     def _():
-        tokens = chunk.tokens
-        columns = tile * K_AT_ONCE + jnp.arange(K_AT_ONCE, dtype=jnp.int32)
-        asked, read, folded, inner = _through_states(dout, walked, chunk, columns)
-        read_by, fold, query, beta = (
-            chunk.factor(prepared, n)[:, None] for n in (READ, FOLD, QUERY, BETA)
-        )
-        asked, read, folded = asked * query, -read * read_by * beta, folded * fold
-        q, k = (chunk.load(refs, chunk.key_head, columns) for refs in keys)
+        columns = tile * K_OF_COLUMNS + jnp.arange(K_OF_COLUMNS, dtype=jnp.int32)
+        asked, read, folded, inner = _through_states(given, chunk, columns)
+        asked *= chunk.load_factor(given.prepared.query)[:, None]
+        read *= -chunk.load_factor(factors.read)[:, None]
+        read *= chunk.load_factor(factors.beta)[:, None]
+        folded *= chunk.load_factor(factors.fold)[:, None]
+        q, k = (chunk.load_parts(refs, columns, chunk.key_head) for refs in given.keys)
         W, Z = chunk.load_square(W_refs), chunk.load_square(Z_refs)
         chunk.store(dq_ref, columns, asked + dot(W, k))
         dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
@@ -224,29 +159,30 @@ def columns_kernel(
         )
         i, m = square()
         held = jnp.where(i >= m, (asked + read)[:, None], folded[:, None])
-        left = prepared.factors[DECAY, chunk.head, tokens.begin]
+        left = factors.decay[chunk.head, chunk.begin]
         dlog_decay = jnp.sum(held, axis=0) + inner * left
-        chunk.store_sums(dlog_decay_ref, dlog_decay, tile + 1)
-        chunk.store_sums(along_q_ref, asked, tile + 1)
-        chunk.store_sums(along_k_ref, read + folded, tile + 1)
+        chunk.store_factor(dlog_decay_ref, dlog_decay, tile + 1)
+        chunk.store_factor(along_q_ref, asked, tile + 1)
+        chunk.store_factor(along_k_ref, read + folded, tile + 1)
 
 
 def _through_states(
-    dout: Any, walked: Walked, chunk: _Chunk, columns: Array
+    given: Chunks, chunk: Chunk, columns: Array
 ) -> tuple[Array, Array, Array, Array]:
     """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
+    walked = given.walked
 
     def load(refs, v):
         K, V = refs[0].shape[2:]
-        mask = (columns < K)[:, None] & (v < V)[None, :]
-        place = (chunk.place, chunk.head, columns[:, None], v[None, :])
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+        inside = (columns < K)[:, None] & (v < V)[None, :]
+        at = (chunk.number, chunk.head, columns[:, None], v[None, :])
+        return tuple(_triton.load(ref.at[at], mask=inside, other=0) for ref in refs)
 
     def add(turn, sums):
         asked, read, folded, inner = sums
-        v = _values(turn, dout[0], V_AT_ONCE)
+        v = _values(turn, given, V_OF_COLUMNS)
         do, dy, u = (
-            chunk.load(refs, chunk.head, v) for refs in (dout, walked.dy, walked.u)
+            chunk.load_parts(refs, v) for refs in (given.dout, walked.dy, walked.u)
         )
         entering, leaving = load(walked.entering, v), load(walked.leaving, v)
         asked += dot(do, entering, trans_y=True)
@@ -256,17 +192,17 @@ def _through_states(
         return asked, read, folded, inner
 
     zeros = jnp.zeros((CHUNK, columns.size))
-    return _over_values(add, dout[0], V_AT_ONCE, (zeros,) * 3 + (jnp.float32(0),))
+    return _over_values(add, given, V_OF_COLUMNS, (zeros,) * 3 + (jnp.float32(0),))
 
 
-def _values(turn: Array, ref: Any, most: int) -> Array:
-    size = min(most, padded(ref.shape[2]))
+def _values(turn: Array, given: Chunks, most: int) -> Array:
+    size = min(most, padded(given.x.v.shape[2]))
     return turn * size + jnp.arange(size, dtype=jnp.int32)
 
 
-def _over_values(body: Any, ref: Any, most: int, carry: Any) -> Any:
+def _over_values(body: Any, given: Chunks, most: int, carry: Any) -> Any:
     """A loop over V, some columns a turn: all of them at once would spill."""
-    turns = pl.cdiv(ref.shape[2], most)
+    turns = pl.cdiv(given.x.v.shape[2], most)
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
@@ -280,17 +216,11 @@ def _sum_straddling(M: Array) -> Array:
 
 
 def pull(
-    x: Inputs,
-    keys: Keys,
-    prepared: Prepared,
-    dout: Any,
-    walked: Walked,
-    options: Options,
-    config: ChunkConfig,
-    interpret: bool,
+    given: Chunks, options: Options, config: ChunkConfig, interpret: bool
 ) -> Pulled:
-    L, HV, K = x.q.shape[0], *x.state.shape[1::2]
-    tiles = pl.cdiv(K, K_AT_ONCE)
+    x = given.x
+    (L, HV), K = x.v.shape[:2], x.q.shape[2]
+    tiles = pl.cdiv(K, K_OF_COLUMNS)
     chunks = num_chunks(x, options)
     run = functools.partial(
         _triton.launch,
@@ -298,21 +228,19 @@ def pull(
         num_stages=STAGES,
         interpret=interpret,
     )
-    static = dict(options=options, interpret=interpret)
-    parts = ((1 + tiles, L, HV), jnp.float32)
-    *squares, dv, dbeta, dlog_decay, along_q, along_k = run(
-        functools.partial(scores_kernel, **static),
-        (x, keys, prepared, dout, walked),
-        [((HV, L, CHUNK), jnp.bfloat16)] * 4
-        + [(x.v.shape, x.v.dtype), ((L, HV), jnp.float32), parts, parts, parts],
+    squares = [((HV, L, CHUNK), jnp.bfloat16)] * 4
+    sums = [((1 + tiles, HV, L), jnp.float32)] * 3
+    *WZ, dv, dbeta, dlog_decay, along_q, along_k = run(
+        functools.partial(scores_kernel, options=options),
+        given,
+        [*squares, (x.v.shape, x.v.dtype), ((HV, L), jnp.float32), *sums],
         grid=(HV, chunks),
         aliases={},
     )
-    WZ = tuple(squares[:2]), tuple(squares[2:])
     dq, dk, *sums = run(
-        functools.partial(columns_kernel, **static),
-        (dlog_decay, along_q, along_k, x, keys, prepared, dout, walked, WZ),
-        [((L, HV, K), jnp.float32)] * 2 + [parts] * 3,
+        functools.partial(columns_kernel, options=options),
+        ((dlog_decay, along_q, along_k), given, tuple(WZ[:2]), tuple(WZ[2:])),
+        [((L, HV, K), jnp.float32)] * 2 + sums,
         grid=(tiles, HV, chunks),
         aliases={0: 2, 1: 3, 2: 4},
     )

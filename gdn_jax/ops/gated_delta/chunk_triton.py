@@ -17,25 +17,9 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, padded
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    BETA,
-    DECAY,
-    FOLD,
-    INVERSE,
-    QUERY,
-    READ,
-    SCORES,
-    Prepared,
-    prepare,
-)
-from gdn_jax.ops.gated_delta.chunk_scores import (
-    CHUNK,
-    Keys,
-    Tokens,
-    load_rows,
-    padded,
-)
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
@@ -60,19 +44,18 @@ def walk_kernel(
     row = find_rows(x, options, jnp.minimum(number, np.int32(x.num_rows - 1)))
     row = row._replace(live=row.live & is_row, keeps_state=row.keeps_state & is_row)
     V, K = x.state.shape[2:]
-    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)[None, :]
-    k = jnp.arange(padded(K), dtype=jnp.int32)[:, None]
+    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)
+    k = jnp.arange(padded(K), dtype=jnp.int32)
     # Past the end the last row and column again: nothing reads or keeps them, and no
     # mask has to be kept in registers.
-    at = (row.read, head, jnp.minimum(v, V - 1), jnp.minimum(k, K - 1))
+    at = (jnp.minimum(v, V - 1)[None, :], jnp.minimum(k, K - 1)[:, None])
     wanted = jnp.broadcast_to(row.keeps_state, (k.size, v.size))
-    state = _triton.load(x.state.at[at], mask=wanted, other=0)
-    steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
-    steps = jnp.where(row.live, steps, np.int32(0))
-    walk = Walk(x, keys, prepared, row, head, steps)
+    state = _triton.load(x.state.at[row.read, head, *at], mask=wanted, other=0)
+    walk = Walk.of(x, keys, prepared, row, head)
     advance = functools.partial(_advance, walk, out_ref, v)
     carry = state.astype(jnp.float32), walk.factors(jnp.int32(0))
-    state, _ = lax.fori_loop(np.int32(0), steps, advance, carry)
+    state, _ = lax.fori_loop(np.int32(0), walk.steps, advance, carry)
+    v, k = v[None, :], k[:, None]
     inside = (v < V) & (k < K) & row.live
     place = new_ref.at[row.read, head, v, k]
     _triton.store(place, state.astype(new_ref.dtype), mask=inside)
@@ -94,32 +77,34 @@ def walk_kernel(
 
 
 def _advance(
-    walk: "Walk",
-    out_ref: Any,
-    v: Array,
-    step: Array,
-    carry: tuple[Array, "Factors"],
-) -> tuple[Array, "Factors"]:
+    walk: "Walk", out_ref: Any, v: Array, step: Array, carry: tuple[Array, "Ahead"]
+) -> tuple[Array, "Ahead"]:
     """One chunk: its out is stored, and the state behind it returned, [K V]."""
     state, factors = carry
-    chunk = walk.chunk(step, factors)
+    chunk, (q, k) = walk.chunk(step)
     parts = cut(state)
-    error = chunk.find_error(chunk.load(walk.x.v, v), parts)
-    out = wide_dot(chunk.q, parts) * factors.query[:, None]
-    parts = cut(error, len(chunk.refs))
-    out += wide_dot(chunk.square(SCORES), parts)
-    chunk.store(out_ref, out, v)
-    passed = wide_dot(chunk.square(INVERSE), parts)
+    error = find_error(chunk.load(walk.x.v, v), k, parts, factors)
+    out = wide_dot(q, parts) * factors.query[:, None]
+    parts = cut(error, len(walk.prepared.inverse))
+    out += wide_dot(chunk.load_square(walk.prepared.scores), parts)
+    chunk.store(out_ref, v, out)
+    u = error + wide_dot(chunk.load_square(walk.prepared.inverse), parts)
     following = walk.factors(step + 1)
-    u = (error + passed) * factors.fold[:, None]
-    return chunk.fold(state, cut(u, 3)), following
+    folded = wide_dot(k, cut(u * factors.fold[:, None], 3), trans_x=True)
+    return state * factors.decay + folded, following
 
 
-class Factors(NamedTuple):
-    """A chunk's own of Prepared.factors. A walk carries those of the next chunk: as
-    they enter no product, the compiler would not load them ahead."""
+def find_error(values: Array, k: Parts, state: Parts, factors: "Ahead") -> Array:
+    """E = beta (V - (k exp G) S^T)"""
+    read = wide_dot(k, state) * factors.read[:, None]
+    return (values.astype(jnp.float32) - read) * factors.beta[:, None]
 
-    read: Array  # [C]
+
+class Ahead(NamedTuple):
+    """A chunk's factors, [C] and of decay one. A walk carries those of the next chunk:
+    as they enter no product, the compiler would not load them ahead."""
+
+    read: Array
     fold: Array
     query: Array
     beta: Array
@@ -136,82 +121,36 @@ class Walk(NamedTuple):
     head: Array
     steps: Array
 
-    def tokens(self, step: Array) -> Tokens:
+    @classmethod
+    def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head) -> "Walk":
+        steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
+        steps = jnp.where(row.live, steps, np.int32(0))
+        return cls(x, keys, prepared, row, head, steps)
+
+    def chunk(self, step: Array) -> tuple[Chunk, Keys]:
+        """With its q and k."""
+        chunk = self._place(step)
+        return chunk, Keys(*(chunk.load_keys(refs) for refs in self.keys))
+
+    def factors(self, step: Array) -> Ahead:
+        """Zeros past the ends."""
+        chunk, factors = self._place(step), self.prepared.factors
+        return Ahead(
+            chunk.load_factor(factors.read),
+            chunk.load_factor(factors.fold),
+            chunk.load_factor(self.prepared.query),
+            chunk.load_factor(factors.beta),
+            _triton.load(
+                factors.decay.at[self.head, chunk.begin],
+                mask=chunk.length > 0,
+                other=0,
+            ),
+        )
+
+    def _place(self, step: Array) -> Chunk:
         is_step = (step >= 0) & (step < self.steps)
         length = jnp.where(is_step, self.row.length - step * CHUNK, 0)
-        return Tokens.of(self.row.begin + step * CHUNK, length)
-
-    def factors(self, step: Array) -> Factors:
-        tokens = self.tokens(step)
-
-        def load(number, token, mask):
-            place = self.prepared.factors.at[number, self.head, token]
-            return _triton.load(place, mask=mask, other=0)
-
-        vectors = (load(n, *tokens[:2]) for n in (READ, FOLD, QUERY, BETA))
-        return Factors(
-            *vectors, load(jnp.int32(DECAY), tokens.begin, tokens.length > 0)
-        )
-
-    def chunk(self, step: Array, factors: Factors) -> "Chunk":
-        tokens = self.tokens(step)
-        key_head = self.head // (self.x.v.shape[1] // self.x.k.shape[1])
-        q, k = (load_rows(refs, tokens, key_head) for refs in self.keys)
-        return Chunk(tokens, self.head, q, k, self.prepared.solved, factors)
-
-
-class Chunk(NamedTuple):
-    """A chunk of a row as a walk meets it."""
-
-    tokens: Tokens
-    head: Array
-    q: Parts
-    k: Parts
-    refs: Any
-    factors: Factors
-
-    def solved(self) -> Parts:
-        """N over B + B N, [2C C]"""
-        row = jnp.arange(2 * CHUNK, dtype=jnp.int32)[:, None]
-        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
-        token = row % CHUNK
-        mask = jnp.broadcast_to(token < self.tokens.length, (2 * CHUNK, CHUNK))
-        place = (self.head, row // CHUNK, self.tokens.begin + token, column)
-        return self._load_parts(place, mask)
-
-    def square(self, number: int) -> Parts:
-        """One of them, [C C]"""
-        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
-        mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
-        return self._load_parts(
-            (self.head, number, self.tokens.token[:, None], column), mask
-        )
-
-    def _load_parts(self, place: Any, mask: Array) -> Parts:
-        return tuple(
-            _triton.load(ref.at[place], mask=mask, other=0) for ref in self.refs
-        )
-
-    def load(self, ref, v: Array) -> Array:
-        """[C V] of [L HV V]."""
-        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
-        place = (self.tokens.token[:, None], self.head, v)
-        return _triton.load(ref.at[place], mask=mask, other=0)
-
-    def store(self, ref, value: Array, v: Array) -> None:
-        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
-        place = ref.at[self.tokens.token[:, None], self.head, v]
-        _triton.store(place, value.astype(ref.dtype), mask=mask)
-
-    def find_error(self, values: Array, state: Parts) -> Array:
-        """E = beta (V - (k exp G) S^T)"""
-        error = values.astype(jnp.float32)
-        error -= wide_dot(self.k, state) * self.factors.read[:, None]
-        return error * self.factors.beta[:, None]
-
-    def fold(self, state: Array, u: Parts) -> Array:
-        """exp(G_C) S + k^T (exp(G_C - G) U), all factors in `u` already"""
-        return state * self.factors.decay + wide_dot(self.k, u, trans_x=True)
+        return Chunk.of(self.x, self.row, step, self.head, length)
 
 
 def chunk_triton(

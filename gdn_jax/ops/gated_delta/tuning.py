@@ -98,7 +98,7 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
     padded = max(16, next_power_of_2(K))
     loaded = 256 * padded * key_parts + 16384 * solved_parts  # bytes a chunk
     stages = 3 if loaded <= 65536 else 2 if loaded <= 98304 else 1
-    if key_parts == 1 and K == padded and stages == 3:
+    if key_parts == 1 and padded == K and stages == 3:
         return ChunkConfig()
     wide = K > 128 or (key_parts == 2 and K > 64)
     return ChunkConfig(16, num_warps=8 if wide else 4, num_stages=stages)
