@@ -15,9 +15,13 @@ def _same_bits(before, after, slots):
         assert np.array_equal(np.asarray(a)[slots], np.asarray(b)[slots], True)
 
 
-@pytest.mark.parametrize("model", layers.MODELS)
 @pytest.mark.parametrize(
-    "lead", [(4, 3), (4,), (4, 18)], ids=["dense", "packed", "in chunks"]
+    ("model", "lead"),
+    [
+        *((model, (4, 3)) for model in layers.MODELS),
+        *(("Qwen3.5", lead) for lead in ((4,), (4, 18))),
+        ("Kimi-Linear", (4, 18)),
+    ],
 )
 def test_a_null_row_is_zero_and_changes_nothing(lead, model):
     layer, params = layers.make(model)
