@@ -20,6 +20,11 @@ ABSTRACT_H200 = AbstractMesh(
     (), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda")
 )
 KERNEL_CALL = "__gpu$xla.gpu.triton"
+# As by default; conftest.py turns it off for programs that run on a CPU.
+OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
 
 
 def lower(f, *args, **jit_options) -> str:
@@ -74,7 +79,7 @@ def compile_for_h200(f, *args, **jit_options) -> Compiled:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
     )
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        options = OPTIMIZED | {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         with jax.sharding.use_abstract_mesh(ABSTRACT_H200):
             lowered = jax.jit(f, **jit_options).lower(*args)
         compiled = lowered.compile(compiler_options=options)

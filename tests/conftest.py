@@ -12,6 +12,12 @@ import pytest  # noqa: E402
 
 CPU_PATHS = ("reference", "xla", "interpret")
 
+# Compiling is most of the suite's time, and most programs run once. What LLVM makes of
+# XLA's loops on a CPU is not tested; JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests that too.
+if jax.default_backend() == "cpu":
+    unless = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", unless != "0")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")

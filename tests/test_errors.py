@@ -147,7 +147,9 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             "scale must be a finite number > 0 in float32; got nan": dict(
                 scale=math.nan
             ),
-            "null_slot must be an int or None; got 1.5": dict(null_slot=1.5),
+            "null_slot must be an int or None; got 1.5. It is static": dict(
+                null_slot=1.5
+            ),
             "implementation must be None or one of triton, ...; got 'cuda'": dict(
                 implementation="cuda"
             ),
@@ -289,6 +291,11 @@ def test_a_traced_option_is_told(name):
 def test_a_traced_flag_is_told(name):
     with _says(f"{name} must be a Python bool; got ...Tracer"):
         jax.jit(lambda x: _fused(DENSE | {name: x}))(True)
+
+
+def test_a_traced_null_slot_is_told():
+    with _says("null_slot must be an int or None; got ...static: close over it"):
+        jax.jit(lambda x: _fused(DENSE | dict(null_slot=x)))(0)
 
 
 def test_slots_may_be_a_list_of_traced_numbers():

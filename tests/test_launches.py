@@ -26,11 +26,18 @@ NAMES = [
 CASES = [case for case in testing.CASES if case.name in NAMES]
 
 
-@pytest.mark.parametrize(
-    "kernel", ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
-)
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def _launches():
+    """All of them compiled; interpreted, where warps are nothing, half of them."""
+    for i, case in enumerate(CASES):
+        for j, config in enumerate(CONFIGS):
+            name = f"{case.name}-{config}"
+            marks = pytest.mark.gpu
+            yield pytest.param(case, config, "triton", marks=marks, id=f"{name}-triton")
+            if (i + j) % 2 == 0:
+                yield pytest.param(case, config, "interpret", id=name)
+
+
+@pytest.mark.parametrize(("case", "config", "kernel"), list(_launches()))
 def test_a_pinned_launch_agrees_with_the_oracle(case, config, kernel):
     args, kwargs = testing.make(case)
     want_state, want_out, written = testing.oracle(args, kwargs)

@@ -1,11 +1,13 @@
 """The layer as a Flax module: parameters, state, training, NNX, wrong calls."""
 
+import functools
 import subprocess
 import sys
 
 import flax.linen
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import layers
 import numpy as np
 import pytest
@@ -77,9 +79,35 @@ def test_every_parameter_has_a_finite_gradient(model):
         y, state = layer.apply(params, x)
         return jnp.sum(y**2) + jnp.sum(state.recurrent**2)
 
-    gradients, of_x = jax.grad(loss, argnums=(0, 1))(params, tokens(2, 9))
+    gradients, of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, tokens(2, 9))
     for gradient in [*jax.tree.leaves(gradients), of_x]:
         assert np.isfinite(gradient).all() and np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "implementation"),
+    [("Qwen3.5", "xla"), ("Qwen3.5", "interpret"), ("Kimi-Linear", "xla")],
+)
+def test_gradients_in_chunks_equal_those_token_by_token(model, implementation):
+    layer, params = layers.make(model)
+    x, weights = tokens(2, 18), tokens(2, 18, seed=2)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradients(path, implementation, params, x):
+        def loss(params, x):
+            y, state = layer.apply(params, x, path=path, implementation=implementation)
+            return jnp.sum(y * weights) + jnp.sum(state.recurrent**2)
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
+        got = gradients(None, implementation, params, x)
+        want = gradients("fused", "reference", params, x)
+    bar = testing.TOLERANCE["gradient", "float32"]
+    for (place, g), w in zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        assert testing.relative_error(g, w) < bar, place
 
 
 @pytest.mark.parametrize("model", layers.MODELS)
@@ -170,7 +198,8 @@ def test_the_form_of_a_call_chooses_its_path(lead, keywords, taken, monkeypatch)
 
     spy("fused"), spy("chunk")
     state = layer.init_state(2, columns=2) if "slots" in keywords else None
-    layer.apply(params, tokens(*lead), state, **_arrays(keywords))
+    call = functools.partial(layer.apply, **_arrays(keywords))
+    jax.eval_shape(call, params, tokens(*lead), state)
     assert called == [taken]
 
 
@@ -200,6 +229,7 @@ def test_wrong_fields(fields, words):
         (dict(has_state=[True, True]), "state must be given where has_state is"),
         (dict(path="scan"), "path must be None or one of fused, chunk"),
         (dict(x=jnp.zeros((2, 3, D + 1))), "x must be .* hidden_size"),
+        (dict(x=jnp.zeros((2, 3, D), jnp.int32)), "x must be of a floating.* int32"),
         (dict(cu_seqlens=[0, 2]), "cu_seqlens must be given with packed tokens"),
         (dict(pool=9, slots=[0]), r"slots must be \[N\] or \[N, S\] with N = 2"),
         (dict(pool=9, slots=[0, 1], conv_slots=[0]), "conv_slots must be"),
@@ -215,7 +245,8 @@ def test_wrong_fields(fields, words):
         ),
     ],
 )
-def test_wrong_calls(keywords, words):
+def test_wrong_calls(keywords, words, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     layer, params = layers.make()
     keywords = dict(x=tokens(2, 1)) | _arrays(keywords)
     if "pool" in keywords:

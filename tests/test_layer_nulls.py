@@ -15,16 +15,22 @@ def _same_bits(before, after, slots):
         assert np.array_equal(np.asarray(a)[slots], np.asarray(b)[slots], True)
 
 
-@pytest.mark.parametrize("model", layers.MODELS)
-@pytest.mark.parametrize("lead", [(4, 3), (4,)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("model", "lead"),
+    [
+        *((model, (4, 3)) for model in layers.MODELS),
+        *(("Qwen3.5", lead) for lead in ((4,), (4, 18))),
+        ("Kimi-Linear", (4, 18)),
+    ],
+)
 def test_a_null_row_is_zero_and_changes_nothing(lead, model):
     layer, params = layers.make(model)
     pool = layers.poisoned(layer.init_state(6), jnp.array([0, 1, 3, 5]))
     x = tokens(*lead).at[jnp.array([1, 3])].set(jnp.nan)
     slots = jnp.array([2, -1, 4, 0], jnp.int32)
     y, state = layer.apply(params, x, pool, slots=slots, null_slot=0)
-    want, _ = layer.apply(params, x[::2], layer.init_state(2))
-    assert agree(y[::2], want)
+    want, _ = layer.apply(params, x[::2], layer.init_state(2), path="fused")
+    assert agree(y[::2], want, "chunk" if lead == (4, 18) else "fused")
     assert not np.asarray(y[1::2]).any()
     _same_bits(pool, state, [0, 1, 3, 5])
 
@@ -69,9 +75,10 @@ def test_column_0_is_a_rows_slot_in_the_convolution():
     _same_bits(pool, state, [3, 4, 5])
 
 
-def test_nan_of_null_rows_stays_out_of_gradients():
+@pytest.mark.parametrize("T", [4, 18], ids=["fused", "in chunks"])
+def test_nan_of_null_rows_stays_out_of_gradients(T):
     layer, params = layers.make()
-    x = tokens(3, 4).at[1].set(jnp.nan)
+    x = tokens(3, T).at[1].set(jnp.nan)
     slots = jnp.array([0, -1, 1], jnp.int32)
     pool = layer.init_state(2)
 

@@ -26,6 +26,10 @@ PACKED = testing.Case(
     padding=1,
     **SMALL,
 )
+# for chunk_update: two chunks in a row, and a row of one
+CHUNKED = testing.Case(
+    "chunked", (66, 0, 3), tokens="packed", padding=1, fresh=(2,), **SMALL
+)
 
 
 def _make(case, seed=0):
@@ -33,9 +37,9 @@ def _make(case, seed=0):
     return jax.tree.map(jnp.asarray, testing.make(case, seed))
 
 
-def _update(path):
+def _update(path, op="fused_update"):
     def update(args, arrays):
-        return gdn_jax.fused_update(*args, **arrays, implementation=path)
+        return getattr(gdn_jax, op)(*args, **arrays, implementation=path)
 
     return update
 
@@ -122,10 +126,18 @@ BY_HEADS = ((HEADS,) * 4 + (P("x"), HEADS, HEADS, P("x")), P())
 BY_ROWS = ((P("x"),) * 4 + (P(), P("x"), P("x"), P()), P())
 SHARDED_HEADS = dataclasses.replace(PACKED, H=4, HV=8)
 SHARDED_ROWS = testing.Case("rows", (2,) * 4, slots="none", **SMALL)
+SHARDED_CHUNKS = dataclasses.replace(CHUNKED, H=4, HV=8)
 LAYOUTS = pytest.mark.parametrize(
-    ("case", "specs"),
-    [(SHARDED_HEADS, BY_HEADS), (SHARDED_ROWS, BY_ROWS)],
-    ids=["heads", "rows"],
+    ("case", "specs", "op"),
+    [
+        (SHARDED_HEADS, BY_HEADS, "fused_update"),
+        (SHARDED_ROWS, BY_ROWS, "fused_update"),
+        (SHARDED_CHUNKS, BY_HEADS, "chunk_update"),
+    ],
+    ids=["heads", "rows", "heads, chunked"],
+)
+OPS = pytest.mark.parametrize(
+    ("case", "op"), [(PACKED, "fused_update"), (CHUNKED, "chunk_update")]
 )
 
 
@@ -142,15 +154,15 @@ def _shard(update, mesh, specs, **kwargs):
 
 
 @LAYOUTS
-def test_shards_equal_the_whole(case, specs, path):
-    call, update = _make(case), _update(path)
+def test_shards_equal_the_whole(case, specs, op, path):
+    call, update = _make(case), _update(path, op)
     # Pallas' interpreter fails the check, whatever the kernel.
     sharded = _shard(update, _mesh(), specs, check_vma=path != "interpret")
     _close(jax.jit(sharded)(*call), jax.jit(update)(*call))
 
 
 @LAYOUTS
-def test_gradients_of_shards_equal_the_wholes(case, specs):
+def test_gradients_of_shards_equal_the_wholes(case, specs, op):
     """Sharded rows add up the gradients of A_log and dt_bias, which they share."""
 
     def gradient(update):
@@ -160,20 +172,20 @@ def test_gradients_of_shards_equal_the_wholes(case, specs):
 
         return jax.jit(jax.grad(loss))
 
-    call, update = _make(case), _update("xla")
+    call, update = _make(case), _update("xla", op)
     sharded = _shard(update, _mesh(), specs, check_vma=True)
     _close(gradient(sharded)(*call), gradient(update)(*call))
 
 
 @LAYOUTS
-def test_the_kernel_lowers_for_cuda_inside_shard_map(case, specs):
+def test_the_kernel_lowers_for_cuda_inside_shard_map(case, specs, op):
     mesh = AbstractMesh(
         (4,),
         ("x",),
         axis_types=(AxisType.Auto,),
         abstract_device=aot.ABSTRACT_H200.abstract_device,
     )
-    sharded = _shard(_update("triton"), mesh, specs, check_vma=True)
+    sharded = _shard(_update("triton", op), mesh, specs, check_vma=True)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(sharded).trace(*_make(case))
         assert aot.KERNEL_CALL in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -184,20 +196,22 @@ def test_the_kernel_lowers_for_cuda_under_vmap():
     assert aot.KERNEL_CALL in aot.lower(jax.vmap(_update("triton")), *calls)
 
 
-def test_xla_survives_export():
-    call, update = _make(PACKED), jax.jit(_update("xla"))
+@OPS
+def test_xla_survives_export(case, op):
+    call, update = _make(case), jax.jit(_update("xla", op))
     data = export.export(update)(*call).serialize()
     _close(export.deserialize(data).call(*call), update(*call))
 
 
-def test_the_kernel_survives_export():
+@OPS
+def test_the_kernel_survives_export(case, op):
     """As in fused_update's docstring."""
     allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     make = export.export(
-        jax.jit(_update("triton")), platforms=["cuda"], disabled_checks=[allowed]
+        jax.jit(_update("triton", op)), platforms=["cuda"], disabled_checks=[allowed]
     )
     with jax.sharding.use_abstract_mesh(aot.ABSTRACT_H200):
-        data = make(*_make(PACKED)).serialize()
+        data = make(*_make(case)).serialize()
     restored = export.deserialize(data)
     assert restored.platforms == ("cuda",)
     assert aot.KERNEL_CALL in restored.mlir_module()

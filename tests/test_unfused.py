@@ -1,5 +1,7 @@
 """The unfused pair: gates against float64, and the pair against the fused update."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -71,24 +73,32 @@ def test_the_pair_equals_the_fused_update(path, name):
         assert testing.relative_error(x[~same], y[~same]) < 1e-6
 
 
-def test_nan_in_a_null_rows_logits_reaches_no_gradient(path):
+@functools.cache
+def _nulls():
+    """A call with a null row, and the fused update's gradients of its logits."""
     case = testing.Case("nulls", (2,) * 3, null_rows=(1,), act_dtype="float32")
-    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
-    state = np.nan_to_num(state)
+    (state, q, k, v, *logits), kwargs = testing.make(case)
+    tokens = np.nan_to_num(state), q, k, v
+
+    def fused(*logits):
+        _, out = gdn_jax.fused_update(
+            *tokens, *logits, **kwargs, implementation="reference"
+        )
+        return jax.numpy.sum(out**2)
+
+    return tokens, logits, kwargs, jax.jit(jax.grad(fused, range(4)))(*logits)
+
+
+def test_nan_in_a_null_rows_logits_reaches_no_gradient(path):
+    tokens, logits, kwargs, want = _nulls()
 
     def pair(A_log, a, b, dt_bias):
         gates = gdn_jax.gates(A_log, a, b, dt_bias, implementation=path)
-        tokens = (state, q, k, v, *gates)
-        _, out = gdn_jax.recurrent_update(*tokens, **kwargs, implementation=path)
+        _, out = gdn_jax.recurrent_update(
+            *tokens, *gates, **kwargs, implementation=path
+        )
         return jax.numpy.sum(out**2)
 
-    def fused(A_log, a, b, dt_bias):
-        tokens = (state, q, k, v, A_log, a, b, dt_bias)
-        _, out = gdn_jax.fused_update(*tokens, **kwargs, implementation=path)
-        return jax.numpy.sum(out**2)
-
-    given, places = (A_log, a, b, dt_bias), (0, 1, 2, 3)
-    got = jax.jit(jax.grad(pair, places))(*given)
-    want = jax.jit(jax.grad(fused, places))(*given)
+    got = jax.jit(jax.grad(pair, range(4)))(*logits)
     for x, y in zip(got, want, strict=True):
         assert testing.relative_error(x, y) < 1e-5

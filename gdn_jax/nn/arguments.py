@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.nn.projections import LAYOUTS
@@ -49,6 +50,9 @@ def check_fields(layer: Any) -> None:
 
 
 def check_tokens(x: Array, hidden_size: int) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        remedy = "Embed or cast it first; the layer casts to its own dtype."
+        checks.fail("x", x.dtype, "of a floating dtype", remedy)
     if x.ndim not in (2, 3) or x.shape[-1] != hidden_size:
         D = hidden_size
         wanted = f"[N, T, {D}] (dense) or [L, {D}] (packed)"

@@ -13,6 +13,7 @@ from jax import Array
 from gdn_jax.ops.batch import Batch
 
 FLOATS = ("float32", "bfloat16", "float16")
+STATIC = "It is static: close over it instead of passing it through jit."
 
 
 def fail(name: str, got: object, wanted: str, remedy: str) -> None:
@@ -55,8 +56,7 @@ def _integers_of_list(x: Any) -> np.ndarray | Array:
 
 def flag(name: str, x: Any) -> bool:
     if not isinstance(x, bool | np.bool_):
-        remedy = "It is static: close over it instead of passing it through jit."
-        fail(name, type(x).__name__, "a Python bool", remedy)
+        fail(name, type(x).__name__, "a Python bool", STATIC)
     return bool(x)
 
 
@@ -148,7 +148,7 @@ def null_slot_of(null_slot: Any, num_slots: int, slots: Array | None) -> int | N
     """None where it names no slot: no table is given, or it is outside the pool."""
     is_int = isinstance(null_slot, int | np.integer) and not isinstance(null_slot, bool)
     if null_slot is not None and not is_int:
-        fail("null_slot", repr(null_slot), "an int or None", "It is static.")
+        fail("null_slot", repr(null_slot), "an int or None", STATIC)
     if null_slot is None or slots is None or not 0 <= null_slot < num_slots:
         return None
     return int(null_slot)

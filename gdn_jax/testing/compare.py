@@ -25,6 +25,7 @@ TOLERANCE = {
     # few values, so its rounding is allowed the most that one value's can be
     ("gradient", "float32"): 1e-4,
     ("gradient", "bfloat16"): 4e-3,
+    ("gradient", "float16"): 5e-4,
 }
 
 

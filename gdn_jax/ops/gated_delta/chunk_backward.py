@@ -1,4 +1,4 @@
-"""Gradients of the chunked update as three Pallas kernels behind `prepare`.
+"""Gradients of the chunked update as four Pallas kernels behind `prepare`.
 
 With the letters of chunk_xla.py, dX the cotangent of X, N = (I + A)^-1 - I and
 Y = beta (V - (k exp G) S^T):

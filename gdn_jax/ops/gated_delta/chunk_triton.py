@@ -1,6 +1,6 @@
-"""The recurrence in chunks as two Pallas kernels (Triton lowering).
+"""The recurrence in chunks as three Pallas kernels (Triton lowering).
 
-chunk_prepare.py's computes what needs no state, for all chunks side by side. The one
+chunk_prepare.py's compute what needs no state, for all chunks side by side. The one
 here then carries a tile of a value head's state along a row, a chunk a step, as the
 transpose [K V]: tokens or K are then the 64 rows and more that a warpgroup's product
 needs, and a tile of V can be narrow. The equations are chunk_xla.py's.
@@ -156,7 +156,7 @@ class Walk(NamedTuple):
 def chunk_triton(
     x: Inputs, options: Options, config: ChunkConfig, *, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """Two launches; the pool is aliased in place."""
+    """Three launches; the pool is aliased in place."""
     if len(x.gates.per_token[0].shape) == 3:
         raise NotImplementedError(
             "the chunked kernels take one decay a head, not one for each K (KDA); use "
