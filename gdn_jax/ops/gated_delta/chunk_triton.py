@@ -133,18 +133,16 @@ class Walk(NamedTuple):
         return chunk, Keys(*(chunk.load_keys(refs) for refs in self.keys))
 
     def factors(self, step: Array) -> Ahead:
-        """Zeros past the ends."""
+        """Past the ends of no meaning."""
         chunk, factors = self._place(step), self.prepared.factors
+        # never past the array, so without a mask, on which the next product would wait
+        begin = jnp.clip(chunk.begin, 0, factors.decay.shape[1] - 1)
         return Ahead(
             chunk.load_factor(factors.read),
             chunk.load_factor(factors.fold),
             chunk.load_factor(self.prepared.query),
             chunk.load_factor(factors.beta),
-            _triton.load(
-                factors.decay.at[self.head, chunk.begin],
-                mask=chunk.length > 0,
-                other=0,
-            ),
+            factors.decay[self.head, begin],
         )
 
     def _place(self, step: Array) -> Chunk:
