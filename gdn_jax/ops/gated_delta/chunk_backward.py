@@ -163,7 +163,7 @@ def chunk_backward(
     dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
     chunks = Chunks(x, keys, prepared, dout, walked)
     pulled = pull(chunks, options, config, interpret)
-    return _assemble(x, options, dstate, pulled)
+    return _assemble(x, options, prepared, dstate, pulled)
 
 
 def _walk(
@@ -204,7 +204,9 @@ def _walk(
     return dstate, Walked(*pairs)
 
 
-def _assemble(x: Inputs, options: Options, dstate: Array, pulled: Pulled) -> Inputs:
+def _assemble(
+    x: Inputs, options: Options, prepared: Prepared, dstate: Array, pulled: Pulled
+) -> Inputs:
     """What the kernels left for tokens of live rows alone, through norms and gates."""
     rows = find_rows(x, options)
     *_, live = find_owners(rows, x.q.shape[0], options.tokens_per_row)
@@ -216,10 +218,8 @@ def _assemble(x: Inputs, options: Options, dstate: Array, pulled: Pulled) -> Inp
         """Through y / |y|, of all value heads that read it."""
         gradient = select(gradient).reshape(*y.shape[:2], -1, y.shape[2]).sum(axis=2)
         if options.qk_l2norm:
-            exact = select(y).astype(jnp.float32)
-            square = jnp.sum(exact * exact, axis=-1) + rule.EPSILON
-            along = select(along.sum(axis=0).T).reshape(*y.shape[:2], -1).sum(axis=2)
-            gradient -= exact * (along / square)[..., None]
+            along = select(along.T).reshape(*y.shape[:2], -1).sum(axis=2)
+            gradient -= select(y).astype(jnp.float32) * along[..., None]
         return gradient.astype(y.dtype)
 
     gates = x.gates._replace(
@@ -228,11 +228,13 @@ def _assemble(x: Inputs, options: Options, dstate: Array, pulled: Pulled) -> Inp
     cotangents = Gates(select(pulled.log_decay.sum(axis=0).T), select(pulled.beta.T))
     _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
     [dgates] = pull(cotangents)
+    along_q = pulled.along_q.sum(axis=0) * pulled.q_factor**2
+    along_k = pulled.along_k.sum(axis=0) * prepared.factors.k_factor**2
     zeros = (None,) * 4
     return Inputs(
         dstate,
-        of_key(x.q, pulled.q, pulled.along_q),
-        of_key(x.k, pulled.k, pulled.along_k),
+        of_key(x.q, pulled.q, along_q),
+        of_key(x.k, pulled.k, along_k),
         select(pulled.v),
         dgates,
         *zeros,

@@ -24,9 +24,9 @@ from gdn_jax.ops.gated_delta.chunk_scores import (
 )
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
-# Of an H200, 1x8192 tokens, K = V = 128, us: columns took 454 with 64 of K and 64 of V,
-# 566 to 931 with 32 of either; scores 347, 281 and 251 with 32 of V, one stage, and 64.
-V_OF_SCORES = 128
+# On an H200, 1x8192 tokens, K = V = 128: columns take 471 us so, 566 to 931 with 32 of
+# K or of V; scores 256, 281 with 32 of V, 267 with 128.
+V_OF_SCORES = 64
 V_OF_COLUMNS = 64
 K_OF_COLUMNS = 64
 STAGES = 2  # a third would leave room for one program only
@@ -62,6 +62,7 @@ class Pulled(NamedTuple):
     q, k: by value head, as if their norms were constant     [L HV K]
     v: [L HV V]
     beta: [HV L]
+    q_factor: no gradient, but 1 / |q|                       [HV L]
     log_decay: of the scores, and of every tile of K         [1 + tiles HV L]
     along_q, along_k: q and k times their gradients, summed over K, in the same parts
     """
@@ -70,6 +71,7 @@ class Pulled(NamedTuple):
     k: Any
     v: Any
     beta: Any
+    q_factor: Any
     log_decay: Any
     along_q: Any
     along_k: Any
@@ -87,7 +89,8 @@ def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
 def _pull_scores(
     given: Chunks, chunk: Chunk, outputs: tuple[Any, ...], options: Options
 ) -> None:
-    *WZ, dv_ref, dbeta_ref, dlog_decay_ref, along_q_ref, along_k_ref = outputs
+    W_refs, Z_refs, sum_refs = outputs[:2], outputs[2:4], outputs[-3:]
+    dv_ref, dbeta_ref, q_ref = outputs[4:-3]
     factors, walked = given.prepared.factors, given.walked
     beta = chunk.load_factor(factors.beta)
 
@@ -109,28 +112,26 @@ def _pull_scores(
     q, k = (chunk.load_keys(refs) for refs in given.keys)
     A = KeyScores.of(k, G, beta, chunk, options)
     Z = -dy_u * A.weight  # of k k^T, in A
-    chunk.store_square(WZ[2:], cut(Z + Z.T))
+    chunk.store_square(Z_refs, cut(Z + Z.T))
     in_A = Z * A.products
     B = QueryScores.of(q, k, G, k_factor, chunk, options)
     W = do_u * B.weight  # of q k^T, in B
-    chunk.store_square(WZ[:2], cut(W))
+    chunk.store_square(W_refs, cut(W))
     in_B = W * B.products
-    in_both = in_A + in_B
+    dlog_decay, columns = _sum_below(in_A + in_B)
+    sums = (dlog_decay, in_B.sum(axis=1), columns + in_A.sum(axis=1))
     part = jnp.zeros_like(chunk.head)
+    for ref, value in zip(sum_refs, sums, strict=True):
+        chunk.store_factor(ref, value, part)
     chunk.store_factor(dbeta_ref, dbeta)
-    chunk.store_factor(dlog_decay_ref, _sum_straddling(in_both), part)
-    chunk.store_factor(along_q_ref, in_B.sum(axis=1), part)
-    chunk.store_factor(along_k_ref, in_both.sum(axis=0) + in_A.sum(axis=1), part)
+    chunk.store_factor(q_ref, B.q_factor / options.scale)
 
 
 def columns_kernel(
     inputs: tuple[Any, Chunks, Pair, Pair],
     dq_ref: Any,
     dk_ref: Any,
-    dlog_decay_ref: Any,
-    along_q_ref: Any,
-    along_k_ref: Any,
-    *,
+    *sum_refs: Any,
     options: Options,
 ) -> None:
     """The gradients of some columns of q and k, and what the states and these columns
@@ -161,9 +162,9 @@ def columns_kernel(
         held = jnp.where(i >= m, (asked + read)[:, None], folded[:, None])
         left = factors.decay[chunk.head, chunk.begin]
         dlog_decay = jnp.sum(held, axis=0) + inner * left
-        chunk.store_factor(dlog_decay_ref, dlog_decay, tile + 1)
-        chunk.store_factor(along_q_ref, asked, tile + 1)
-        chunk.store_factor(along_k_ref, read + folded, tile + 1)
+        sums = (dlog_decay, asked, read + folded)
+        for ref, value in zip(sum_refs, sums, strict=True):
+            chunk.store_factor(ref, value, tile + 1)
 
 
 def _through_states(
@@ -206,13 +207,14 @@ def _over_values(body: Any, given: Chunks, most: int, carry: Any) -> Any:
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
-def _sum_straddling(M: Array) -> Array:
-    """For every m the sum of M_ij over j < m <= i: the pairs whose decay G_i - G_j has
-    the log-decay of m in it. As a difference of running sums it would cancel."""
+def _sum_below(M: Array) -> tuple[Array, Array]:
+    """Of a lower triangle, for every m the sum of M_ij over j < m <= i, the pairs whose
+    decay G_i - G_j has the log-decay of m in it; and the sums of its columns. As a
+    difference of running sums the first would cancel."""
     m, i = square()
     until = (jnp.where(i >= m, 1.0, 0.0).astype(jnp.bfloat16),)
-    suffix = dot(until, cut(M, 3))  # [m j]
-    return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1)
+    suffix = dot(until, cut(M))  # [m j]
+    return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1), diagonal(suffix)
 
 
 def pull(
@@ -229,11 +231,12 @@ def pull(
         interpret=interpret,
     )
     squares = [((HV, L, CHUNK), jnp.bfloat16)] * 4
+    factors = [((HV, L), jnp.float32)] * 2
     sums = [((1 + tiles, HV, L), jnp.float32)] * 3
-    *WZ, dv, dbeta, dlog_decay, along_q, along_k = run(
+    *WZ, dv, dbeta, q_factor, dlog_decay, along_q, along_k = run(
         functools.partial(scores_kernel, options=options),
         given,
-        [*squares, (x.v.shape, x.v.dtype), ((HV, L), jnp.float32), *sums],
+        [*squares, (x.v.shape, x.v.dtype), *factors, *sums],
         grid=(HV, chunks),
         aliases={},
     )
@@ -244,4 +247,4 @@ def pull(
         grid=(tiles, HV, chunks),
         aliases={0: 2, 1: 3, 2: 4},
     )
-    return Pulled(dq, dk, dv, dbeta, *sums)
+    return Pulled(dq, dk, dv, dbeta, q_factor, *sums)
