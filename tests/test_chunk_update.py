@@ -167,7 +167,7 @@ def test_gradients_are_the_oracles(case, implementation):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("KDA", (70,) * 2, kda=True, H=4, act_dtype="float32"),
+        Case("KDA", (70,) * 2, kda=True, act_dtype="float32"),
         Case(
             "KDA, ragged nulls",
             (66, 2, 0, 65, 3),
