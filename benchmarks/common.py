@@ -97,27 +97,35 @@ def wait() -> None:
 def time_contender(
     suite: Suite, name: str, problem: Problem, inputs, expected
 ) -> dict[str, Any]:
-    """One row of a results file. `first_call_s` is what a user waits for the first
-    call, compilation included; a peer may have compiled for an earlier problem."""
+    """One row of a results file; nothing that a peer does ends the run."""
     row = {"contender": name, **dataclasses.asdict(problem)}
     ours = suite.ours(problem)
-    build = ours[name] if name in ours else suite.peers(problem)[name]
+    is_ours = name in ours
+    build = ours[name] if is_ours else suite.peers(problem)[name]
+    tolerance = functools.partial(suite.tolerance, problem, is_ours=is_ours)
     try:
         call = build(problem, inputs)
-        wait()
-        begin = time.perf_counter()
-        call.run(0)
-        wait()
-        row["first_call_s"] = time.perf_counter() - begin
-        errors = errors_of(expected, call.result())
+        return row | check_and_time(call, problem, expected, tolerance)
     except (peers.Unavailable, NotImplementedError) as reason:
         return row | {"absent": str(reason)}
     except Exception as error:
-        if name in ours:
+        if is_ours:
             raise
         return row | {"absent": f"failed: {type(error).__name__}: {error}"[:400]}
+
+
+def check_and_time(
+    call: peers.Call, problem: Problem, expected, tolerance: Callable[[str], float]
+) -> dict[str, Any]:
+    """What a row says of a call. `first_call_s` is what a user waits for the first
+    call, compilation included; a peer may have compiled for an earlier problem."""
+    wait()
+    begin = time.perf_counter()
+    call.run(0)
+    wait()
+    row = {"first_call_s": time.perf_counter() - begin}
+    errors = errors_of(expected, call.result())
     row |= {"note": call.note, "errors": errors}
-    tolerance = functools.partial(suite.tolerance, problem, is_ours=name in ours)
     if not passed(tolerance, errors):
         return row | {"absent": "wrong results"}
     found = timing.measure(call.run, REPEATS, wait=wait, belongs=call.kernels)

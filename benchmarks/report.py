@@ -10,19 +10,22 @@ import pathlib
 import re
 
 import reports.chunked
+import reports.conv
 import reports.layer
 import reports.update
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia_h200"
 
-# Each draws a suite's picture into a folder and returns its tables by marker.
+# Each draws a suite's picture, if it has one, into a folder and returns its tables by
+# marker.
 REPORTS = {
     "decode": reports.update.decode,
     "verify": reports.update.verify,
     "prefill": reports.chunked.prefill,
     "train": reports.chunked.train,
     "layer": reports.layer.layer,
+    "conv": reports.conv.conv,
 }
 
 

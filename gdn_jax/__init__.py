@@ -6,13 +6,15 @@ gates, recurrent_update     the same in two launches, for gates of your own
 causal_conv1d, ConvState    the convolution before it, and its state in slots
 gated_rms_norm              the norm behind it, with its output gate
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
-LaunchConfig, ChunkConfig   a kernel's launch, to pin
+LaunchConfig, ChunkConfig,  a kernel's launch, to pin
+ConvConfig
 testing                     cases, an oracle, tolerances, check_slots
 """
 
 from gdn_jax import testing
 from gdn_jax.ops.causal_conv1d.api import causal_conv1d
 from gdn_jax.ops.causal_conv1d.call import ConvState
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig
 from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
 from gdn_jax.ops.gated_delta.chunk_api import chunk_update
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig, LaunchConfig
@@ -23,6 +25,7 @@ from gdn_jax.pool import SlotPool, copy_slots
 __version__ = "0.1.0"
 __all__ = [
     "ChunkConfig",
+    "ConvConfig",
     "ConvState",
     "LaunchConfig",
     "SlotPool",

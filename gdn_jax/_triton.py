@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 load = pltriton.load
 store = pltriton.store
 dot = pltriton.dot
+barrier = pltriton.debug_barrier
 
 MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 

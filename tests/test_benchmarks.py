@@ -9,11 +9,12 @@ import sys
 import pytest
 
 import gdn_jax
+from gdn_jax import ConvConfig
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("suite", ["decode", "verify", "prefill", "train"])
+@pytest.mark.parametrize("suite", ["decode", "verify", "prefill", "train", "conv"])
 def test_help(suite):
     command = [sys.executable, BENCHMARKS / f"{suite}.py", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -21,7 +22,7 @@ def test_help(suite):
     assert "--quick" in found.stdout
 
 
-@pytest.mark.parametrize("suite", ["prefill", "train"])
+@pytest.mark.parametrize("suite", ["prefill", "train", "conv"])
 def test_problems_build(suite, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     problems = importlib.import_module(suite).problems()
@@ -49,3 +50,88 @@ def test_a_right_result_passes_and_another_does_not(lengths, monkeypatch):
     assert common.passed(tolerance, errors)
     call.run(1)
     assert not common.passed(tolerance, common.errors_of(expected, call.result()))
+
+
+CONV = [dict(N=20), dict(N=3, T=4, S=4), dict(N=3, T=4, S=4, lengths=(4, 1, 3))]
+CONV += [dict(N=2, T=9), dict(N=3, T=9, lengths=(1, 9, 17))]
+
+
+@pytest.mark.parametrize("sizes", CONV, ids=str)
+def test_a_right_convolution_passes_and_another_does_not(sizes, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common, conv = (importlib.import_module(n) for n in ("common", "conv"))
+    monkeypatch.setattr(conv, "L2_BYTES", 1)  # few sets of inputs
+    problem = conv.Problem(**sizes, C=40)
+    inputs = conv.make_inputs(problem)
+    expected = conv.expect(problem, inputs)
+    call = conv.ours(problem, inputs, implementation="xla")
+    tolerance = functools.partial(conv.tolerance, problem, is_ours=True)
+    call.run(0)
+    errors = common.errors_of(expected, call.result())
+    assert errors.keys() == {"state", "out"}
+    assert common.passed(tolerance, errors)
+    call.run(1)
+    assert not common.passed(tolerance, common.errors_of(expected, call.result()))
+
+
+def test_the_heuristics_launch_is_timed_among_its_neighbours(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    conv = importlib.import_module("conv")
+    for problem in conv.problems():
+        configs = conv.candidates(problem)
+        assert problem.heuristic == configs[0]
+        assert 4 <= len(set(configs)) == len(configs)
+        assert all(isinstance(config, ConvConfig) for config in configs)
+        assert len(conv.contenders(problem, tune=True)) == 2 + len(configs)
+        assert list(conv.contenders(problem, tune=False)) == ["triton", "xla"]
+
+
+def _result(rows):
+    versions = {"jax": "0"}
+    header = dict(device="a GPU", date="2026-01-01", commit="0" * 40)
+    return header | dict(versions=versions, copy_tb_per_s=4.0, rows=rows)
+
+
+def test_the_convolutions_table_holds_what_was_measured(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("report")
+    plain = dict(N=8, T=1, S=1, lengths=[])
+    time = dict(median_us=2.0, tb_per_s=3.0)
+    rows = [
+        plain | time | dict(contender="triton"),
+        plain | time | dict(contender="triton tokens=1", median_us=1.0),
+        plain | dict(contender="vllm_conv_update", absent="not here"),
+        plain | time | dict(contender="triton", T=4, S=4, lengths=[4] * 8),
+        plain | time | dict(contender="xla", N=2, T=9, lengths=[9, 9]),
+    ]
+    [(marker, text)] = report.REPORTS["conv"](_result(rows), None).items()
+    assert marker == "conv"
+    assert "| gdn_jax | 2.0 |" in text and "75%" in text
+    assert "vLLM is absent: not here" in text
+    assert "| 8, packed |" in text and "| 2 ragged, 18 in all |" in text
+    assert "tokens=1" not in text and "1.0" not in text
+
+
+def test_a_peer_that_fails_while_it_is_timed_is_a_row(monkeypatch):
+    """And so is one that cannot be built; a failure of ours ends the run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common, conv = (importlib.import_module(n) for n in ("common", "conv"))
+    monkeypatch.setattr(conv, "L2_BYTES", 1)
+    problem = conv.Problem(2, C=40)
+    peer = functools.partial(conv.ours, implementation="xla")
+    suite = conv.suite(tune=False)._replace(peers=lambda problem: {"peer": peer})
+    inputs = conv.make_inputs(problem)
+    expected = conv.expect(problem, inputs)
+    monkeypatch.setattr(common.timing, "measure", _fail)
+    row = common.time_contender(suite, "peer", problem, inputs, expected)
+    assert row["absent"] == "failed: RuntimeError: no kernels"
+    with pytest.raises(RuntimeError, match="no kernels"):
+        common.time_contender(suite, "xla", problem, inputs, expected)
+    for name in conv.peers_of(problem):
+        row = common.time_contender(conv.suite(tune=False), name, problem, inputs, {})
+        assert "absent" in row
+
+
+def _fail(*args, **kwargs):
+    raise RuntimeError("no kernels")

@@ -13,18 +13,16 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import gdn_jax
-from gdn_jax import ConvState, testing
-from gdn_jax.ops.causal_conv1d import tuning
-from gdn_jax.ops.causal_conv1d.tuning import Blocks
+from gdn_jax import ConvConfig, ConvState, testing
 
 KERNELS = pytest.mark.parametrize(
     "kernel", ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 )
-BLOCKS = [
-    Blocks(tokens=4, ahead=2),
-    Blocks(tokens=4, ahead=4, each=2),
-    Blocks(tokens=8, ahead=4, parts=2),
-    Blocks(tokens=32, ahead=8, each=2, parts=2, num_warps=2),
+CONFIGS = [
+    ConvConfig(tokens=4, ahead=2),
+    ConvConfig(tokens=4, ahead=4, each=2),
+    ConvConfig(tokens=8, ahead=4, parts=2),
+    ConvConfig(tokens=32, ahead=8, each=2, parts=2, num_warps=2),
 ]
 
 
@@ -61,10 +59,10 @@ def _make(lengths, cu_seqlens=None, *, C=70, W=4, S=1, dtypes=("float32",) * 3):
     return (ConvState(buffer, jnp.asarray(start)), x, weight), kwargs
 
 
-def _agrees(args, kwargs, kernel):
+def _agrees(args, kwargs, kernel, config=None):
     """With the oracle; its state to the bit, in slots that are not written as well."""
     call = functools.partial(gdn_jax.causal_conv1d, *args, **kwargs)
-    state, y = call(implementation=kernel)
+    state, y = call(implementation=kernel, config=config)
     want, want_y = call(implementation="reference")
     want = want.turned(args[0].start)
     assert np.array_equal(state.start, want.start)
@@ -75,12 +73,30 @@ def _agrees(args, kwargs, kernel):
 
 
 @KERNELS
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("S", [1, 4])
-def test_any_launch_agrees_with_the_oracle(blocks, S, kernel, monkeypatch):
+def test_any_launch_agrees_with_the_oracle(config, S, kernel):
     """Several blocks of tokens and of channels, the last of them not full."""
-    monkeypatch.setattr(tuning, "choose", lambda *_: blocks)
-    _agrees(*_make((3, 1, 2, 0, 19, 33, 4, 1, 8), S=S), kernel)
+    _agrees(*_make((3, 1, 2, 0, 19, 33, 4, 1, 8), S=S), kernel, config)
+
+
+@KERNELS
+@pytest.mark.parametrize("T", [1, 2, 9])
+def test_any_launch_of_dense_rows_gives_the_same(T, kernel):
+    """Blocks shorter than the filter too, where they hold a row."""
+    random = np.random.default_rng(T)
+    x = jnp.asarray(random.standard_normal((2, T, 70)), jnp.float32)
+    weight = jnp.asarray(random.standard_normal((70, 4)), jnp.float32)
+    state = ConvState.from_dense(jnp.asarray(random.standard_normal((2, 70, 3))))
+    call = functools.partial(
+        gdn_jax.causal_conv1d, state, x, weight, implementation=kernel
+    )
+    short = [ConvConfig(T, ahead=1), ConvConfig(T, T, each=4)] if T < 3 else []
+    want = call()
+    for config in CONFIGS + short:
+        got = call(config=config)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert np.array_equal(a, b)
 
 
 @KERNELS
@@ -89,10 +105,9 @@ def test_any_launch_agrees_with_the_oracle(blocks, S, kernel, monkeypatch):
     [[0, 9, 9, 5, 5], [9, 0, 9, 0, 0], [4, 9, 1, 3, 3], [7, 9, 9, 9, 12], [0] * 5],
     ids=str,
 )
-def test_any_boundaries_agree_with_the_oracle(cu_seqlens, kernel, monkeypatch):
+def test_any_boundaries_agree_with_the_oracle(cu_seqlens, kernel):
     """Tokens before, between and behind the rows; boundaries that fall."""
-    monkeypatch.setattr(tuning, "choose", lambda *_: BLOCKS[1])
-    _agrees(*_make((3, 0, 4, 5), cu_seqlens), kernel)
+    _agrees(*_make((3, 0, 4, 5), cu_seqlens), kernel, CONFIGS[1])
 
 
 @KERNELS

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gdn_jax
 
-N, T, L, P, S, H, HV, K, V = 2, 3, 5, 7, 3, 2, 4, 8, 6
+N, T, L, P, S, H, HV, K, V, C, W = 2, 3, 5, 7, 3, 2, 4, 8, 6, 5, 4
 LOGITS = ("A_log", "a", "b", "dt_bias")
 
 
@@ -340,6 +340,77 @@ def test_arrays_over_explicit_mesh_axes_are_told():
 def test_a_wrong_config_is_told(fields, text):
     with _says(text):
         gdn_jax.LaunchConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (dict(tokens=0, ahead=1), "tokens must be a positive power of two; got 0"),
+        (dict(tokens=8, ahead=3), "ahead must be a positive power of two; got 3"),
+        (dict(tokens=8, ahead=True), "ahead must be a positive ...; got True"),
+        (dict(tokens=8, ahead=8, each=2.0), "each must be a positive ...; got 2.0"),
+        (dict(tokens=8, ahead=8, parts=-2), "parts must be a positive ...; got -2"),
+        (dict(tokens=8, ahead=8, num_warps=3), "num_warps must be a ...; got 3"),
+        (dict(tokens=8, ahead=16), "ahead must be at most tokens = 8, ...; got 16"),
+        (
+            dict(tokens=8, ahead=8, num_warps=64),
+            "num_warps must be at most 32, CUDA's limit of a block; got 64",
+        ),
+    ],
+)
+def test_a_wrong_config_of_the_convolution_is_told(fields, text):
+    with _says(text):
+        gdn_jax.ConvConfig(**fields)
+
+
+CONV = dict(
+    state=gdn_jax.ConvState.zeros(P, C, W, jnp.float32),
+    x=zeros(N, T, C),
+    weight=zeros(C, W),
+    slots=ints(N),
+)
+CONV_PACKED = CONV | dict(x=zeros(L, C), cu_seqlens=ints(N + 1))
+
+
+@_table(
+    (
+        CONV,
+        {
+            "x must be [N, T, C] ... C = 5, ...; got (2, 5, 3). Channels come last": (
+                dict(x=zeros(N, C, T))
+            ),
+            "weight must be [C, W] with C = 5 and W >= 1; got (4, 5)": dict(
+                weight=zeros(W, C)
+            ),
+            "weight must be [C, W] with C = 6 and W >= 1; got (5, 4)": dict(
+                x=zeros(N, T, 6)
+            ),
+            "config must be a ConvConfig or None; got {'tokens': 8}": dict(
+                config={"tokens": 8}
+            ),
+            "config must be a ConvConfig or None; got ChunkConfig": dict(
+                config=gdn_jax.ChunkConfig()
+            ),
+            "config.tokens must be W - 1 = 3 or more ... 3 tokens; got 2. Take 4": (
+                dict(config=gdn_jax.ConvConfig(2, 1))
+            ),
+        },
+    ),
+    (
+        CONV_PACKED,
+        {
+            "x must be ... or [L, C] with C = 5...; got (5, 7). Channels come last": (
+                dict(x=zeros(C, 7))
+            ),
+            "config.tokens must be W - 1 = 3 or more ... 5 tokens; got 1. Take 4": (
+                dict(config=gdn_jax.ConvConfig(1, 1))
+            ),
+        },
+    ),
+)
+def test_a_wrong_call_of_the_convolution_is_told(call, text):
+    with _says(text):
+        gdn_jax.causal_conv1d(**call)
 
 
 @pytest.fixture

@@ -34,6 +34,23 @@ class Problem(Protocol):
     def act_dtype(self) -> str: ...
 
 
+class ConvProblem(Protocol):
+    """One measurement of the convolution."""
+
+    @property
+    def N(self) -> int: ...  # rows
+    @property
+    def T(self) -> int: ...  # tokens of a row, where `lengths` is empty
+    @property
+    def lengths(self) -> tuple[int, ...]: ...  # of packed rows
+    @property
+    def C(self) -> int: ...  # channels
+    @property
+    def W(self) -> int: ...  # taps of the filter
+    @property
+    def S(self) -> int: ...  # more than 1: a speculative step of so many tokens at most
+
+
 Inputs: TypeAlias = Mapping[str, Any]
 Result: TypeAlias = dict[str, np.ndarray]
 
@@ -50,7 +67,9 @@ class Call:
     result(): float32 arrays by name, those that can be told: after calls of an update
         the pool "state" [P, HV, V, K] and the last call's "out" [N*T, HV, V]; after
         calls of prefill or train the last call's "state" and "out", and gradients as
-        "d_q" and so on, all shaped like the set's arrays.
+        "d_q" and so on, all shaped like the set's arrays; after calls of the
+        convolution the last call's "state" [N, C, W - 1 + S - 1], the inputs its rows
+        still need, oldest first, and "out" of its x's shape.
     kernels(name): whether a device kernel of this name belongs to the peer.
     note: what this peer does less or more than our kernel.
     moved_bytes: least traffic of a call, where that is not the problem's.
@@ -64,6 +83,7 @@ class Call:
 
 
 Peer: TypeAlias = Callable[[Problem, Inputs], Call]
+ConvPeer: TypeAlias = Callable[[ConvProblem, Inputs], Call]
 
 
 def require(condition: bool, reason: str) -> None:

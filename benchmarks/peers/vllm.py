@@ -36,7 +36,7 @@ def vllm_packed_decode(problem: Problem, inputs: Inputs) -> Call:
     import torch
 
     x = Tensors.of(inputs)
-    state, slots = _above_null_slot(inputs["state"], x.slots)
+    state, slots = above_null_slot(inputs["state"], x.slots)
     out = x.v.new_empty(problem.N, 1, problem.HV, problem.V)
     step = functools.partial(
         kernels.fused_recurrent_gated_delta_rule_packed_decode,
@@ -73,7 +73,7 @@ def _fused_sigmoid_gating(
     import torch
 
     x = Tensors.of(inputs)
-    state, slots = _above_null_slot(inputs["state"], x.slots)
+    state, slots = above_null_slot(inputs["state"], x.slots)
     boundaries = torch.arange(problem.N + 1, device=state.device) * problem.T
     step = functools.partial(
         kernels.fused_sigmoid_gating_delta_rule_update,
@@ -106,7 +106,7 @@ def _fused_sigmoid_gating(
     )
 
 
-def _above_null_slot(
+def above_null_slot(
     array: jax.Array, slots: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The pool and the tables one slot up: vLLM's slot 0 is nobody's and is skipped."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 
-from reports.style import STYLE, legend, line, markdown, source
+from reports.style import STYLE, absences, legend, line, markdown, source
 
 
 def title_of(row: dict) -> str:
@@ -59,23 +59,8 @@ def tables(result: dict) -> str:
         for name, rows in times.items()
     ]
     lines += [*markdown("relative error (state, gradients)", titles, errors), ""]
-    lines += absences(result, titles)
+    lines += absences(result["rows"], title_of)
     return "\n".join([*lines, source(result)])
-
-
-def absences(result: dict, titles: list[str]) -> list[str]:
-    """Who is absent where, and why: a paragraph each."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for row in result["rows"]:
-        if "absent" in row:
-            places = found.setdefault((row["contender"], row["absent"]), [])
-            places.append(title_of(row))
-    return [
-        f"{STYLE[name][0]} is absent"
-        + ("" if places == titles else f" at {'; '.join(places)}")
-        + f": {reason}\n"
-        for (name, reason), places in found.items()
-    ]
 
 
 def _worst_error(row: dict) -> str:

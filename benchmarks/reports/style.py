@@ -1,6 +1,6 @@
 """How contenders look, and what pictures and tables of all suites share."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import matplotlib
 
@@ -20,6 +20,10 @@ STYLE = {
     "fla_chunk_given_gates": ("FLA (gates given)", "#CC79A7", "X"),
     "fla_chunk_forward": ("FLA, forward alone", "#CC79A7", "P"),
     "fla_chunk_train": ("FLA, forward and backward", "#CC79A7", "X"),
+    "vllm_conv_update": ("vLLM", "#009E73", "^"),
+    "vllm_conv": ("vLLM", "#009E73", "^"),
+    "fla_conv_update": ("FLA (rows gathered beforehand)", "#CC79A7", "P"),
+    "fla_conv": ("FLA (rows gathered beforehand, new caches)", "#CC79A7", "P"),
     "token_by_token": ("gdn_jax, token by token", "#0072B2", "s"),
     "xla": ("XLA", "#666666", "x"),
     "slots": ("slots copied in place", "#999999", "1"),
@@ -50,6 +54,22 @@ def markdown(
         f"| {head} | {' | '.join(columns)} |",
         "| --- |" + " ---: |" * len(columns),
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
+    ]
+
+
+def absences(rows: list[dict], title_of: Callable[[dict], str]) -> list[str]:
+    """Who is absent where, and why: a paragraph each."""
+    titles = list(dict.fromkeys(map(title_of, rows)))
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "absent" in row:
+            places = found.setdefault((row["contender"], row["absent"]), [])
+            places.append(title_of(row))
+    return [
+        f"{STYLE[name][0]} is absent"
+        + ("" if places == titles else f" at {'; '.join(places)}")
+        + f": {reason}\n"
+        for (name, reason), places in found.items()
     ]
 
 

@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.batch import Batch
-from gdn_jax.ops.causal_conv1d import tuning
 from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
 from gdn_jax.ops.causal_conv1d.reference import reference
 from gdn_jax.ops.causal_conv1d.triton import triton
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig, heuristic, next_power_of_2
 from gdn_jax.ops.causal_conv1d.xla import xla
 
 ACTIVATIONS = ("silu", None)
@@ -32,6 +32,7 @@ def causal_conv1d(
     has_state: ArrayLike | None = None,
     null_slot: int | None = None,
     implementation: str | None = None,
+    config: ConvConfig | None = None,
 ) -> tuple[ConvState, Array]:
     """Depthwise causal convolution of each sequence's channels: (state, y).
 
@@ -61,6 +62,8 @@ def causal_conv1d(
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
         "reference"; None: triton where it can run, else xla.
+      config: the kernel's launch; None takes a heuristic of the sizes. `xla` and
+        `reference` have no launch.
 
     Null rule: as in `fused_update`; a null row's `y` is exactly zero and its slot keeps
     its bits. Undefined: one slot given to two live rows, and one token to two rows, by
@@ -78,6 +81,22 @@ def causal_conv1d(
       NotImplementedError: the implementation asked for cannot run here.
 
     Transformations: as in `fused_update`. `jax.grad` of the kernel runs `xla` backward.
+
+    Example, sums of three: five tokens into slot 2, then one more.
+
+        >>> import functools, jax, jax.numpy as jnp
+        >>> from gdn_jax import ConvState, causal_conv1d
+        >>> sums = functools.partial(causal_conv1d, activation=None)
+        >>> sums = jax.jit(sums, donate_argnums=0)
+        >>> state = ConvState.zeros(4, channels=2, width=3, dtype=jnp.float32)
+        >>> x = jnp.arange(12.0).reshape(1, 6, 2)
+        >>> weight, slots = jnp.ones((2, 3)), jnp.array([2], jnp.int32)
+        >>> state, y = sums(state, x[:, :5], weight, slots=slots)
+        >>> y[0, :, 0].tolist()
+        [0.0, 2.0, 6.0, 12.0, 18.0]
+        >>> state, y = sums(state, x[:, 5:], weight, slots=slots)
+        >>> y.tolist()
+        [[[24.0, 27.0]]]
     """
     _dispatch.check_name(implementation)
     inputs, options, shape = _pack(
@@ -89,40 +108,48 @@ def causal_conv1d(
         checks.tables(slots, cu_seqlens, num_accepted, has_state),
         null_slot,
     )
+    _check_config(config, inputs, options)
     buffer, start = inputs.state
     varying = ConvState(
         _triton.varying_like(buffer, inputs),
         _triton.varying_like(start, (start, inputs.tables)),
     )
     inputs = inputs._replace(state=varying)
-    new, y = _dispatch.run(_paths(inputs, options), implementation)
+    new, y = _dispatch.run(_paths(inputs, options, config), implementation)
     return new, y.reshape(shape)
 
 
 def _paths(
-    x: Inputs, options: Options
+    x: Inputs, options: Options, config: ConvConfig | None
 ) -> dict[str, Callable[[], tuple[ConvState, Array]]]:
     if 0 in (*x.x.shape, x.num_rows, *x.state.buffer.shape):
         nothing = x.state, jnp.zeros_like(x.x)
         return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
 
+    num_tokens, channels = x.x.shape
+    launch = config or heuristic(
+        num_tokens,
+        x.num_rows,
+        channels,
+        x.weight.shape[1],
+        x.x.dtype.itemsize,
+        ragged=options.tokens_per_row is None,
+    )
+
     def run_triton():
         _triton.device_kind(x)
-        return _launched(COMPILED, options, tuning.choose(x, options), x)
-
-    def run_interpreted():
-        return _launched(INTERPRETED, options, tuning.choose(x, options), x)
+        return _launched(COMPILED, options, launch, x)
 
     return {
         "triton": run_triton,
-        "interpret": run_interpreted,
+        "interpret": lambda: _launched(INTERPRETED, options, launch, x),
         "xla": lambda: _xla(x, options),
         "reference": lambda: _reference(x, options),
     }
 
 
-def _interpreted(x: Inputs, options: Options, blocks: tuning.Blocks):
-    return triton(x, options, blocks, interpret=True)
+def _interpreted(x: Inputs, options: Options, config: ConvConfig):
+    return triton(x, options, config, interpret=True)
 
 
 def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array]:
@@ -158,11 +185,8 @@ def _pack(
     x, weight = checks.floating("x", x), checks.floating("weight", weight)
     if x.ndim not in (2, 3):
         checks.fail("x", x.shape, "[N, T, C] (dense) or [L, C] (packed)", "Reshape it.")
-    channels = x.shape[-1]
-    if weight.ndim != 2 or weight.shape[0] != channels or weight.shape[1] == 0:
-        wanted = f"[C, W] with C = {channels} and W >= 1"
-        checks.fail("weight", weight.shape, wanted, "Channels come first.")
-    width = weight.shape[1]
+    _check_weight(weight, x)
+    channels, width = weight.shape
     if bias is not None:
         bias = checks.floating("bias", bias)
         if bias.shape != (channels,):
@@ -189,6 +213,31 @@ def _pack(
     packed = x.reshape(-1, channels)
     inputs = Inputs(ConvState(buffer, start), packed, weight, bias, tables)
     return inputs, options, x.shape
+
+
+def _check_weight(weight: Array, x: Array) -> None:
+    channels = x.shape[-1]
+    if weight.ndim == 2 and weight.shape[1] > 0 and weight.shape[0] == channels:
+        return
+    if weight.ndim == 2 and x.shape[-2] == weight.shape[0]:
+        wanted = f"[N, T, C] or [L, C] with C = {weight.shape[0]}, as weight [C, W] has"
+        remedy = "Channels come last in x (x.swapaxes(-1, -2)) and first in weight."
+        checks.fail("x", x.shape, wanted, remedy)
+    wanted = f"[C, W] with C = {channels} and W >= 1"
+    checks.fail("weight", weight.shape, wanted, "Channels come first.")
+
+
+def _check_config(config: ConvConfig | None, x: Inputs, options: Options) -> None:
+    if config is None:
+        return
+    if not isinstance(config, ConvConfig):
+        raise ValueError(f"config must be a ConvConfig or None; got {config!r}.")
+    most, back = options.tokens_per_row, x.weight.shape[1] - 1
+    most = x.x.shape[0] if most is None else most
+    if config.tokens < min(back, most):
+        wanted = f"W - 1 = {back} or more where a row may have {most} tokens"
+        remedy = f"Take {next_power_of_2(min(back, most))}."
+        checks.fail("config.tokens", config.tokens, wanted, remedy)
 
 
 def _check_tables(

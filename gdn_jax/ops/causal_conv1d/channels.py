@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.causal_conv1d.tuning import Blocks
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig
 
 Values: TypeAlias = tuple[Array, ...]  # [B 1] for each channel of a lane
 Columns: TypeAlias = tuple[Values, ...]
@@ -31,11 +31,11 @@ class Channels:
     masked: bool  # the block may reach past the last channel
 
     @classmethod
-    def of(cls, channels: int, index: Array, blocks: Blocks) -> "Channels":
+    def of(cls, channels: int, index: Array, config: ConvConfig) -> "Channels":
         """The `index`-th block of so many channels."""
-        size = blocks.channels // blocks.parts
-        first = tuple(index * blocks.channels + i * size for i in range(blocks.parts))
-        return cls(first, blocks.lanes, blocks.each, channels % blocks.channels != 0)
+        size = config.channels // config.parts
+        first = tuple(index * config.channels + i * size for i in range(config.parts))
+        return cls(first, config.lanes, config.each, channels % config.channels != 0)
 
     def load(self, ref, wanted: Array, *index) -> Values:
         """Channels along the last axis of `ref`; zeros unless `wanted`."""

@@ -37,7 +37,7 @@ from gdn_jax.ops.causal_conv1d.call import (
     find_rows,
 )
 from gdn_jax.ops.causal_conv1d.channels import Channels, Columns, Values
-from gdn_jax.ops.causal_conv1d.tuning import Blocks
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig
 
 MINUS_LOG2_E = -math.log2(math.e)  # GPUs have exp2; exp costs 6 instructions more
 
@@ -45,19 +45,19 @@ MultiplyAdd: TypeAlias = Callable[[Array, Array, Array], Array]
 
 
 def conv_kernel(
-    x: Any, buffer_ref, y_ref, *, options: Options, blocks: Blocks, interpret: bool
+    x: Any, buffer_ref, y_ref, *, options: Options, config: ConvConfig, interpret: bool
 ) -> None:
     """`x` is `Inputs` of references. Grid: (blocks of channels, blocks of tokens)."""
     number = pl.program_id(1)
-    channels = Channels.of(x.weight.shape[0], pl.program_id(0), blocks)
-    row, block = _find_work(x, options, blocks, number)
-    step = block * blocks.tokens
+    channels = Channels.of(x.weight.shape[0], pl.program_id(0), config)
+    row, block = _find_work(x, options, config, number)
+    step = block * config.tokens
     owns_state = row.live & (block == 0)
 
     # All loads before any work: what is in flight decides the speed.
     ring = channels.load_columns(x.state.buffer, owns_state, row.read)
     most = options.tokens_per_row
-    one_block = most is not None and most <= blocks.tokens
+    one_block = most is not None and most <= config.tokens
     window = None if one_block else _load_before(x, channels, row, step)
     weight = channels.load_columns(x.weight, row.live)
     bias = channels.zeros() if x.bias is None else channels.load(x.bias, row.live)
@@ -73,21 +73,21 @@ def conv_kernel(
         silu=options.silu,
         multiply_add=(lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
-    _walk(x, y_ref, channels, row, step, blocks, window, convolve)
+    _walk(x, y_ref, channels, row, step, config, window, convolve)
     if x.tables.cu_seqlens is not None:
         cu_seqlens = x.tables.cu_seqlens
-        _clear_unowned(cu_seqlens, y_ref, channels, number, blocks.tokens)
+        _clear_unowned(cu_seqlens, y_ref, channels, number, config.tokens)
 
 
 def _find_work(
-    x: Any, options: Options, blocks: Blocks, number: Array
+    x: Any, options: Options, config: ConvConfig, number: Array
 ) -> tuple[Rows, Array]:
     """The row of the `number`-th block, and which of the row's blocks it is."""
     if options.tokens_per_row is not None:
-        each = np.int32(pl.cdiv(options.tokens_per_row, blocks.tokens))
+        each = np.int32(pl.cdiv(options.tokens_per_row, config.tokens))
         return find_rows(x, options, lax.div(number, each)), lax.rem(number, each)
     cu_seqlens, num_tokens = x.tables.cu_seqlens, x.x.shape[0]
-    row, block = ragged.find_block(cu_seqlens, num_tokens, blocks.tokens, number)
+    row, block = ragged.find_block(cu_seqlens, num_tokens, config.tokens, number)
     is_row = row < x.num_rows
     row = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
     length = jnp.where(is_row, row.length, 0)
@@ -164,7 +164,7 @@ def _walk(
     channels: Channels,
     row: Rows,
     step: Array,
-    blocks: Blocks,
+    config: ConvConfig,
     window: Columns,
     convolve: Callable[[Columns], Values],
 ) -> None:
@@ -172,8 +172,8 @@ def _walk(
     nothing but zeros, so its y are zeros."""
 
     def take(turn, window):
-        first = step + turn * np.int32(blocks.ahead)
-        steps = [first + i for i in range(blocks.ahead)]
+        first = step + turn * np.int32(config.ahead)
+        steps = [first + i for i in range(config.ahead)]
         tokens = [
             channels.load(x.x, row.live & (at < row.length), row.begin + at)
             for at in steps
@@ -185,11 +185,11 @@ def _walk(
             window = window[1:]
         return window
 
-    if blocks.tokens == blocks.ahead:
+    if config.tokens == config.ahead:
         take(np.int32(0), window)
     else:
-        left = jnp.minimum(row.length - step, np.int32(blocks.tokens))
-        turns = (left + np.int32(blocks.ahead - 1)) // np.int32(blocks.ahead)
+        left = jnp.minimum(row.length - step, np.int32(config.tokens))
+        turns = (left + np.int32(config.ahead - 1)) // np.int32(config.ahead)
         lax.fori_loop(np.int32(0), turns, take, window)
 
 
@@ -242,23 +242,23 @@ def _clear_unowned(
 
 
 def triton(
-    x: Inputs, options: Options, blocks: Blocks, *, interpret: bool = False
+    x: Inputs, options: Options, config: ConvConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array]:
     """One launch; the buffer is aliased in place and `start` is as it was."""
     num_tokens, num_channels = x.x.shape
     if options.tokens_per_row is None:
-        count = ragged.most_blocks(num_tokens, x.num_rows, blocks.tokens)
+        count = ragged.most_blocks(num_tokens, x.num_rows, config.tokens)
     else:
-        count = x.num_rows * pl.cdiv(options.tokens_per_row, blocks.tokens)
+        count = x.num_rows * pl.cdiv(options.tokens_per_row, config.tokens)
     buffer, y = _triton.launch(
         functools.partial(
-            conv_kernel, options=options, blocks=blocks, interpret=interpret
+            conv_kernel, options=options, config=config, interpret=interpret
         ),
         x,
         ((x.state.buffer.shape, x.state.buffer.dtype), (x.x.shape, x.x.dtype)),
-        grid=(pl.cdiv(num_channels, blocks.channels), count),
+        grid=(pl.cdiv(num_channels, config.channels), count),
         aliases={0: 0},  # the buffer is the first leaf of Inputs
-        num_warps=blocks.num_warps,
+        num_warps=config.num_warps,
         interpret=interpret,
     )
     return ConvState(buffer, x.state.start), y

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from gdn_jax.ops.causal_conv1d.call import Inputs, Options
-
 LANES = 32
+MAX_WARPS = 32
 LOAD_BYTES = 16
 AHEAD = 8
 # Of an H200's 132 cores each then has 16 warps, which keep enough loads in flight.
@@ -15,12 +14,12 @@ LONG_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What a program takes.
+class ConvConfig:
+    """How `causal_conv1d`'s kernel is cut up: what a program takes.
 
     Attributes:
-      tokens: of one row; W - 1 or more, unless no row has more tokens than that.
-      ahead: of them, loaded together; it divides `tokens`.
+      tokens: of one row; W - 1 or more, unless no row has more tokens than `tokens`.
+      ahead: of them, loaded together; at most `tokens`.
       each: neighbouring channels of a lane.
       parts: times as many channels, further apart.
       num_warps: warps side by side along the channels.
@@ -32,6 +31,24 @@ class Blocks:
     parts: int = 1
     num_warps: int = 1
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1 or value & (value - 1):
+                raise ValueError(
+                    f"{field.name} must be a positive power of two; got {value!r}"
+                )
+        if self.ahead > self.tokens:
+            raise ValueError(
+                f"ahead must be at most tokens = {self.tokens}, of which it is a part; "
+                f"got {self.ahead}."
+            )
+        if self.num_warps > MAX_WARPS:
+            raise ValueError(
+                f"num_warps must be at most {MAX_WARPS}, CUDA's limit of a block; got "
+                f"{self.num_warps}."
+            )
+
     @property
     def lanes(self) -> int:
         return LANES * self.num_warps
@@ -41,36 +58,44 @@ class Blocks:
         return self.lanes * self.each * self.parts
 
 
-def choose(x: Inputs, options: Options) -> Blocks:
-    """A heuristic; ragged rows are taken to be of one length."""
-    width = x.weight.shape[1]
-    mean = next_power_of_2(-(-x.x.shape[0] // x.num_rows))
+def heuristic(
+    num_tokens: int,
+    num_rows: int,
+    channels: int,
+    width: int,
+    itemsize: int,
+    *,
+    ragged: bool,
+) -> ConvConfig:
+    """Ragged rows are taken to be of one length; `itemsize` is a token's."""
+    mean = next_power_of_2(-(-num_tokens // num_rows))
     # Only the first block of a row may need what the state holds.
     least = next_power_of_2(max(width - 1, 1))
-    if options.tokens_per_row is not None:
+    if not ragged:
         least = min(least, mean)
     tokens = max(mean, least)
-    return _short(x, tokens) if tokens <= AHEAD else _long(x, least)
+    if tokens <= AHEAD:
+        return _short(num_tokens, channels, tokens)
+    return _long(num_tokens, channels, itemsize, least)
 
 
-def _short(x: Inputs, tokens: int) -> Blocks:
+def _short(num_tokens: int, channels: int, tokens: int) -> ConvConfig:
     """Decoding: the ring is most of the traffic, so a lane has what it loads of it, and
     several of those to wait for at once."""
-    warps = -(-x.x.shape[0] // tokens) * -(-x.x.shape[1] // LANES)
+    warps = -(-num_tokens // tokens) * -(-channels // LANES)
     parts, num_warps = max(1, min(4, AHEAD // tokens)), 4
     while parts > 1 and warps < ENOUGH_WARPS * parts:
         parts //= 2
     while num_warps > 1 and warps < ENOUGH_PROGRAMS * parts * num_warps:
         num_warps //= 2
-    return Blocks(tokens, tokens, parts=parts, num_warps=num_warps)
+    return ConvConfig(tokens, tokens, parts=parts, num_warps=num_warps)
 
 
-def _long(x: Inputs, least: int) -> Blocks:
+def _long(num_tokens: int, channels: int, itemsize: int, least: int) -> ConvConfig:
     """Prefill: tokens are all the traffic, so a lane has 16 bytes of each. Shorter
     blocks make more programs, at less cost than narrower accesses do."""
-    num_tokens, channels = x.x.shape
     tokens = max(LONG_BLOCK, least)
-    each = min(LOAD_BYTES // x.x.dtype.itemsize, channels & -channels)
+    each = min(LOAD_BYTES // itemsize, channels & -channels)
 
     def warps() -> int:
         return -(-num_tokens // tokens) * -(-channels // (LANES * each))
@@ -79,7 +104,7 @@ def _long(x: Inputs, least: int) -> Blocks:
         tokens //= 2
     while each > 1 and warps() < ENOUGH_WARPS:
         each //= 2
-    return Blocks(tokens, AHEAD, each=each)
+    return ConvConfig(tokens, AHEAD, each=each)
 
 
 def next_power_of_2(n: int) -> int:

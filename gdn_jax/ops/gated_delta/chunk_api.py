@@ -13,6 +13,7 @@ from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.api import nothing
 from gdn_jax.ops.gated_delta.call import GateLogits, Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_backward import chunk_backward
+from gdn_jax.ops.gated_delta.chunk_prepare import parts_of
 from gdn_jax.ops.gated_delta.chunk_triton import chunk_triton
 from gdn_jax.ops.gated_delta.chunk_xla import chunk_xla
 from gdn_jax.ops.gated_delta.reference import reference
@@ -108,7 +109,7 @@ def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
     if config is not None and not isinstance(config, ChunkConfig):
         raise ValueError(f"config must be a ChunkConfig or None; got {config!r}.")
     key_parts = 1 if x.q.dtype == x.k.dtype == jnp.bfloat16 else 2
-    launch = config or chunk_heuristic(x.q.shape[2], key_parts)
+    launch = config or chunk_heuristic(x.q.shape[2], key_parts, parts_of(options))
 
     def run_triton():
         _triton.device_kind(x)

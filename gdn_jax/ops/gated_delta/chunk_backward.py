@@ -1,16 +1,17 @@
-"""Gradients of the chunked update as three Pallas kernels behind `prepare`.
+"""Gradients of the chunked update as four Pallas kernels behind `prepare`.
 
 With the letters of chunk_xla.py, dX the cotangent of X, N = (I + A)^-1 - I and
 Y = beta (V - (k exp G) S^T):
 
-    dU = B^T dO + (k exp(G_C - G)) dS'^T              dY = dU + N^T dU
+    dF = (k exp(G_C - G)) dS'^T              dY = (B + B N)^T dO + dF + N^T dF
     dS = exp(G_C) dS' + dO^T (q exp G) - (beta dY)^T (k exp G)
     dV = beta dY        dB = dO U^T        dA = -dY U^T        beta dbeta = dY . U
 
 `enter_kernel` walks a row forward for the states that enter its chunks and U,
 `leave_kernel` backward for the cotangents of the states that leave them and dY. Then
-`pull_kernel` has all that it needs of every chunk, side by side. The norms' gradients
-and those of the gates' own arguments, elementwise, are XLA's.
+chunk_pull.py has all that it needs of every chunk, side by side. The norms' gradients
+and those of the gates' own arguments, elementwise, are XLA's. Products take two parts:
+an error here is not carried on from state to state as in the forward pass.
 """
 
 import functools
@@ -33,58 +34,50 @@ from gdn_jax.ops.gated_delta.call import (
     Options,
     find_rows,
 )
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, cut_array, join, wide_dot
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    BETA,
-    CHUNK,
-    FOLD,
-    QUERY,
-    READ,
-    Keys,
-    Prepared,
-    padded,
-    prepare,
-)
-from gdn_jax.ops.gated_delta.chunk_pull import Pair, Pulled, Walked, place_of, pull
-from gdn_jax.ops.gated_delta.chunk_triton import Chunk
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Keys, padded
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, join, wide_dot
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
+from gdn_jax.ops.gated_delta.chunk_pull import Chunks, Pulled, Walked, pull
+from gdn_jax.ops.gated_delta.chunk_triton import Walk, find_error
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 
-class _Place(NamedTuple):
-    """A tile of V of one value head's state for a row's walk."""
+class _Tile(NamedTuple):
+    """Of V, of one value head's state, for a row's walk."""
 
     row: Rows
     head: Array
-    v: Array  # [1 V]
-    k: Array  # [K 1]
-    steps: Array
+    v: Array  # [V]
+    k: Array  # [K]
 
     @classmethod
-    def of(cls, x: Any, options: Options, config: ChunkConfig) -> "_Place":
-        tile, head = pl.program_id(0), pl.program_id(1)
-        row = find_rows(x, options, pl.program_id(2))
+    def of(cls, x: Any, options: Options, config: ChunkConfig) -> "_Tile":
+        tile, head, number = (pl.program_id(n) for n in range(3))
         v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)
         k = jnp.arange(padded(x.state.shape[3]), dtype=jnp.int32)
-        steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
-        steps = jnp.where(row.live, steps, np.int32(0))
-        return cls(row, head, v[None, :], k[:, None], steps)
+        return cls(find_rows(x, options, number), head, v, k)
 
     def load(self, pool: Any, wanted: Array) -> Array:
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3]) & wanted
-        place = pool.at[self.row.read, self.head, self.v, self.k]
-        return _triton.load(place, mask=inside, other=0).astype(jnp.float32)
+        place, inside = self._at(pool)
+        state = _triton.load(place, mask=inside & wanted, other=0)
+        return state.astype(jnp.float32)
 
     def store(self, pool: Any, state: Array) -> None:
-        inside = (self.v < pool.shape[2]) & (self.k < pool.shape[3]) & self.row.live
-        place = pool.at[self.row.read, self.head, self.v, self.k]
-        _triton.store(place, state.astype(pool.dtype), mask=inside)
+        place, inside = self._at(pool)
+        mask = inside & self.row.live
+        _triton.store(place, state.astype(pool.dtype), mask=mask)
 
-    def store_state(self, refs: Pair, parts: Parts, step: Array) -> None:
-        """Of a chunk; [M HV K V]."""
-        number = place_of(self.row, step)
-        inside = (self.v < refs[0].shape[3]) & (self.k < refs[0].shape[2])
+    def _at(self, pool: Any) -> tuple[Any, Array]:
+        v, k = self.v[None, :], self.k[:, None]
+        inside = (v < pool.shape[2]) & (k < pool.shape[3])
+        return pool.at[self.row.read, self.head, v, k], inside
+
+    def store_state(self, refs: Any, parts: Parts, number: Array) -> None:
+        """Of a chunk; [M HV K V]"""
+        v, k = self.v[None, :], self.k[:, None]
+        inside = (v < refs[0].shape[3]) & (k < refs[0].shape[2])
         for ref, part in zip(refs, parts, strict=True):
-            place = ref.at[number, self.head, self.k, self.v]
+            place = ref.at[number, self.head, k, v]
             _triton.store(place, part, mask=inside)
 
 
@@ -93,63 +86,65 @@ def enter_kernel(
     *outputs: Any,
     options: Options,
     config: ChunkConfig,
-    interpret: bool,
 ) -> None:
     """Grid: (tiles of V, value heads, rows)."""
     x, keys, prepared = inputs
-    entering, u_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
-    place = _Place.of(x, options, config)
+    entering, u_refs = outputs[:2], outputs[2:]
+    tile = _Tile.of(x, options, config)
+    walk = Walk.of(x, keys, prepared, tile.row, tile.head)
 
-    def advance(step, state):
-        chunk = Chunk.of(x, keys, prepared, place.row, place.head, step)
+    def advance(step, carry):
+        state, factors = carry
+        chunk, (_, k) = walk.chunk(step)
         parts = cut(state)
-        place.store_state(entering, parts, step)
-        u = chunk.find_u(chunk.load(x.v, place.v), parts, cut)
-        for ref, part in zip(u_refs, cut(u), strict=True):
-            chunk.store(ref, part, place.v)
-        return chunk.fold(state, u, cut)
+        tile.store_state(entering, parts, chunk.number)
+        error = find_error(chunk.load(x.v, tile.v), k, parts, factors)
+        u = error + wide_dot(chunk.load_square(prepared.inverse), cut(error))
+        chunk.store_parts(u_refs, tile.v, cut(u))
+        following = walk.factors(step + 1)
+        folded = wide_dot(k, cut(u * factors.fold[:, None]), trans_x=True)
+        return state * factors.decay + folded, following
 
-    state = place.load(x.state, place.row.keeps_state)
-    lax.fori_loop(np.int32(0), place.steps, advance, state)
+    state = tile.load(x.state, tile.row.keeps_state)
+    carry = state, walk.factors(jnp.int32(0))
+    lax.fori_loop(np.int32(0), walk.steps, advance, carry)
 
 
 def leave_kernel(
     inputs: tuple[Any, Any, Keys, Prepared, Any],
     dstate_ref: Any,
-    dv_ref: Any,
     *outputs: Any,
     options: Options,
     config: ChunkConfig,
-    interpret: bool,
 ) -> None:
     """Grid: (tiles of V, value heads, rows). The pool's cotangent is updated in place:
     of the slots that rows wrote it becomes that of the state they started from."""
     dnew, x, keys, prepared, dout = inputs
-    leaving, dy_refs, cut = outputs[:2], outputs[2:], Cut(interpret)
-    place = _Place.of(x, options, config)
+    leaving, dy_refs = outputs[:2], outputs[2:]
+    tile = _Tile.of(x, options, config)
+    walk = Walk.of(x, keys, prepared, tile.row, tile.head)
 
-    def retreat(turn, dstate):
-        step = place.steps - 1 - turn
-        chunk = Chunk.of(x, keys, prepared, place.row, place.head, step)
+    def retreat(turn, carry):
+        dstate, factors = carry
+        step = walk.steps - 1 - turn
+        chunk, (q, k) = walk.chunk(step)
         parts = cut(dstate)
-        place.store_state(leaving, parts, step)
-        do = tuple(chunk.load(ref, place.v) for ref in dout)
-        du = wide_dot(chunk.square(prepared.scores), do, trans_x=True)
-        du += wide_dot(chunk.k, parts) * chunk.factor(FOLD)
-        inverse = chunk.square(prepared.inverse)
-        dy = du + wide_dot(inverse, cut(du), trans_x=True)
-        for ref, part in zip(dy_refs, cut(dy), strict=True):
-            chunk.store(ref, part, place.v)
-        dr = dy * chunk.factor(BETA)
-        chunk.store(dv_ref, dr, place.v)
-        read = cut(dr * chunk.factor(READ), 3)
-        asked = cut(join(do) * chunk.factor(QUERY), 3)
-        dstate = dstate * chunk.decay() + wide_dot(chunk.q, asked, trans_x=True)
-        return dstate - wide_dot(chunk.k, read, trans_x=True)
+        tile.store_state(leaving, parts, chunk.number)
+        do = chunk.load_parts(dout, tile.v)
+        asked = cut(join(do) * factors.query[:, None])
+        dstate = dstate * factors.decay + wide_dot(q, asked, trans_x=True)
+        df = wide_dot(k, parts) * factors.fold[:, None]
+        dy = df + wide_dot(chunk.load_square(prepared.inverse), cut(df), trans_x=True)
+        dy += wide_dot(chunk.load_square(prepared.scores), do, trans_x=True)
+        chunk.store_parts(dy_refs, tile.v, cut(dy))
+        following = walk.factors(step - 1)
+        read = cut(dy * (factors.beta * factors.read)[:, None])
+        return dstate - wide_dot(k, read, trans_x=True), following
 
-    dstate = place.load(dnew, place.row.live)
-    dstate = lax.fori_loop(np.int32(0), place.steps, retreat, dstate)
-    place.store(dstate_ref, jnp.where(place.row.keeps_state, dstate, 0.0))
+    dstate = tile.load(dnew, tile.row.live)
+    carry = dstate, walk.factors(walk.steps - 1)
+    dstate, _ = lax.fori_loop(np.int32(0), walk.steps, retreat, carry)
+    tile.store(dstate_ref, jnp.where(tile.row.keeps_state, dstate, 0.0))
 
 
 def chunk_backward(
@@ -165,11 +160,10 @@ def chunk_backward(
     dnew, dout = cotangents
     keys, dout = Keys.of(x), cut_array(dout)
     prepared = prepare(x, keys, options, config, interpret)
-    dstate, dv, walked = _walk(
-        x, keys, prepared, dnew, dout, options, config, interpret
-    )
-    pulled = pull(x, keys, dout, walked, options, config, interpret)
-    return _assemble(x, options, dstate, dv, pulled)
+    dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
+    chunks = Chunks(x, keys, prepared, dout, walked)
+    pulled = pull(chunks, options, config, interpret)
+    return _assemble(x, options, prepared, dstate, pulled)
 
 
 def _walk(
@@ -181,7 +175,7 @@ def _walk(
     options: Options,
     config: ChunkConfig,
     interpret: bool,
-) -> tuple[Array, Array, Walked]:
+) -> tuple[Array, Walked]:
     (L, HV, V), K = x.v.shape, x.state.shape[3]
     chunks = ragged.most_blocks(L, x.num_rows, CHUNK)
     states = [((chunks, HV, K, V), jnp.bfloat16)] * 2
@@ -193,25 +187,25 @@ def _walk(
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    static = dict(options=options, config=config, interpret=interpret)
+    static = dict(options=options, config=config)
     entered = run(
         functools.partial(enter_kernel, **static),
         (x, keys, prepared),
         states + values,
         aliases={},
     )
-    dstate, dv, *left = run(
+    dstate, *left = run(
         functools.partial(leave_kernel, **static),
         (dnew, x, keys, prepared, dout),
-        [(dnew.shape, dnew.dtype), (x.v.shape, x.v.dtype), *states, *values],
+        [(dnew.shape, dnew.dtype), *states, *values],
         aliases={0: 0},
     )
     pairs = (tuple(y) for y in (entered[:2], entered[2:], left[:2], left[2:]))
-    return dstate, dv, Walked(*pairs)
+    return dstate, Walked(*pairs)
 
 
 def _assemble(
-    x: Inputs, options: Options, dstate: Array, dv: Array, pulled: Pulled
+    x: Inputs, options: Options, prepared: Prepared, dstate: Array, pulled: Pulled
 ) -> Inputs:
     """What the kernels left for tokens of live rows alone, through norms and gates."""
     rows = find_rows(x, options)
@@ -220,28 +214,28 @@ def _assemble(
     def select(y: Array) -> Array:
         return jnp.where(live.reshape(-1, *(1,) * (y.ndim - 1)), y, 0)
 
-    def of_key(y: Array, gradient: Array) -> Array:
+    def of_key(y: Array, gradient: Array, along: Array) -> Array:
         """Through y / |y|, of all value heads that read it."""
-        by_head = select(gradient).reshape(*y.shape[:2], -1, y.shape[2])
-        gradient, exact = by_head.sum(axis=2), select(y).astype(jnp.float32)
+        gradient = select(gradient).reshape(*y.shape[:2], -1, y.shape[2]).sum(axis=2)
         if options.qk_l2norm:
-            square = jnp.sum(exact * exact, axis=-1, keepdims=True) + rule.EPSILON
-            along = jnp.sum(exact * gradient, axis=-1, keepdims=True)
-            gradient = gradient - exact * (along / square)
+            along = select(along.T).reshape(*y.shape[:2], -1).sum(axis=2)
+            gradient -= select(y).astype(jnp.float32) * along[..., None]
         return gradient.astype(y.dtype)
 
     gates = x.gates._replace(
         **{name: select(getattr(x.gates, name)) for name in x.gates.PER_TOKEN}
     )
-    cotangents = Gates(select(pulled.log_decay), select(pulled.beta))
+    cotangents = Gates(select(pulled.log_decay.sum(axis=0).T), select(pulled.beta.T))
     _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
     [dgates] = pull(cotangents)
+    along_q = pulled.along_q.sum(axis=0) * pulled.q_factor**2
+    along_k = pulled.along_k.sum(axis=0) * prepared.factors.k_factor**2
     zeros = (None,) * 4
     return Inputs(
         dstate,
-        of_key(x.q, pulled.q),
-        of_key(x.k, pulled.k),
-        select(dv),
+        of_key(x.q, pulled.q, along_q),
+        of_key(x.k, pulled.k, along_k),
+        select(pulled.v),
         dgates,
         *zeros,
     )

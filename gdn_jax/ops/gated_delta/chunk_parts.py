@@ -5,9 +5,9 @@ or three, which leaves float32's own. Sums are float32.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from gdn_jax import _triton
@@ -16,26 +16,24 @@ Parts = tuple[Array, ...]
 MIN_DOT = 16  # Triton pads a smaller product, with wrong results
 
 
-class Cut(NamedTuple):
-    """Cuts float32 values into parts. XLA, and so the interpreter, would take the
-    rounding away where nothing says that it is meant."""
+def cut(x: Array, parts: int = 2) -> Parts:
+    """Float32 values in parts, each rounded to the nearest.
 
-    interpret: bool
-
-    def __call__(self, x: Array, parts: int = 2) -> Parts:
-        cut = []
-        for _ in range(parts):
-            part = lax.reduce_precision(x, 8, 7) if self.interpret else x
-            cut.append(part.astype(jnp.bfloat16))
-            x = x - cut[-1].astype(jnp.float32)
-        return tuple(cut)
+    By their bits: a conversion is slow on a GPU's special units, and XLA, and so the
+    interpreter, would take one that is converted back for excess precision.
+    """
+    found = []
+    for _ in range(parts - 1):
+        bits = lax.bitcast_convert_type(x, jnp.uint32) + np.uint32(0x8000)
+        part = lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+        found.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return *found, x.astype(jnp.bfloat16)
 
 
 def cut_array(x: Array) -> Parts:
     """The same outside a kernel; a bfloat16 array is its own only part."""
-    if x.dtype == jnp.bfloat16:
-        return (x,)
-    return Cut(interpret=True)(x.astype(jnp.float32))
+    return (x,) if x.dtype == jnp.bfloat16 else cut(x.astype(jnp.float32))
 
 
 def join(parts: Parts) -> Array:
@@ -57,18 +55,17 @@ def dot(x: Parts, y: Parts, *, trans_x: bool = False, trans_y: bool = False) -> 
 def wide_dot(x: Parts, y: Parts, *, trans_x: bool = False) -> Array:
     """x y or x^T y, with two parts of y side by side in one product: a warpgroup waits
     for a product before it starts the next, so few and wide ones are fast."""
-    if len(y) == 1:
-        return functools.reduce(
-            jnp.add, (_triton.dot(part, y[0], trans_a=trans_x) for part in x)
-        )
-    both, *finer = x
-    both = _triton.dot(both, _beside(*y[:2]), trans_a=trans_x)
-    total = jnp.sum(both.reshape(both.shape[0], 2, both.shape[1] // 2), axis=1)
-    for x_part in finer:
-        total += _triton.dot(x_part, y[0], trans_a=trans_x)
-    for y_part in y[2:]:
-        total += _triton.dot(x[0], y_part, trans_a=trans_x)
-    return total
+    most = max(len(x), len(y))
+    products = []
+    for i, part in enumerate(x):
+        own = y[: most - i]
+        if len(own) > 1:
+            both = _triton.dot(part, _beside(*own[:2]), trans_a=trans_x)
+            both = both.reshape(both.shape[0], 2, both.shape[1] // 2)
+            products.append(jnp.sum(both, axis=1))
+            own = own[2:]
+        products += [_triton.dot(part, y_part, trans_a=trans_x) for y_part in own]
+    return functools.reduce(jnp.add, products)
 
 
 def _beside(x: Array, y: Array) -> Array:

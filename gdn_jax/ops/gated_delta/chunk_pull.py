@@ -1,4 +1,4 @@
-"""Of the chunked update's gradients, all that needs no walk: a kernel over chunks.
+"""Of the chunked update's gradients, all that needs no walk: two kernels over chunks.
 
 The equations are chunk_backward.py's.
 """
@@ -12,29 +12,29 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.gated_delta.call import Inputs, Options
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, dot, join
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    CHUNK,
-    Keys,
-    Scores,
-    Tokens,
+from gdn_jax.ops.gated_delta.call import Options
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks, padded
+from gdn_jax.ops.gated_delta.chunk_parts import cut, dot, join
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared
+from gdn_jax.ops.gated_delta.chunk_scores import (
+    KeyScores,
+    QueryScores,
     diagonal,
-    find_chunk,
-    num_chunks,
-    padded,
     square,
 )
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
-V_AT_ONCE = 64
-K_AT_ONCE = 32  # more spills
+# On an H200, 1x8192 tokens, K = V = 128: columns take 471 us so, 566 to 931 with 32 of
+# K or of V; scores 256, 281 with 32 of V, 267 with 128.
+V_OF_SCORES = 64
+V_OF_COLUMNS = 64
+K_OF_COLUMNS = 64
+STAGES = 2  # a third would leave room for one program only
 Pair = tuple[Any, Any]  # two parts
 
 
 class Walked(NamedTuple):
-    """What the walks leave for `pull_kernel`, in two parts.
+    """What the walks leave, in two parts.
 
     entering, leaving: S and dS' of every chunk   [M HV K V]
     u, dy: U and dY                               [L HV V]
@@ -46,215 +46,205 @@ class Walked(NamedTuple):
     dy: Pair
 
 
+class Chunks(NamedTuple):
+    """What both kernels are given."""
+
+    x: Any
+    keys: Keys
+    prepared: Prepared
+    dout: Any  # parts of [L HV V]
+    walked: Walked
+
+
 class Pulled(NamedTuple):
-    """Gradients of q and k by value head, as if their norms were constant [L HV K], and
-    of log_decay and beta [L HV]; float32."""
+    """Gradients, float32 but for v's.
+
+    q, k: by value head, as if their norms were constant     [L HV K]
+    v: [L HV V]
+    beta: [HV L]
+    q_factor: no gradient, but 1 / |q|                       [HV L]
+    log_decay: of the scores, and of every tile of K         [1 + tiles HV L]
+    along_q, along_k: q and k times their gradients, summed over K, in the same parts
+    """
 
     q: Any
     k: Any
-    log_decay: Any
+    v: Any
     beta: Any
+    q_factor: Any
+    log_decay: Any
+    along_q: Any
+    along_k: Any
 
 
-def place_of(row: Rows, step: Array) -> Array:
-    """A number of its own for every chunk, below `ragged.most_blocks`: rows that begin
-    in the same 64 tokens are told apart by their own numbers."""
-    return lax.div(row.begin, np.int32(CHUNK)) + row.number + step
+def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
+    """The gradients through A and B. Grid: (value heads, chunks)."""
+    chunk = Chunk.find(given.x, options, pl.program_id(0), pl.program_id(1))
 
-
-def pull_kernel(
-    inputs: tuple[Any, Keys, Any, Walked],
-    *outputs: Any,
-    options: Options,
-    interpret: bool,
-) -> None:
-    """Grid: (value heads, chunks)."""
-    x, keys, dout, walked = inputs
-    head, number = pl.program_id(0), pl.program_id(1)
-    row, step, length = find_chunk(x, options, number)
-
-    @pl.when(length > 0)
+    @pl.when(chunk.length > 0)
     def _():
-        tokens = Tokens.of(row.begin + step * CHUNK, length)
-        place = place_of(row, step)
-        gradients = Pulled(*outputs)
-        cut = Cut(interpret)
-        _pull_chunk(x, keys, dout, walked, gradients, options, cut, tokens, head, place)
+        _pull_scores(given, chunk, outputs, options)
 
 
-def _pull_chunk(
-    x: Any,
-    keys: Keys,
-    dout: Any,
-    walked: Walked,
-    pulled: Pulled,
-    options: Options,
-    cut: Cut,
-    tokens: Tokens,
-    head: Array,
-    place: Array,
+def _pull_scores(
+    given: Chunks, chunk: Chunk, outputs: tuple[Any, ...], options: Options
 ) -> None:
-    chunk = Scores.of(x, keys, options, tokens, head)
-    do_u, dy_u = _products(dout, walked, tokens, head)
-    W = do_u * chunk.query_weight  # of q k^T, in B
-    Z = -dy_u * chunk.key_weight  # of k k^T, in A
-    safe = jnp.where(chunk.beta > 0, chunk.beta, 1.0)
-    dbeta = jnp.where(chunk.beta > 0, diagonal(dy_u) / safe, 0.0)
-    straddling = _sum_straddling(W * chunk.qk + Z * chunk.kk, cut)
-
-    coarse, fine = chunk.G
-    grown = jnp.exp(coarse + fine)
-    left = jnp.exp(chunk.total[0] + chunk.total[1])
-    rest = jnp.exp((chunk.total[0] - coarse) + (chunk.total[1] - fine))
-    weights = (
-        grown * chunk.q_factor,
-        -grown * chunk.k_factor * chunk.beta,
-        rest * chunk.k_factor,
-    )
-    W, Z = cut(W), cut(Z + Z.T)
-
-    def pull_columns(turn, sums):
-        before, behind, kept = sums
-        columns = _Columns.of(x, turn, head, place)
-        q, k = (columns.rows(refs, tokens) for refs in keys)
-        *through, inner = columns.through_states(dout, walked, tokens)
-        asked, read, folded = (
-            y * weight[:, None] for y, weight in zip(through, weights, strict=True)
-        )
-        columns.store(pulled.q, asked + dot(W, k), tokens)
-        dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
-        columns.store(pulled.k, dk, tokens)
-        q, k = join(q), join(k)
-        before += jnp.sum(asked * q + read * k, axis=1)
-        behind += jnp.sum(folded * k, axis=1)
-        return before, behind, kept + inner
-
-    turns = np.int32(pl.cdiv(x.state.shape[3], K_AT_ONCE))
-    sums = jnp.zeros(CHUNK), jnp.zeros(CHUNK), jnp.float32(0)
-    before, behind, kept = lax.fori_loop(np.int32(0), turns, pull_columns, sums)
-
-    m, i = square()
-    dlog_decay = straddling + jnp.sum(jnp.where(i >= m, before[None, :], 0.0), axis=1)
-    dlog_decay += jnp.sum(jnp.where(i < m, behind[None, :], 0.0), axis=1) + kept * left
-    for ref, value in ((pulled.log_decay, dlog_decay), (pulled.beta, dbeta)):
-        _triton.store(ref.at[tokens.token, head], value, mask=tokens.valid)
-
-
-def _products(
-    dout: Any, walked: Walked, tokens: Tokens, head: Array
-) -> tuple[Array, Array]:
-    """dO U^T and dY U^T."""
+    W_refs, Z_refs, sum_refs = outputs[:2], outputs[2:4], outputs[-3:]
+    dv_ref, dbeta_ref, q_ref = outputs[4:-3]
+    factors, walked = given.prepared.factors, given.walked
+    beta = chunk.load_factor(factors.beta)
 
     def add(turn, products):
-        v = _values(turn, dout[0])
+        v = _values(turn, given, V_OF_SCORES)
         do, dy, u = (
-            _load(refs, tokens, head, v) for refs in (dout, walked.dy, walked.u)
+            chunk.load_parts(refs, v) for refs in (given.dout, walked.dy, walked.u)
         )
+        chunk.store(dv_ref, v, join(dy) * beta[:, None])
         do_u, dy_u = products
         return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
 
     zeros = jnp.zeros((CHUNK, CHUNK))
-    return _over_values(add, dout[0], (zeros, zeros))
+    do_u, dy_u = _over_values(add, given, V_OF_SCORES, (zeros, zeros))
+    safe = jnp.where(beta > 0, beta, 1.0)
+    dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
+    k_factor = chunk.load_factor(factors.k_factor)
+    G = chunk.load_factor(factors.coarse), chunk.load_factor(factors.fine)
+    q, k = (chunk.load_keys(refs) for refs in given.keys)
+    A = KeyScores.of(k, G, beta, chunk, options)
+    Z = -dy_u * A.weight  # of k k^T, in A
+    chunk.store_square(Z_refs, cut(Z + Z.T))
+    in_A = Z * A.products
+    B = QueryScores.of(q, k, G, k_factor, chunk, options)
+    W = do_u * B.weight  # of q k^T, in B
+    chunk.store_square(W_refs, cut(W))
+    in_B = W * B.products
+    dlog_decay, columns = _sum_below(in_A + in_B)
+    sums = (dlog_decay, in_B.sum(axis=1), columns + in_A.sum(axis=1))
+    part = jnp.zeros_like(chunk.head)
+    for ref, value in zip(sum_refs, sums, strict=True):
+        chunk.store_factor(ref, value, part)
+    chunk.store_factor(dbeta_ref, dbeta)
+    chunk.store_factor(q_ref, B.q_factor / options.scale)
 
 
-def _values(turn: Array, ref: Any) -> Array:
-    size = min(V_AT_ONCE, padded(ref.shape[2]))
+def columns_kernel(
+    inputs: tuple[Any, Chunks, Pair, Pair],
+    dq_ref: Any,
+    dk_ref: Any,
+    *sum_refs: Any,
+    options: Options,
+) -> None:
+    """The gradients of some columns of q and k, and what the states and these columns
+    have to do with those of the log-decays. Grid: (tiles of K, value heads, chunks)."""
+    _, given, W_refs, Z_refs = inputs
+    tile, head, turn = (pl.program_id(n) for n in range(3))
+    chunk = Chunk.find(given.x, options, head, turn)
+    factors = given.prepared.factors
+
+    @pl.when(chunk.length > 0)
+    def _():
+        columns = tile * K_OF_COLUMNS + jnp.arange(K_OF_COLUMNS, dtype=jnp.int32)
+        asked, read, folded, inner = _through_states(given, chunk, columns)
+        asked *= chunk.load_factor(given.prepared.query)[:, None]
+        read *= -chunk.load_factor(factors.read)[:, None]
+        read *= chunk.load_factor(factors.beta)[:, None]
+        folded *= chunk.load_factor(factors.fold)[:, None]
+        q, k = (chunk.load_parts(refs, columns, chunk.key_head) for refs in given.keys)
+        W, Z = chunk.load_square(W_refs), chunk.load_square(Z_refs)
+        chunk.store(dq_ref, columns, asked + dot(W, k))
+        dk = read + folded + dot(W, q, trans_x=True) + dot(Z, k)
+        chunk.store(dk_ref, columns, dk)
+        q, k = join(q), join(k)
+        asked, read, folded = (
+            jnp.sum(x * y, axis=1) for x, y in ((asked, q), (read, k), (folded, k))
+        )
+        i, m = square()
+        held = jnp.where(i >= m, (asked + read)[:, None], folded[:, None])
+        left = factors.decay[chunk.head, chunk.begin]
+        dlog_decay = jnp.sum(held, axis=0) + inner * left
+        sums = (dlog_decay, asked, read + folded)
+        for ref, value in zip(sum_refs, sums, strict=True):
+            chunk.store_factor(ref, value, tile + 1)
+
+
+def _through_states(
+    given: Chunks, chunk: Chunk, columns: Array
+) -> tuple[Array, Array, Array, Array]:
+    """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
+    walked = given.walked
+
+    def load(refs, v):
+        K, V = refs[0].shape[2:]
+        inside = (columns < K)[:, None] & (v < V)[None, :]
+        at = (chunk.number, chunk.head, columns[:, None], v[None, :])
+        return tuple(_triton.load(ref.at[at], mask=inside, other=0) for ref in refs)
+
+    def add(turn, sums):
+        asked, read, folded, inner = sums
+        v = _values(turn, given, V_OF_COLUMNS)
+        do, dy, u = (
+            chunk.load_parts(refs, v) for refs in (given.dout, walked.dy, walked.u)
+        )
+        entering, leaving = load(walked.entering, v), load(walked.leaving, v)
+        asked += dot(do, entering, trans_y=True)
+        read += dot(dy, entering, trans_y=True)
+        folded += dot(u, leaving, trans_y=True)
+        inner += jnp.sum(join(entering) * join(leaving))
+        return asked, read, folded, inner
+
+    zeros = jnp.zeros((CHUNK, columns.size))
+    return _over_values(add, given, V_OF_COLUMNS, (zeros,) * 3 + (jnp.float32(0),))
+
+
+def _values(turn: Array, given: Chunks, most: int) -> Array:
+    size = min(most, padded(given.x.v.shape[2]))
     return turn * size + jnp.arange(size, dtype=jnp.int32)
 
 
-def _over_values(body: Any, ref: Any, carry: Any) -> Any:
+def _over_values(body: Any, given: Chunks, most: int, carry: Any) -> Any:
     """A loop over V, some columns a turn: all of them at once would spill."""
-    turns = pl.cdiv(ref.shape[2], V_AT_ONCE)
+    turns = pl.cdiv(given.x.v.shape[2], most)
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
 
 
-def _load(refs: Any, tokens: Tokens, head: Array, columns: Array) -> Parts:
-    """[C n] of [L heads n]."""
-    mask = tokens.valid[:, None] & (columns < refs[0].shape[2])[None, :]
-    place = (tokens.token[:, None], head, columns[None, :])
-    return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-
-def _sum_straddling(M: Array, cut: Cut) -> Array:
-    """For every m the sum of M_ij over j < m <= i: the pairs whose decay G_i - G_j has
-    the log-decay of m in it. As a difference of running sums it would cancel."""
+def _sum_below(M: Array) -> tuple[Array, Array]:
+    """Of a lower triangle, for every m the sum of M_ij over j < m <= i, the pairs whose
+    decay G_i - G_j has the log-decay of m in it; and the sums of its columns. As a
+    difference of running sums the first would cancel."""
     m, i = square()
     until = (jnp.where(i >= m, 1.0, 0.0).astype(jnp.bfloat16),)
-    suffix = dot(until, cut(M, 3))  # [m j]
-    return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1)
-
-
-class _Columns(NamedTuple):
-    """Some columns along K of a chunk's gradients."""
-
-    k: Array  # [n]
-    head: Array
-    key_head: Array
-    place: Array
-
-    @classmethod
-    def of(cls, x: Any, turn: Array, head: Array, place: Array) -> "_Columns":
-        size = min(K_AT_ONCE, padded(x.q.shape[2]))
-        k = turn * size + jnp.arange(size, dtype=jnp.int32)
-        return cls(k, head, head // (x.v.shape[1] // x.k.shape[1]), place)
-
-    def rows(self, refs: Any, tokens: Tokens) -> Parts:
-        return _load(refs, tokens, self.key_head, self.k)
-
-    def through_states(
-        self, dout: Any, walked: Walked, tokens: Tokens
-    ) -> tuple[Array, Array, Array, Array]:
-        """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
-
-        def add(turn, sums):
-            asked, read, folded, inner = sums
-            v = _values(turn, dout[0])
-            do, dy, u = (
-                _load(refs, tokens, self.head, v)
-                for refs in (dout, walked.dy, walked.u)
-            )
-            entering, leaving = (
-                self._states(refs, v) for refs in (walked.entering, walked.leaving)
-            )
-            asked += dot(do, entering, trans_y=True)
-            read += dot(dy, entering, trans_y=True)
-            folded += dot(u, leaving, trans_y=True)
-            inner += jnp.sum(join(entering) * join(leaving))
-            return asked, read, folded, inner
-
-        zeros = jnp.zeros((CHUNK, self.k.size))
-        return _over_values(add, dout[0], (zeros,) * 3 + (jnp.float32(0),))
-
-    def _states(self, refs: Pair, v: Array) -> Parts:
-        """[n V]"""
-        K, V = refs[0].shape[2:]
-        mask = (self.k < K)[:, None] & (v < V)[None, :]
-        place = (self.place, self.head, self.k[:, None], v[None, :])
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
-
-    def store(self, ref: Any, value: Array, tokens: Tokens) -> None:
-        mask = tokens.valid[:, None] & (self.k < ref.shape[2])[None, :]
-        place = ref.at[tokens.token[:, None], self.head, self.k[None, :]]
-        _triton.store(place, value, mask=mask)
+    suffix = dot(until, cut(M))  # [m j]
+    return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1), diagonal(suffix)
 
 
 def pull(
-    x: Inputs,
-    keys: Keys,
-    dout: Any,
-    walked: Walked,
-    options: Options,
-    config: ChunkConfig,
-    interpret: bool,
+    given: Chunks, options: Options, config: ChunkConfig, interpret: bool
 ) -> Pulled:
-    L, HV, K = x.q.shape[0], *x.state.shape[1::2]
-    pulled = _triton.launch(
-        functools.partial(pull_kernel, options=options, interpret=interpret),
-        (x, keys, dout, walked),
-        [((L, HV, K), jnp.float32)] * 2 + [((L, HV), jnp.float32)] * 2,
-        grid=(HV, num_chunks(x, options)),
-        aliases={},
-        num_warps=config.num_warps,
+    x = given.x
+    (L, HV), K = x.v.shape[:2], x.q.shape[2]
+    tiles = pl.cdiv(K, K_OF_COLUMNS)
+    chunks = num_chunks(x, options)
+    run = functools.partial(
+        _triton.launch,
+        num_warps=config.prepare_warps,
+        num_stages=STAGES,
         interpret=interpret,
     )
-    return Pulled(*pulled)
+    squares = [((HV, L, CHUNK), jnp.bfloat16)] * 4
+    factors = [((HV, L), jnp.float32)] * 2
+    sums = [((1 + tiles, HV, L), jnp.float32)] * 3
+    *WZ, dv, dbeta, q_factor, dlog_decay, along_q, along_k = run(
+        functools.partial(scores_kernel, options=options),
+        given,
+        [*squares, (x.v.shape, x.v.dtype), *factors, *sums],
+        grid=(HV, chunks),
+        aliases={},
+    )
+    dq, dk, *sums = run(
+        functools.partial(columns_kernel, options=options),
+        ((dlog_decay, along_q, along_k), given, tuple(WZ[:2]), tuple(WZ[2:])),
+        [((L, HV, K), jnp.float32)] * 2 + sums,
+        grid=(tiles, HV, chunks),
+        aliases={0: 2, 1: 3, 2: 4},
+    )
+    return Pulled(dq, dk, dv, dbeta, q_factor, *sums)

@@ -1,6 +1,6 @@
-"""The recurrence in chunks as two Pallas kernels (Triton lowering).
+"""The recurrence in chunks as three Pallas kernels (Triton lowering).
 
-chunk_prepare.py's computes what needs no state, for all chunks side by side. The one
+chunk_prepare.py's compute what needs no state, for all chunks side by side. The one
 here then carries a tile of a value head's state along a row, a chunk a step, as the
 transpose [K V]: tokens or K are then the 64 rows and more that a warpgroup's product
 needs, and a tile of V can be narrow. The equations are chunk_xla.py's.
@@ -17,21 +17,9 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
-from gdn_jax.ops.gated_delta.chunk_parts import Cut, Parts, wide_dot
-from gdn_jax.ops.gated_delta.chunk_prepare import (
-    BETA,
-    CHUNK,
-    DECAY,
-    FOLD,
-    QUERY,
-    READ,
-    Keys,
-    Prepared,
-    Tokens,
-    load_rows,
-    padded,
-    prepare,
-)
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, padded
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
+from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
@@ -56,19 +44,18 @@ def walk_kernel(
     row = find_rows(x, options, jnp.minimum(number, np.int32(x.num_rows - 1)))
     row = row._replace(live=row.live & is_row, keeps_state=row.keeps_state & is_row)
     V, K = x.state.shape[2:]
-    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)[None, :]
-    k = jnp.arange(padded(K), dtype=jnp.int32)[:, None]
+    v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)
+    k = jnp.arange(padded(K), dtype=jnp.int32)
     # Past the end the last row and column again: nothing reads or keeps them, and no
     # mask has to be kept in registers.
-    at = (row.read, head, jnp.minimum(v, V - 1), jnp.minimum(k, K - 1))
+    at = (jnp.minimum(v, V - 1)[None, :], jnp.minimum(k, K - 1)[:, None])
     wanted = jnp.broadcast_to(row.keeps_state, (k.size, v.size))
-    state = _triton.load(x.state.at[at], mask=wanted, other=0)
-    steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
-    advance = functools.partial(
-        _advance, x, keys, prepared, out_ref, row, head, v, Cut(interpret)
-    )
-    steps = jnp.where(row.live, steps, np.int32(0))
-    state = lax.fori_loop(np.int32(0), steps, advance, state.astype(jnp.float32))
+    state = _triton.load(x.state.at[row.read, head, *at], mask=wanted, other=0)
+    walk = Walk.of(x, keys, prepared, row, head)
+    advance = functools.partial(_advance, walk, out_ref, v)
+    carry = state.astype(jnp.float32), walk.factors(jnp.int32(0))
+    state, _ = lax.fori_loop(np.int32(0), walk.steps, advance, carry)
+    v, k = v[None, :], k[:, None]
     inside = (v < V) & (k < K) & row.live
     place = new_ref.at[row.read, head, v, k]
     _triton.store(place, state.astype(new_ref.dtype), mask=inside)
@@ -90,85 +77,84 @@ def walk_kernel(
 
 
 def _advance(
-    x: Any,
-    keys: Keys,
-    prepared: Prepared,
-    out_ref: Any,
-    row: Rows,
-    head: Array,
-    v: Array,
-    cut: Cut,
-    step: Array,
-    state: Array,
-) -> Array:
+    walk: "Walk", out_ref: Any, v: Array, step: Array, carry: tuple[Array, "Ahead"]
+) -> tuple[Array, "Ahead"]:
     """One chunk: its out is stored, and the state behind it returned, [K V]."""
-    chunk = Chunk.of(x, keys, prepared, row, head, step)
-    query = chunk.factor(QUERY)  # early: it enters no product, and is not loaded ahead
+    state, factors = carry
+    chunk, (q, k) = walk.chunk(step)
     parts = cut(state)
-    u = chunk.find_u(chunk.load(x.v, v), parts, cut)
-    out = wide_dot(chunk.q, parts) * query
-    out += wide_dot(chunk.square(prepared.scores), cut(u))
-    chunk.store(out_ref, out, v)
-    return chunk.fold(state, u, cut)
+    error = find_error(chunk.load(walk.x.v, v), k, parts, factors)
+    out = wide_dot(q, parts) * factors.query[:, None]
+    parts = cut(error, len(walk.prepared.inverse))
+    out += wide_dot(chunk.load_square(walk.prepared.scores), parts)
+    chunk.store(out_ref, v, out)
+    u = error + wide_dot(chunk.load_square(walk.prepared.inverse), parts)
+    following = walk.factors(step + 1)
+    folded = wide_dot(k, cut(u * factors.fold[:, None], 3), trans_x=True)
+    return state * factors.decay + folded, following
 
 
-class Chunk(NamedTuple):
-    """A chunk of a row as a walk meets it."""
+def find_error(values: Array, k: Parts, state: Parts, factors: "Ahead") -> Array:
+    """E = beta (V - (k exp G) S^T)"""
+    read = wide_dot(k, state) * factors.read[:, None]
+    return (values.astype(jnp.float32) - read) * factors.beta[:, None]
 
-    begin: Array
-    tokens: Tokens
-    head: Array
-    q: Parts
-    k: Parts
+
+class Ahead(NamedTuple):
+    """A chunk's factors, [C] and of decay one. A walk carries those of the next chunk:
+    as they enter no product, the compiler would not load them ahead."""
+
+    read: Array
+    fold: Array
+    query: Array
+    beta: Array
+    decay: Array
+
+
+class Walk(NamedTuple):
+    """Along the chunks of a row, for one value head."""
+
+    x: Any
+    keys: Keys
     prepared: Prepared
+    row: Rows
+    head: Array
+    steps: Array
 
     @classmethod
-    def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head, step):
-        begin = row.begin + step * CHUNK
-        tokens = Tokens.of(begin, row.length - step * CHUNK)
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
-        q, k = (load_rows(refs, tokens, key_head) for refs in keys)
-        return cls(begin, tokens, head, q, k, prepared)
+    def of(cls, x: Any, keys: Keys, prepared: Prepared, row: Rows, head) -> "Walk":
+        steps = lax.div(row.length + np.int32(CHUNK - 1), np.int32(CHUNK))
+        steps = jnp.where(row.live, steps, np.int32(0))
+        return cls(x, keys, prepared, row, head, steps)
 
-    def square(self, refs) -> Parts:
-        column = jnp.arange(CHUNK, dtype=jnp.int32)[None, :]
-        mask = jnp.broadcast_to(self.tokens.valid[:, None], (CHUNK, CHUNK))
-        place = (self.head, self.tokens.token[:, None], column)
-        return tuple(_triton.load(ref.at[place], mask=mask, other=0) for ref in refs)
+    def chunk(self, step: Array) -> tuple[Chunk, Keys]:
+        """With its q and k."""
+        chunk = self._place(step)
+        return chunk, Keys(*(chunk.load_keys(refs) for refs in self.keys))
 
-    def factor(self, number: int) -> Array:
-        place = self.prepared.factors.at[number, self.head, self.tokens.token]
-        return _triton.load(place, mask=self.tokens.valid, other=0)[:, None]
+    def factors(self, step: Array) -> Ahead:
+        """Past the ends of no meaning."""
+        chunk, factors = self._place(step), self.prepared.factors
+        # never past the array, so without a mask, on which the next product would wait
+        begin = jnp.clip(chunk.begin, 0, factors.decay.shape[1] - 1)
+        return Ahead(
+            chunk.load_factor(factors.read),
+            chunk.load_factor(factors.fold),
+            chunk.load_factor(self.prepared.query),
+            chunk.load_factor(factors.beta),
+            factors.decay[self.head, begin],
+        )
 
-    def decay(self) -> Array:
-        return self.prepared.factors[DECAY, self.head, self.begin]
-
-    def load(self, ref, v: Array) -> Array:
-        """[C V] of [L HV V]."""
-        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
-        place = (self.tokens.token[:, None], self.head, v)
-        return _triton.load(ref.at[place], mask=mask, other=0)
-
-    def store(self, ref, value: Array, v: Array) -> None:
-        mask = self.tokens.valid[:, None] & (v < ref.shape[2])
-        place = ref.at[self.tokens.token[:, None], self.head, v]
-        _triton.store(place, value.astype(ref.dtype), mask=mask)
-
-    def find_u(self, values: Array, state: Parts, cut: Cut) -> Array:
-        error = values.astype(jnp.float32)
-        error -= wide_dot(self.k, state) * self.factor(READ)
-        error *= self.factor(BETA)
-        return error + wide_dot(self.square(self.prepared.inverse), cut(error))
-
-    def fold(self, state: Array, u: Array, cut: Cut) -> Array:
-        folded = wide_dot(self.k, cut(u * self.factor(FOLD), 3), trans_x=True)
-        return state * self.decay() + folded
+    def _place(self, step: Array) -> Chunk:
+        is_step = (step >= 0) & (step < self.steps)
+        length = jnp.where(is_step, self.row.length - step * CHUNK, 0)
+        return Chunk.of(self.x, self.row, step, self.head, length)
 
 
 def chunk_triton(
     x: Inputs, options: Options, config: ChunkConfig, *, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """Two launches; the pool is aliased in place."""
+    """Three launches; the pool is aliased in place."""
     if len(x.gates.per_token[0].shape) == 3:
         raise NotImplementedError(
             "the chunked kernels take one decay a head, not one for each K (KDA); use "

@@ -54,22 +54,23 @@ class ChunkConfig:
 
     Attributes:
       block_v: rows of V that a program carries along a row's chunks, at least 16.
-      num_warps, num_stages: of that program; a second stage loads a chunk ahead.
+      num_warps, num_stages: of that program; with three stages a chunk is loaded
+        while the one before is worked on, with two between them.
       prepare_warps: of a program that prepares a chunk.
     """
 
     block_v: int = 32
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     prepare_warps: int = 4
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is not int or value < 1 or value & (value - 1):
-                raise ValueError(
-                    f"{field.name} must be a positive power of two; got {value!r}"
-                )
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field.name} must be a positive int; got {value!r}")
+            if field.name != "num_stages" and value & (value - 1):
+                raise ValueError(f"{field.name} must be a power of two; got {value}")
         if not 16 <= self.block_v <= 256:
             raise ValueError(f"block_v must be 16 to 256; got {self.block_v}")
         if max(self.num_warps, self.prepare_warps) > MAX_WARPS:
@@ -85,25 +86,22 @@ class ChunkConfig:
         return LaunchConfig(self.block_v, lanes_v, 1, self.num_warps)
 
 
-def chunk_heuristic(K: int, key_parts: int) -> ChunkConfig:
-    """The widest tile whose chunks, two at a time, fit shared memory without spills;
-    with keys longer than 128 some registers are spilled, of float32 ones many.
+def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
+    """The widest tile and the most stages that fit registers and shared memory; with
+    keys longer than 128 some registers are spilled, of float32 ones many.
 
-    On an H200, float32 state, K = V = 128, 1x8192 tokens in bfloat16: 439 us with 32
-    rows and 4 warps; 717 with 16; 716 and 1082 with 8 warps and 32 or 64 rows, whose
-    products cross warps. To prepare: 243 us with 4 warps, 595 with 8. What masks, and
-    other sizes, take was chosen by registers alone.
+    On an H200, float32 state, K = V = 128, 1x8192 tokens in bfloat16, to walk: 302 us
+    with 32 rows, 4 warps and 3 stages; 393 with 2 stages, 501 with 16 rows; more warps
+    share out a product's columns and were slower, 716 where this took 439. To prepare:
+    202 us with 4 warps, 314 with 8. Other sizes were chosen by what fits alone.
     """
-    masked = K & (K - 1) != 0
-    if key_parts == 1 and K <= 128:
-        return ChunkConfig(16) if masked else ChunkConfig()
-    if key_parts == 1:
-        return ChunkConfig(16, num_warps=8)
-    if K <= 64:
-        return ChunkConfig(16)
-    if K <= 128:
-        return ChunkConfig(16, num_warps=8)
-    return ChunkConfig(16, num_warps=8, num_stages=1)
+    padded = max(16, next_power_of_2(K))
+    loaded = 256 * padded * key_parts + 16384 * solved_parts  # bytes a chunk
+    stages = 3 if loaded <= 65536 else 2 if loaded <= 98304 else 1
+    if key_parts == 1 and padded == K and stages == 3:
+        return ChunkConfig()
+    wide = K > 128 or (key_parts == 2 and K > 64)
+    return ChunkConfig(16, num_warps=8 if wide else 4, num_stages=stages)
 
 
 @dataclasses.dataclass(frozen=True)

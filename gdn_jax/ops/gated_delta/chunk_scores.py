@@ -1,0 +1,139 @@
+"""A chunk's gates and scores, as the kernels before and behind the walks form them.
+
+The equations are chunk_xla.py's.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from gdn_jax import _triton
+from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta.call import Options
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, dot
+
+STEPS = 1024.0
+LOG2_E = np.float32(np.log2(np.e))
+
+Sums = tuple[Array, Array]
+
+
+class Gate(NamedTuple):
+    """A chunk's beta [C] and G, both 0 where there is no token; G is in units of log 2,
+    so that exp is exp2 of it."""
+
+    beta: Array
+    G: Sums
+    total: Sums  # G of the last token
+
+    @classmethod
+    def of(cls, x: Any, options: Options, chunk: Chunk) -> "Gate":
+        log_decay, beta = _load_gates(x, options, chunk)
+        return cls(beta, *_running_sum(log_decay * LOG2_E))
+
+    def grown(self) -> Array:
+        """exp(G)"""
+        coarse, fine = self.G
+        return jnp.exp2(coarse + fine)
+
+    def rest(self) -> Array:
+        """exp(G_C - G)"""
+        (coarse, fine), (last, last_fine) = self.G, self.total
+        return jnp.exp2((last - coarse) + (last_fine - fine))
+
+    def left(self) -> Array:
+        """exp(G_C)"""
+        return jnp.exp2(self.total[0] + self.total[1])
+
+
+class KeyScores(NamedTuple):
+    products: Array  # [C C], k k^T as they came
+    weight: Array  # what makes A of them; zero on and above the diagonal
+    k_factor: Array  # [C], 1 / |k|
+
+    @classmethod
+    def of(
+        cls, k: Parts, G: Sums, beta: Array, chunk: Chunk, options: Options
+    ) -> "KeyScores":
+        products, k_factor = dot(k, k, trans_y=True), jnp.ones(CHUNK)
+        if options.qk_l2norm:
+            k_factor = _inverse_norm(products)
+        i, j = square()
+        weight = decay_between(G, (i > j) & chunk.valid[:, None]) * k_factor[None, :]
+        return cls(products, weight * (beta * k_factor)[:, None], k_factor)
+
+
+class QueryScores(NamedTuple):
+    products: Array  # [C C], q k^T as they came
+    weight: Array  # what makes B of them; zero above the diagonal
+    q_factor: Array  # [C], scale / |q|
+
+    @classmethod
+    def of(
+        cls,
+        q: Parts,
+        k: Parts,
+        G: Sums,
+        k_factor: Array,
+        chunk: Chunk,
+        options: Options,
+    ) -> "QueryScores":
+        q_factor = jnp.full(CHUNK, options.scale)
+        if options.qk_l2norm:
+            q_factor *= _inverse_norm(dot(q, q, trans_y=True))
+        products = dot(q, k, trans_y=True)
+        i, j = square()
+        weight = decay_between(G, (i >= j) & chunk.valid[:, None]) * k_factor[None, :]
+        return cls(products, weight * q_factor[:, None], q_factor)
+
+
+def decay_between(G: Sums, inside: Array) -> Array:
+    """exp(G_i - G_j) inside a triangle of tokens, zero outside: there it may be
+    infinite."""
+    coarse, fine = (part[:, None] - part[None, :] for part in G)
+    return jnp.exp2(jnp.where(inside, coarse + fine, -jnp.inf))
+
+
+def square() -> tuple[Array, Array]:
+    """Row and column numbers of a chunk's triangle."""
+    place = jnp.arange(CHUNK, dtype=jnp.int32)
+    return place[:, None], place[None, :]
+
+
+def diagonal(products: Array) -> Array:
+    i, j = square()
+    return jnp.sum(jnp.where(i == j, products, 0.0), axis=1)
+
+
+def _inverse_norm(products: Array) -> Array:
+    """1 / |x_i| of x x^T, whose diagonal has the squares."""
+    return lax.rsqrt(diagonal(products) + rule.EPSILON)
+
+
+def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
+    """G and its last value as coarse + fine: multiples of 1/1024, which float32 adds
+    without rounding, and a rest that stays small. In one part the sum would lose,
+    behind a token that forgets everything (-100 and less), the small decays between
+    its followers."""
+    coarse = jnp.floor(log_decay * STEPS) / STEPS
+    fine = log_decay - coarse
+    return (jnp.cumsum(coarse), jnp.cumsum(fine)), (jnp.sum(coarse), jnp.sum(fine))
+
+
+def _load_gates(x: Any, options: Options, chunk: Chunk) -> tuple[Array, Array]:
+    """log_decay and beta [C]; 0 where there is no token."""
+    a, b = (
+        _triton.load(ref.at[chunk.token, chunk.head], mask=chunk.valid, other=0)
+        for ref in x.gates.per_token
+    )
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    A_log, dt_bias = (
+        ref[chunk.head].astype(jnp.float32) for ref in (x.gates.A_log, x.gates.dt_bias)
+    )
+    log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+    beta = rule.beta(b, options.gating)
+    log_decay = jnp.maximum(log_decay, rule.NO_DECAY_LEFT)
+    return jnp.where(chunk.valid, log_decay, 0.0), jnp.where(chunk.valid, beta, 0.0)
