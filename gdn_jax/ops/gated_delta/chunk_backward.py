@@ -228,7 +228,7 @@ def _assemble(
     cotangents = Gates(select(pulled.log_decay.sum(axis=0).T), select(pulled.beta.T))
     _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
     [dgates] = pull(cotangents)
-    along_q = pulled.along_q.sum(axis=0) * pulled.q_factor**2
+    along_q = pulled.along_q.sum(axis=0) * (prepared.q_factor / options.scale) ** 2
     along_k = pulled.along_k.sum(axis=0) * prepared.factors.k_factor**2
     zeros = (None,) * 4
     return Inputs(

@@ -16,7 +16,13 @@ from gdn_jax.ops.gated_delta.call import Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_inverse import Square, invert
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks
 from gdn_jax.ops.gated_delta.chunk_parts import cut, dot
-from gdn_jax.ops.gated_delta.chunk_scores import Gate, KeyScores, QueryScores, square
+from gdn_jax.ops.gated_delta.chunk_scores import (
+    Gate,
+    inverse_norm,
+    key_weight,
+    query_weight,
+    square,
+)
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
 
@@ -38,6 +44,7 @@ class Prepared(NamedTuple):
     inverse: Any  # N, in parts of [HV L C]
     scores: Any  # B + B N, so too
     factors: Factors
+    q_factor: Any  # scale / |q|    [HV L]
     query: Any  # exp(G) scale / |q|, for q where it asks the state    [HV L]
 
 
@@ -59,19 +66,22 @@ def key_kernel(
     @pl.when(chunk.length > 0)
     def _():
         gate = Gate.of(x, options, chunk)
-        A = KeyScores.of(chunk.load_keys(keys.k), gate.G, gate.beta, chunk, options)
+        k = chunk.load_keys(keys.k)
+        products = dot(k, k, trans_y=True)
+        k_factor = inverse_norm(products, options)
         found = Factors(
-            gate.grown() * A.k_factor,
-            gate.rest() * A.k_factor,
+            gate.grown() * k_factor,
+            gate.rest() * k_factor,
             jnp.full(CHUNK, gate.left()),
             gate.beta,
-            A.k_factor,
+            k_factor,
             *gate.G,
         )
         for ref, factor in zip(factors, found, strict=True):
             chunk.store_factor(ref, factor)
         place = Square(work, chunk, interpret)
-        place.store(*square(), A.products * A.weight)
+        A = products * key_weight(gate.G, k_factor, gate.beta, chunk)
+        place.store(*square(), A)
         invert(place, parts)
         chunk.store_square(inverse, cut(place.load(*square()), parts))
 
@@ -81,7 +91,7 @@ def query_kernel(
 ) -> None:
     """Grid: (value heads, chunks)."""
     x, keys, inverse, factors = inputs
-    *scores_refs, query_ref = outputs
+    *scores_refs, q_ref, query_ref = outputs
     parts = parts_of(options)
     chunk = Chunk.find(x, options, pl.program_id(0), pl.program_id(1))
 
@@ -90,9 +100,11 @@ def query_kernel(
         k_factor = chunk.load_factor(factors.k_factor)
         G = chunk.load_factor(factors.coarse), chunk.load_factor(factors.fine)
         q, k = (chunk.load_keys(refs) for refs in keys)
-        B = QueryScores.of(q, k, G, k_factor, chunk, options)
-        chunk.store_factor(query_ref, jnp.exp2(G[0] + G[1]) * B.q_factor)
-        scores = B.products * B.weight
+        q_factor = inverse_norm(dot(q, q, trans_y=True), options) * options.scale
+        chunk.store_factor(q_ref, q_factor)
+        chunk.store_factor(query_ref, jnp.exp2(G[0] + G[1]) * q_factor)
+        scores = dot(q, k, trans_y=True)
+        scores *= query_weight(G, k_factor, q_factor, chunk)
         scores += dot(cut(scores, parts), chunk.load_square(inverse))
         chunk.store_square(scores_refs, cut(scores, parts))
 
@@ -117,9 +129,9 @@ def prepare(
     )
     inverse = tuple(outputs[: len(squares)])
     factors = Factors(*outputs[len(squares) :])
-    *scores, query = run(
+    *scores, q_factor, query = run(
         functools.partial(query_kernel, options=options),
         (x, keys, inverse, factors),
-        [*squares, factor],
+        [*squares, factor, factor],
     )
-    return Prepared(inverse, tuple(scores), factors, query)
+    return Prepared(inverse, tuple(scores), factors, q_factor, query)

@@ -17,9 +17,9 @@ from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks,
 from gdn_jax.ops.gated_delta.chunk_parts import cut, dot, join
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared
 from gdn_jax.ops.gated_delta.chunk_scores import (
-    KeyScores,
-    QueryScores,
     diagonal,
+    key_weight,
+    query_weight,
     square,
 )
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
@@ -62,7 +62,6 @@ class Pulled(NamedTuple):
     q, k: by value head, as if their norms were constant     [L HV K]
     v: [L HV V]
     beta: [HV L]
-    q_factor: no gradient, but 1 / |q|                       [HV L]
     log_decay: of the scores, and of every tile of K         [1 + tiles HV L]
     along_q, along_k: q and k times their gradients, summed over K, in the same parts
     """
@@ -71,7 +70,6 @@ class Pulled(NamedTuple):
     k: Any
     v: Any
     beta: Any
-    q_factor: Any
     log_decay: Any
     along_q: Any
     along_k: Any
@@ -83,14 +81,12 @@ def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
 
     @pl.when(chunk.length > 0)
     def _():
-        _pull_scores(given, chunk, outputs, options)
+        _pull_scores(given, chunk, outputs)
 
 
-def _pull_scores(
-    given: Chunks, chunk: Chunk, outputs: tuple[Any, ...], options: Options
-) -> None:
+def _pull_scores(given: Chunks, chunk: Chunk, outputs: tuple[Any, ...]) -> None:
     W_refs, Z_refs, sum_refs = outputs[:2], outputs[2:4], outputs[-3:]
-    dv_ref, dbeta_ref, q_ref = outputs[4:-3]
+    dv_ref, dbeta_ref = outputs[4:-3]
     factors, walked = given.prepared.factors, given.walked
     beta = chunk.load_factor(factors.beta)
 
@@ -107,24 +103,22 @@ def _pull_scores(
     do_u, dy_u = _over_values(add, given, V_OF_SCORES, (zeros, zeros))
     safe = jnp.where(beta > 0, beta, 1.0)
     dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
-    k_factor = chunk.load_factor(factors.k_factor)
     G = chunk.load_factor(factors.coarse), chunk.load_factor(factors.fine)
+    k_factor = chunk.load_factor(factors.k_factor)
+    q_factor = chunk.load_factor(given.prepared.q_factor)
     q, k = (chunk.load_keys(refs) for refs in given.keys)
-    A = KeyScores.of(k, G, beta, chunk, options)
-    Z = -dy_u * A.weight  # of k k^T, in A
+    Z = -dy_u * key_weight(G, k_factor, beta, chunk)  # of k k^T, in A
     chunk.store_square(Z_refs, cut(Z + Z.T))
-    in_A = Z * A.products
-    B = QueryScores.of(q, k, G, k_factor, chunk, options)
-    W = do_u * B.weight  # of q k^T, in B
+    in_A = Z * dot(k, k, trans_y=True)
+    W = do_u * query_weight(G, k_factor, q_factor, chunk)  # of q k^T, in B
     chunk.store_square(W_refs, cut(W))
-    in_B = W * B.products
+    in_B = W * dot(q, k, trans_y=True)
     dlog_decay, columns = _sum_below(in_A + in_B)
     sums = (dlog_decay, in_B.sum(axis=1), columns + in_A.sum(axis=1))
     part = jnp.zeros_like(chunk.head)
     for ref, value in zip(sum_refs, sums, strict=True):
         chunk.store_factor(ref, value, part)
     chunk.store_factor(dbeta_ref, dbeta)
-    chunk.store_factor(q_ref, B.q_factor / options.scale)
 
 
 def columns_kernel(
@@ -231,12 +225,11 @@ def pull(
         interpret=interpret,
     )
     squares = [((HV, L, CHUNK), jnp.bfloat16)] * 4
-    factors = [((HV, L), jnp.float32)] * 2
     sums = [((1 + tiles, HV, L), jnp.float32)] * 3
-    *WZ, dv, dbeta, q_factor, dlog_decay, along_q, along_k = run(
+    *WZ, dv, dbeta, dlog_decay, along_q, along_k = run(
         functools.partial(scores_kernel, options=options),
         given,
-        [*squares, (x.v.shape, x.v.dtype), *factors, *sums],
+        [*squares, (x.v.shape, x.v.dtype), ((HV, L), jnp.float32), *sums],
         grid=(HV, chunks),
         aliases={},
     )
@@ -247,4 +240,4 @@ def pull(
         grid=(tiles, HV, chunks),
         aliases={0: 2, 1: 3, 2: 4},
     )
-    return Pulled(dq, dk, dv, dbeta, q_factor, *sums)
+    return Pulled(dq, dk, dv, dbeta, *sums)

@@ -13,7 +13,6 @@ from gdn_jax import _triton
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Options
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk
-from gdn_jax.ops.gated_delta.chunk_parts import Parts, dot
 
 STEPS = 1024.0
 LOG2_E = np.float32(np.log2(np.e))
@@ -49,48 +48,28 @@ class Gate(NamedTuple):
         return jnp.exp2(self.total[0] + self.total[1])
 
 
-class KeyScores(NamedTuple):
-    products: Array  # [C C], k k^T as they came
-    weight: Array  # what makes A of them; zero on and above the diagonal
-    k_factor: Array  # [C], 1 / |k|
-
-    @classmethod
-    def of(
-        cls, k: Parts, G: Sums, beta: Array, chunk: Chunk, options: Options
-    ) -> "KeyScores":
-        products, k_factor = dot(k, k, trans_y=True), jnp.ones(CHUNK)
-        if options.qk_l2norm:
-            k_factor = _inverse_norm(products)
-        i, j = square()
-        weight = decay_between(G, (i > j) & chunk.valid[:, None]) * k_factor[None, :]
-        return cls(products, weight * (beta * k_factor)[:, None], k_factor)
+def key_weight(G: Sums, k_factor: Array, beta: Array, chunk: Chunk) -> Array:
+    """What makes A of k k^T; zero on and above the diagonal."""
+    i, j = square()
+    weight = _decay_between(G, (i > j) & chunk.valid[:, None]) * k_factor[None, :]
+    return weight * (beta * k_factor)[:, None]
 
 
-class QueryScores(NamedTuple):
-    products: Array  # [C C], q k^T as they came
-    weight: Array  # what makes B of them; zero above the diagonal
-    q_factor: Array  # [C], scale / |q|
-
-    @classmethod
-    def of(
-        cls,
-        q: Parts,
-        k: Parts,
-        G: Sums,
-        k_factor: Array,
-        chunk: Chunk,
-        options: Options,
-    ) -> "QueryScores":
-        q_factor = jnp.full(CHUNK, options.scale)
-        if options.qk_l2norm:
-            q_factor *= _inverse_norm(dot(q, q, trans_y=True))
-        products = dot(q, k, trans_y=True)
-        i, j = square()
-        weight = decay_between(G, (i >= j) & chunk.valid[:, None]) * k_factor[None, :]
-        return cls(products, weight * q_factor[:, None], q_factor)
+def query_weight(G: Sums, k_factor: Array, q_factor: Array, chunk: Chunk) -> Array:
+    """What makes B of q k^T; zero above the diagonal."""
+    i, j = square()
+    weight = _decay_between(G, (i >= j) & chunk.valid[:, None]) * k_factor[None, :]
+    return weight * q_factor[:, None]
 
 
-def decay_between(G: Sums, inside: Array) -> Array:
+def inverse_norm(products: Array, options: Options) -> Array:
+    """1 / |x_i| of x x^T, whose diagonal has the squares; 1 where none is asked for."""
+    if not options.qk_l2norm:
+        return jnp.ones(CHUNK)
+    return lax.rsqrt(diagonal(products) + rule.EPSILON)
+
+
+def _decay_between(G: Sums, inside: Array) -> Array:
     """exp(G_i - G_j) inside a triangle of tokens, zero outside: there it may be
     infinite."""
     coarse, fine = (part[:, None] - part[None, :] for part in G)
@@ -106,11 +85,6 @@ def square() -> tuple[Array, Array]:
 def diagonal(products: Array) -> Array:
     i, j = square()
     return jnp.sum(jnp.where(i == j, products, 0.0), axis=1)
-
-
-def _inverse_norm(products: Array) -> Array:
-    """1 / |x_i| of x x^T, whose diagonal has the squares."""
-    return lax.rsqrt(diagonal(products) + rule.EPSILON)
 
 
 def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
