@@ -85,8 +85,7 @@ def _is_float32_grade(args, kwargs, implementation):
 def test_keys_that_repeat_do_not_blow_up(implementation):
     """Where nothing is forgotten, powers of A grow to 1e17 and cancel."""
     case = Case("same keys", (130,), act_dtype="float32", options=GATES_OPEN)
-    # by seed 0.9e-5 to 1.0e-5 of `out` where the kernels are, the bar being 1e-5
-    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case, seed=1)
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
     k, b = np.broadcast_to(k[:, :1], k.shape), np.full_like(b, 20.0)  # beta = 1
     _is_float32_grade((state, q, k, v, A_log, a, b, dt_bias), kwargs, implementation)
 
@@ -167,7 +166,7 @@ def test_gradients_are_the_oracles(case, implementation):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("KDA", (70,) * 2, kda=True, H=4, act_dtype="float32"),
+        Case("KDA", (70,) * 2, kda=True, act_dtype="float32"),
         Case(
             "KDA, ragged nulls",
             (66, 2, 0, 65, 3),

@@ -141,8 +141,8 @@ OPS = pytest.mark.parametrize(
 )
 
 
-def _mesh():
-    devices = jax.devices()[:4]  # one GPU is a mesh as well
+def _mesh(size=4):
+    devices = jax.devices()[:size]  # one GPU is a mesh as well
     return jax.make_mesh(
         (len(devices),), ("x",), axis_types=(AxisType.Auto,), devices=devices
     )
@@ -173,7 +173,9 @@ def test_gradients_of_shards_equal_the_wholes(case, specs, op):
         return jax.jit(jax.grad(loss))
 
     call, update = _make(case), _update("xla", op)
-    sharded = _shard(update, _mesh(), specs, check_vma=True)
+    # On two cores four devices wait for each other for ever in the chunks' triangular
+    # solves (jaxlib 0.10.2).
+    sharded = _shard(update, _mesh(2), specs, check_vma=True)
     _close(gradient(sharded)(*call), gradient(update)(*call))
 
 

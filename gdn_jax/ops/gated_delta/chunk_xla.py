@@ -195,6 +195,9 @@ def _scores_per_k(x: Array, k: Array, g: Array) -> Array:
     def cut(y: Array) -> Array:
         return y.reshape(*y.shape[:-2], blocks, SUBCHUNK, y.shape[-1])
 
+    # Left to the products below, the broadcast over a key's heads crashes the gradient
+    # on a CPU (jaxlib 0.10.2).
+    x, k = jnp.broadcast_to(x, g.shape), jnp.broadcast_to(k, g.shape)
     x, k, g = cut(x), cut(k), cut(g)  # [.. I i K], [.. J j K]
     left = x * jnp.exp(jnp.cumsum(g, axis=-2))
     block = jnp.arange(blocks)
