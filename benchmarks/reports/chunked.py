@@ -58,7 +58,9 @@ def tables(result: dict) -> str:
         (STYLE[name][0], cells(rows, lambda t, rows=rows: _worst_error(rows[t])))
         for name, rows in times.items()
     ]
-    lines += [*markdown("relative error (state, gradients)", titles, errors), ""]
+    what = {name for row in result["rows"] for name in row.get("errors", {})}
+    of = "of state and gradients" if what - {"state", "out"} else "of the state"
+    lines += [*markdown(f"relative error {of}", titles, errors), ""]
     lines += absences(result["rows"], title_of)
     return "\n".join([*lines, source(result)])
 

@@ -59,10 +59,10 @@ def chunk_update(
     "interpret" raise NotImplementedError there, and None is xla.
 
     Numerics: products are float32's ("xla"), or of three and two bfloat16 parts: a
-    float32 state is then within 1e-5 of float64 (relative RMS) for beta up to 1, and
-    2e-6 where gates forget and the activations are bfloat16. With doubled beta where
-    next to nothing is forgotten it was seen at 5e-5, and with keys equal to 1e-3
-    besides, where `fused_update` is at 1e-5, at 2e-4.
+    float32 state is then within 1e-5 of float64 (relative RMS), and 2e-6 where gates
+    forget and the activations are bfloat16. Of float32 keys two parts are taken: with
+    doubled beta, where next to nothing is forgotten and keys are equal to 1e-3 besides,
+    the state was seen at 5e-5, where `fused_update` is at 1e-6.
 
     Transformations: `jax.grad` is what it is for: gradients of q, k, v, A_log, a, b,
     dt_bias and the initial state, for cotangents of out and of the final state, in
