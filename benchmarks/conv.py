@@ -19,6 +19,7 @@ import peers
 import prefill
 import typer
 from common import L2_BYTES, Expected, Suite
+from jax.experimental import pallas as pl
 
 from gdn_jax import ConvConfig, ConvState, causal_conv1d, testing
 from gdn_jax.ops.causal_conv1d import tuning
@@ -216,7 +217,7 @@ def candidates(problem: Problem) -> list[ConvConfig]:
         useful = (
             0 not in fields.values()
             and fields["ahead"] <= fields["tokens"]
-            and least <= fields["tokens"] <= tuning.next_power_of_2(longest)
+            and least <= fields["tokens"] <= pl.next_power_of_2(longest)
             and fields["each"] * problem.itemsize <= tuning.LOAD_BYTES
             and fields["ahead"] * fields["each"] * fields["parts"] <= HELD
         )

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import typer
 import update
+from jax.experimental import pallas as pl
 from rich.progress import track
 from update import Problem
 
 from gdn_jax import LaunchConfig, timing
+from gdn_jax._triton import LANES
 from gdn_jax.ops.gated_delta import tile, tuning
 
 FOLDER = pathlib.Path(tuning.__file__).parent / "tuned"
@@ -44,7 +46,7 @@ def candidates(problem: Problem) -> list[LaunchConfig]:
     further tiles would prepare every token again."""
     sizes, warps = (4, 8, 16, 32), (1, 2)
     tiles = (1, 2) if problem.T == 1 else (1,)
-    padded = tuning.next_power_of_2(problem.K)
+    padded = pl.next_power_of_2(problem.K)
     # few lanes along K leave less of it to mask where K is no power of two
     lanes_v = (1, 2, 4) if padded == problem.K else (2, 4, 8)
     itemsize = jnp.dtype(problem.state_dtype).itemsize
@@ -53,8 +55,8 @@ def candidates(problem: Problem) -> list[LaunchConfig]:
         LaunchConfig(block_v=v, lanes_v=lanes, tiles=count, num_warps=warps)
         for v, lanes, count, warps in itertools.product(sizes, lanes_v, tiles, warps)
         if lanes * warps <= v
-        and tile.LANES // lanes <= loads  # no lane without work
-        and v * count * padded <= VALUES_IN_A_LANE * tile.LANES * warps
+        and LANES // lanes <= loads  # no lane without work
+        and v * count * padded <= VALUES_IN_A_LANE * LANES * warps
     ]
 
 

@@ -20,6 +20,8 @@ store = pltriton.store
 dot = pltriton.dot
 barrier = pltriton.debug_barrier
 
+LANES = 32  # of a warp
+MAX_WARPS = 32  # of a program: CUDA's limit of a block
 MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 
 # Emitted at every lowering; under `-W error` it would stop the lowering itself.

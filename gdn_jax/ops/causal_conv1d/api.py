@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
@@ -13,7 +14,7 @@ from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
 from gdn_jax.ops.causal_conv1d.reference import reference
 from gdn_jax.ops.causal_conv1d.triton import triton
-from gdn_jax.ops.causal_conv1d.tuning import ConvConfig, heuristic, next_power_of_2
+from gdn_jax.ops.causal_conv1d.tuning import ConvConfig, heuristic
 from gdn_jax.ops.causal_conv1d.xla import xla
 
 ACTIVATIONS = ("silu", None)
@@ -236,7 +237,7 @@ def _check_config(config: ConvConfig | None, x: Inputs, options: Options) -> Non
     most = x.x.shape[0] if most is None else most
     if config.tokens < min(back, most):
         wanted = f"W - 1 = {back} or more where a row may have {most} tokens"
-        remedy = f"Take {next_power_of_2(min(back, most))}."
+        remedy = f"Take {pl.next_power_of_2(min(back, most))}."
         checks.fail("config.tokens", config.tokens, wanted, remedy)
 
 

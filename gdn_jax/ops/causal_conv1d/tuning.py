@@ -2,8 +2,10 @@
 
 import dataclasses
 
-LANES = 32
-MAX_WARPS = 32
+from jax.experimental import pallas as pl
+
+from gdn_jax._triton import LANES, MAX_WARPS
+
 LOAD_BYTES = 16
 AHEAD = 8
 # Of an H200's 132 cores each then has 16 warps, which keep enough loads in flight.
@@ -68,9 +70,9 @@ def heuristic(
     ragged: bool,
 ) -> ConvConfig:
     """Ragged rows are taken to be of one length; `itemsize` is a token's."""
-    mean = next_power_of_2(-(-num_tokens // num_rows))
+    mean = pl.next_power_of_2(-(-num_tokens // num_rows))
     # Only the first block of a row may need what the state holds.
-    least = next_power_of_2(max(width - 1, 1))
+    least = pl.next_power_of_2(max(width - 1, 1))
     if not ragged:
         least = min(least, mean)
     tokens = max(mean, least)
@@ -105,7 +107,3 @@ def _long(num_tokens: int, channels: int, itemsize: int, least: int) -> ConvConf
     while each > 1 and warps() < ENOUGH_WARPS:
         each //= 2
     return ConvConfig(tokens, AHEAD, each=each)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

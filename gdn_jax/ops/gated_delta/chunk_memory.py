@@ -12,8 +12,7 @@ from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Parts, cut_array
-
-CHUNK = 64
+from gdn_jax.ops.gated_delta.chunk_xla import CHUNK
 
 
 class Keys(NamedTuple):

@@ -22,9 +22,7 @@ from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
-from gdn_jax.ops.gated_delta.tuning import ChunkConfig
-
-MAX_HEAD_DIM = 256
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, ChunkConfig
 
 
 def walk_kernel(

@@ -32,7 +32,6 @@ from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.rule import Chunks
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 
-LANES = 32
 LOAD_BYTES = 16
 
 
@@ -51,7 +50,7 @@ class Tile:
         lanes_v, warps = config.lanes_v, config.num_warps
         aligned = K & -K  # the power of two that divides K: no load crosses a row's end
         vector = min(LOAD_BYTES // state.dtype.itemsize, aligned)
-        lanes_k = min(LANES // lanes_v, padded // vector)
+        lanes_k = min(_triton.LANES // lanes_v, padded // vector)
         chunk = lanes_k * vector
         rows = config.block_v // (lanes_v * warps)
         r, w, lv, lk, e = (

@@ -19,10 +19,9 @@ from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
-from gdn_jax.ops.gated_delta.tile import LANES, Tile, unpack
-from gdn_jax.ops.gated_delta.tuning import LaunchConfig
+from gdn_jax.ops.gated_delta.tile import Tile, unpack
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig
 
-MAX_HEAD_DIM = 256
 MAX_VALUES_IN_A_LANE = 128  # beyond, registers spill and compiling takes minutes
 
 
@@ -238,7 +237,9 @@ def triton(
     if straight is None:
         straight = options.tokens_per_row == 1 and not interpret
     V, K = x.state.shape[2:]
-    values = config.block_v * pl.next_power_of_2(K) // (LANES * config.num_warps)
+    values = (
+        config.block_v * pl.next_power_of_2(K) // (_triton.LANES * config.num_warps)
+    )
     if not interpret and values > MAX_VALUES_IN_A_LANE:
         raise ValueError(
             f"config must leave at most {MAX_VALUES_IN_A_LANE} values of state to a "

@@ -6,8 +6,11 @@ import importlib.resources
 import json
 
 import numpy as np
+from jax.experimental import pallas as pl
 
-MAX_WARPS = 32
+from gdn_jax._triton import MAX_WARPS
+
+MAX_HEAD_DIM = 256  # of K and V: what fits a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,7 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
     share out a product's columns and were slower, 716 where this took 439. To prepare:
     202 us with 4 warps, 314 with 8. Other sizes were chosen by what fits alone.
     """
-    padded = max(16, next_power_of_2(K))
+    padded = max(16, pl.next_power_of_2(K))
     loaded = 256 * padded * key_parts + 16384 * solved_parts  # bytes a chunk
     stages = 3 if loaded <= 65536 else 2 if loaded <= 98304 else 1
     if key_parts == 1 and padded == K and stages == 3:
@@ -160,16 +163,12 @@ def find_config(
 def heuristic(K: int, V: int) -> LaunchConfig:
     """Up to 32 float32 values of state in a lane, one tile a program: no spills at any
     size, and near the best wherever it was measured (see the reasons in tuned/)."""
-    padded = next_power_of_2(K)
-    block_v = max(1, min(1024 // padded, next_power_of_2(V)))
+    padded = pl.next_power_of_2(K)
+    block_v = max(1, min(1024 // padded, pl.next_power_of_2(V)))
     return LaunchConfig(block_v=block_v, lanes_v=min(2, block_v))
 
 
 def interpreter(V: int) -> LaunchConfig:
     """One program for a whole head: the interpreter pays for every program, and for
     every value that K is cut into."""
-    return LaunchConfig(block_v=next_power_of_2(V), lanes_v=1)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return LaunchConfig(block_v=pl.next_power_of_2(V), lanes_v=1)
