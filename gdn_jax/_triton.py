@@ -22,6 +22,9 @@ barrier = pltriton.debug_barrier
 
 LANES = 32  # of a warp
 MAX_WARPS = 32  # of a program: CUDA's limit of a block
+# Compute capabilities with 99 KB of shared memory a program; the others have 163 and
+# more.
+LITTLE_SHARED_MEMORY = ("8.6", "8.9", "12.0", "12.1")
 MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 
 # Emitted at every lowering; under `-W error` it would stop the lowering itself.
@@ -58,6 +61,19 @@ def device_kind(arrays: Any) -> str:
             f"{device.compute_capability}. Use implementation='xla'."
         )
     return device.device_kind
+
+
+def need_shared_memory(arrays: Any, op: str) -> None:
+    """For kernels that take more of it than every GPU has."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return
+    device = _device(arrays)
+    if str(device.compute_capability) in LITTLE_SHARED_MEMORY:
+        raise NotImplementedError(
+            f"{op}'s kernels need 163 KB of shared memory a program; "
+            f"{device.device_kind!r} (compute capability {device.compute_capability}) "
+            f"has 99. Use implementation='xla'."
+        )
 
 
 def _device(arrays: Any) -> Any:

@@ -1,6 +1,7 @@
 """The chunked update against the oracles: values, gradients, what it must not touch."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 import gdn_jax
-from gdn_jax import testing
+from gdn_jax import _triton, testing
 
 Case = testing.Case
 GATES_OPEN = (("gate_lower_bound", -1e-4),)  # nothing is forgotten
 PATHS = ("xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu))
+KERNELS = PATHS[1:]
 NAMES = ("state", "q", "k", "v", "A_log", "a", "b", "dt_bias")
 
 
@@ -67,10 +69,45 @@ def _agrees_with_the_oracle(case, implementation):
     assert np.array_equal(*(x.view(np.uint8) for x in untouched))
 
 
-@pytest.mark.parametrize("config", [dict(block_v=8), dict(num_warps=3)])
+@pytest.mark.parametrize(
+    "config", [dict(block_v=8), dict(num_warps=3), dict(num_warps=32, block_v=16)]
+)
 def test_wrong_configs_are_told(config):
     with pytest.raises(ValueError, match=next(iter(config))):
         gdn_jax.ChunkConfig(**config)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        gdn_jax.ChunkConfig(64, num_warps=8, num_stages=2, prepare_warps=8),
+        gdn_jax.ChunkConfig(16, num_stages=1),
+    ],
+    ids=str,
+)
+def test_any_launch_agrees_with_the_oracle(config, kernel):
+    case = Case("launch", (70, 0, 3), tokens="packed", H=1, HV=2, V=40, null_rows=(2,))
+    args, kwargs, (want_state, want_out, written) = _made(case)
+    state, out = gdn_jax.chunk_update(
+        *args, **kwargs, implementation=kernel, config=config
+    )
+    bar = testing.TOLERANCE["chunked out", out.dtype.name]
+    assert testing.relative_error(out, want_out) < bar
+    bar = testing.TOLERANCE["chunked state", case.state_dtype]
+    assert testing.relative_error(np.asarray(state)[written], want_state[written]) < bar
+
+
+def test_a_gpu_of_little_shared_memory_is_told(monkeypatch):
+    client = types.SimpleNamespace(platform_version="cuda")
+    device = types.SimpleNamespace(
+        platform="gpu", client=client, compute_capability="8.9", device_kind="NVIDIA L4"
+    )
+    monkeypatch.setattr(_triton, "_device", lambda arrays: device)
+    case = Case("L4", (70,))
+    with pytest.raises(NotImplementedError, match=r"shared memory.*'NVIDIA L4'.*xla"):
+        _call(case, "triton")
+    _agrees_with_the_oracle(case, None)
 
 
 def _is_float32_grade(args, kwargs, implementation):
@@ -117,6 +154,16 @@ def test_state_after_a_prefill_is_that_after_decoding(implementation):
 
 
 GRADIENTS = (
+    Case(
+        "two tiles of K, of V",
+        (70, 0, 9),
+        tokens="packed",
+        H=1,
+        HV=3,
+        K=72,
+        V=100,
+        act_dtype="float32",
+    ),
     Case("float32", (100,) * 2, slots="none", act_dtype="float32", fresh=(1,)),
     Case("bfloat16", (100,) * 2, null_rows=(1,)),
     Case("float16", (70,), act_dtype="float16", H=1, HV=2, K=16),

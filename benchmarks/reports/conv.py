@@ -44,7 +44,7 @@ def table(rows: list[dict], copy_tb_per_s: float) -> list[str]:
 
 
 def conv(result: dict, folder: pathlib.Path) -> dict[str, str]:
-    """Other launches of our kernel are in the results, for tuning, and not shown."""
+    """Other launches of our kernel, timed for tuning, are not shown."""
     del folder
     rows = [row for row in result["rows"] if row["contender"] in STYLE]
     lines = []

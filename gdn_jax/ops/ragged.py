@@ -32,16 +32,18 @@ def find_block(cu_seqlens: Any, num_tokens: int, size: int, number: Array) -> Fo
 
     def look(turn, carry):
         passed, before, skipped = carry
-        begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
+        begin, end = _load(cu_seqlens, num_tokens, turn * np.int32(lanes), lanes)
         blocks = (jnp.maximum(end - begin, 0) + np.int32(size - 1)) // np.int32(size)
-        until = passed + jnp.cumsum(blocks)
+        until = passed + jnp.cumsum(blocks, dtype=jnp.int32)
         is_before = until <= number
-        before += jnp.sum(is_before.astype(jnp.int32))
+        before += jnp.sum(is_before, dtype=jnp.int32)
         skipped = jnp.maximum(skipped, jnp.max(jnp.where(is_before, until, 0)))
-        return passed + jnp.sum(blocks), before, skipped
+        return passed + jnp.sum(blocks, dtype=jnp.int32), before, skipped
 
     zero = jnp.int32(0)
-    _, before, skipped = lax.fori_loop(0, turns, look, (zero, zero, zero))
+    _, before, skipped = lax.fori_loop(
+        np.int32(0), np.int32(turns), look, (zero, zero, zero)
+    )
     return Found(jnp.minimum(before, np.int32(num_rows)), number - skipped)
 
 
@@ -51,11 +53,12 @@ def find_owned(cu_seqlens: Any, num_tokens: int, token: Array) -> Array:
     turns, lanes = _turns(num_rows, max(1, PAIRS_AT_ONCE // token.size))
 
     def look(turn, owned):
-        begin, end = _load(cu_seqlens, num_tokens, turn * lanes, lanes)
+        begin, end = _load(cu_seqlens, num_tokens, turn * np.int32(lanes), lanes)
         here = (begin <= token[:, None]) & (token[:, None] < end)  # [tokens rows]
         return jnp.maximum(owned, jnp.max(here.astype(jnp.int32), axis=1))
 
-    return lax.fori_loop(0, turns, look, jnp.zeros(token.size, jnp.int32))
+    owned = jnp.zeros(token.size, jnp.int32)
+    return lax.fori_loop(np.int32(0), np.int32(turns), look, owned)
 
 
 def _turns(num_rows: int, most: int) -> tuple[int, int]:

@@ -56,7 +56,9 @@ class Channels:
             _triton.store(ref.at[(*index, channel)], joined, mask=mask)
 
     def zeros(self) -> Values:
-        return (jnp.zeros((self.lanes, 1)),) * (len(self.first) * self.each)
+        return (jnp.zeros((self.lanes, 1), jnp.float32),) * (
+            len(self.first) * self.each
+        )
 
     def load_columns(self, ref, wanted: Array, *index) -> Columns:
         """For each column of `ref` [.. C R]; zeros unless `wanted`."""

@@ -55,8 +55,11 @@ def chunk_update(
     `slots`, since a state between tokens is never formed. A falling `cu_seqlens` that
     gives a token to two rows makes all of the call's results undefined.
 
-    `config` is a `ChunkConfig`. KDA's per-K decay has no kernel: "triton" and
-    "interpret" raise NotImplementedError there, and None is xla.
+    `config` is a `ChunkConfig`. KDA's per-K decay has no kernel, and GPUs of compute
+    capability 8.6, 8.9 and 12 have too little shared memory for the kernels: "triton"
+    raises NotImplementedError there, and None is xla.
+
+    A NaN among a chunk's tokens reaches all of its out, that of tokens before it too.
 
     Numerics: products are float32's ("xla"), or of three and two bfloat16 parts: a
     float32 state is then within 1e-5 of float64 (relative RMS), and 2e-6 where gates
@@ -64,12 +67,16 @@ def chunk_update(
     doubled beta, where next to nothing is forgotten and keys are equal to 1e-3 besides,
     the state was seen at 5e-5, where `fused_update` is at 1e-6.
 
+    Memory: what the kernels hand each other takes about 1 KB a token and value head
+    while the call runs.
+
     Transformations: `jax.grad` is what it is for: gradients of q, k, v, A_log, a, b,
     dt_bias and the initial state, for cotangents of out and of the final state, in
     chunks too. It keeps its inputs alone; the backward pass computes the chunks again,
     and needs room for a state and its cotangent for every 64 tokens, K V float32 each a
-    value head ("xla": several times that). `vmap`, `scan` and `shard_map` as with
-    `fused_update`.
+    value head, and for every token and value head 0.5 KB and two float32 values for
+    each of K and of V ("xla": several times that). `vmap`, `scan` and `shard_map` as
+    with `fused_update`.
     """
     _dispatch.check_name(implementation)
     if slots is not None and jnp.ndim(slots) == 2:
@@ -113,6 +120,8 @@ def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
 
     def run_triton():
         _triton.device_kind(x)
+        if config is None:
+            _triton.need_shared_memory(x, "chunk_update")
         return run(COMPILED, options, launch, x)
 
     return {

@@ -1,4 +1,4 @@
-"""Gradients of the chunked update as four Pallas kernels behind `prepare`.
+"""Gradients of the chunked update: the two kernels that walk, and what is around them.
 
 With the letters of chunk_xla.py, dX the cotangent of X, N = (I + A)^-1 - I and
 Y = beta (V - (k exp G) S^T):
@@ -226,8 +226,8 @@ def _assemble(
         **{name: select(getattr(x.gates, name)) for name in x.gates.PER_TOKEN}
     )
     cotangents = Gates(select(pulled.log_decay.sum(axis=0).T), select(pulled.beta.T))
-    _, pull = jax.vjp(functools.partial(_gates, options=options), gates)
-    [dgates] = pull(cotangents)
+    _, pull_gates = jax.vjp(functools.partial(_gates, options=options), gates)
+    [dgates] = pull_gates(cotangents)
     along_q = pulled.along_q.sum(axis=0) * (prepared.q_factor / options.scale) ** 2
     along_k = pulled.along_k.sum(axis=0) * prepared.factors.k_factor**2
     zeros = (None,) * 4

@@ -79,7 +79,7 @@ def _invert_blocks(square: Square) -> None:
         row = jnp.sum(a * inverse, axis=2)[:, :, None]  # zero from column i on
         return jnp.where(k == i, inverse - row, inverse), following
 
-    identity = jnp.where(j == k, 1.0, 0.0)
+    identity = (j == k).astype(jnp.float32)
     carry = jnp.broadcast_to(identity, shape), load(jnp.int32(1))
     inverse, _ = lax.fori_loop(np.int32(1), np.int32(BLOCK), substitute, carry)
     square.store(begin + k, begin + j, inverse - identity)

@@ -24,8 +24,8 @@ from gdn_jax.ops.gated_delta.chunk_scores import (
 )
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
-# On an H200, 1x8192 tokens, K = V = 128: columns take 471 us so, 566 to 931 with 32 of
-# K or of V; scores 256, 281 with 32 of V, 267 with 128.
+# On an H200, 1x8192 tokens and K = V = 128, half of any was slower, as was 128 of V in
+# scores_kernel.
 V_OF_SCORES = 64
 V_OF_COLUMNS = 64
 K_OF_COLUMNS = 64
@@ -75,18 +75,32 @@ class Pulled(NamedTuple):
     along_k: Any
 
 
+class Scored(NamedTuple):
+    """What `scores_kernel` leaves: gradients in `Pulled`'s words, and of the scores."""
+
+    W: Pair  # of q k^T, in B    [HV L C]
+    Z: Pair  # of k k^T, in A, and its transpose
+    v: Any
+    beta: Any
+    log_decay: Any
+    along_q: Any
+    along_k: Any
+
+    @classmethod
+    def of(cls, outputs: Any) -> "Scored":
+        return cls(tuple(outputs[:2]), tuple(outputs[2:4]), *outputs[4:])
+
+
 def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
     """The gradients through A and B. Grid: (value heads, chunks)."""
     chunk = Chunk.find(given.x, options, pl.program_id(0), pl.program_id(1))
 
     @pl.when(chunk.length > 0)
     def _():
-        _pull_scores(given, chunk, outputs)
+        _pull_scores(given, chunk, Scored.of(outputs))
 
 
-def _pull_scores(given: Chunks, chunk: Chunk, outputs: tuple[Any, ...]) -> None:
-    W_refs, Z_refs, sum_refs = outputs[:2], outputs[2:4], outputs[-3:]
-    dv_ref, dbeta_ref = outputs[4:-3]
+def _pull_scores(given: Chunks, chunk: Chunk, out: Scored) -> None:
     factors, walked = given.prepared.factors, given.walked
     beta = chunk.load_factor(factors.beta)
 
@@ -95,11 +109,11 @@ def _pull_scores(given: Chunks, chunk: Chunk, outputs: tuple[Any, ...]) -> None:
         do, dy, u = (
             chunk.load_parts(refs, v) for refs in (given.dout, walked.dy, walked.u)
         )
-        chunk.store(dv_ref, v, join(dy) * beta[:, None])
+        chunk.store(out.v, v, join(dy) * beta[:, None])
         do_u, dy_u = products
         return do_u + dot(do, u, trans_y=True), dy_u + dot(dy, u, trans_y=True)
 
-    zeros = jnp.zeros((CHUNK, CHUNK))
+    zeros = jnp.zeros((CHUNK, CHUNK), jnp.float32)
     do_u, dy_u = _over_values(add, given, V_OF_SCORES, (zeros, zeros))
     safe = jnp.where(beta > 0, beta, 1.0)
     dbeta = jnp.where(beta > 0, diagonal(dy_u) / safe, 0.0)
@@ -108,17 +122,17 @@ def _pull_scores(given: Chunks, chunk: Chunk, outputs: tuple[Any, ...]) -> None:
     q_factor = chunk.load_factor(given.prepared.q_factor)
     q, k = (chunk.load_keys(refs) for refs in given.keys)
     Z = -dy_u * key_weight(G, k_factor, beta, chunk)  # of k k^T, in A
-    chunk.store_square(Z_refs, cut(Z + Z.T))
+    chunk.store_square(out.Z, cut(Z + Z.T))
     in_A = Z * dot(k, k, trans_y=True)
     W = do_u * query_weight(G, k_factor, q_factor, chunk)  # of q k^T, in B
-    chunk.store_square(W_refs, cut(W))
+    chunk.store_square(out.W, cut(W))
     in_B = W * dot(q, k, trans_y=True)
     dlog_decay, columns = _sum_below(in_A + in_B)
     sums = (dlog_decay, in_B.sum(axis=1), columns + in_A.sum(axis=1))
     part = jnp.zeros_like(chunk.head)
-    for ref, value in zip(sum_refs, sums, strict=True):
+    for ref, value in zip(out[-3:], sums, strict=True):
         chunk.store_factor(ref, value, part)
-    chunk.store_factor(dbeta_ref, dbeta)
+    chunk.store_factor(out.beta, dbeta)
 
 
 def columns_kernel(
@@ -186,7 +200,7 @@ def _through_states(
         inner += jnp.sum(join(entering) * join(leaving))
         return asked, read, folded, inner
 
-    zeros = jnp.zeros((CHUNK, columns.size))
+    zeros = jnp.zeros((CHUNK, columns.size), jnp.float32)
     return _over_values(add, given, V_OF_COLUMNS, (zeros,) * 3 + (jnp.float32(0),))
 
 
@@ -206,7 +220,7 @@ def _sum_below(M: Array) -> tuple[Array, Array]:
     decay G_i - G_j has the log-decay of m in it; and the sums of its columns. As a
     difference of running sums the first would cancel."""
     m, i = square()
-    until = (jnp.where(i >= m, 1.0, 0.0).astype(jnp.bfloat16),)
+    until = ((i >= m).astype(jnp.bfloat16),)
     suffix = dot(until, cut(M))  # [m j]
     return jnp.sum(jnp.where(i < m, suffix, 0.0), axis=1), diagonal(suffix)
 
@@ -226,18 +240,19 @@ def pull(
     )
     squares = [((HV, L, CHUNK), jnp.bfloat16)] * 4
     sums = [((1 + tiles, HV, L), jnp.float32)] * 3
-    *WZ, dv, dbeta, dlog_decay, along_q, along_k = run(
+    outputs = run(
         functools.partial(scores_kernel, options=options),
         given,
         [*squares, (x.v.shape, x.v.dtype), ((HV, L), jnp.float32), *sums],
         grid=(HV, chunks),
         aliases={},
     )
+    scored = Scored.of(outputs)
     dq, dk, *sums = run(
         functools.partial(columns_kernel, options=options),
-        ((dlog_decay, along_q, along_k), given, tuple(WZ[:2]), tuple(WZ[2:])),
+        (scored[-3:], given, scored.W, scored.Z),
         [((L, HV, K), jnp.float32)] * 2 + sums,
         grid=(tiles, HV, chunks),
         aliases={0: 2, 1: 3, 2: 4},
     )
-    return Pulled(dq, dk, dv, dbeta, *sums)
+    return Pulled(dq, dk, scored.v, scored.beta, *sums)

@@ -65,7 +65,7 @@ def query_weight(G: Sums, k_factor: Array, q_factor: Array, chunk: Chunk) -> Arr
 def inverse_norm(products: Array, options: Options) -> Array:
     """1 / |x_i| of x x^T, whose diagonal has the squares; 1 where none is asked for."""
     if not options.qk_l2norm:
-        return jnp.ones(CHUNK)
+        return jnp.ones(CHUNK, jnp.float32)
     return lax.rsqrt(diagonal(products) + rule.EPSILON)
 
 

@@ -1,6 +1,6 @@
-"""The recurrence in chunks as three Pallas kernels (Triton lowering).
+"""The recurrence in chunks: the Pallas kernel (Triton lowering) that walks along rows.
 
-chunk_prepare.py's compute what needs no state, for all chunks side by side. The one
+chunk_prepare.py's two compute what needs no state, for all chunks side by side. The one
 here then carries a tile of a value head's state along a row, a chunk a step, as the
 transpose [K V]: tokens or K are then the 64 rows and more that a warpgroup's product
 needs, and a tile of V can be narrow. The equations are chunk_xla.py's.

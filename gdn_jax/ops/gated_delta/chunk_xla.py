@@ -154,7 +154,10 @@ def _wy(q: Array, k: Array, v: Array, log_decay: Array, beta: Array) -> Prepared
     A = jnp.where(jnp.tril(lower, -1), beta * scores(k, k, g), 0)
     # solved for the identity alone: what the triangle meets is multiplied afterwards
     inverse = solve_triangular(
-        A, jnp.broadcast_to(jnp.eye(CHUNK), A.shape), lower=True, unit_diagonal=True
+        A,
+        jnp.broadcast_to(jnp.eye(CHUNK, dtype=A.dtype), A.shape),
+        lower=True,
+        unit_diagonal=True,
     )
     return Prepared(
         values=_matmul(inverse, beta * v),

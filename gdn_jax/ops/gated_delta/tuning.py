@@ -76,6 +76,8 @@ class ChunkConfig:
                 raise ValueError(f"{field.name} must be a power of two; got {value}")
         if not 16 <= self.block_v <= 256:
             raise ValueError(f"block_v must be 16 to 256; got {self.block_v}")
+        if self.num_warps > self.block_v:
+            raise ValueError(f"num_warps must be at most block_v; got {self}")
         if max(self.num_warps, self.prepare_warps) > MAX_WARPS:
             raise ValueError(
                 f"num_warps and prepare_warps must be at most {MAX_WARPS}, CUDA's "
@@ -91,12 +93,11 @@ class ChunkConfig:
 
 def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
     """The widest tile and the most stages that fit registers and shared memory; with
-    keys longer than 128 some registers are spilled, of float32 ones many.
+    keys longer than 128 the forward pass spills registers, of float32 ones many.
 
-    On an H200, float32 state, K = V = 128, 1x8192 tokens in bfloat16, to walk: 302 us
-    with 32 rows, 4 warps and 3 stages; 393 with 2 stages, 501 with 16 rows; more warps
-    share out a product's columns and were slower, 716 where this took 439. To prepare:
-    202 us with 4 warps, 314 with 8. Other sizes were chosen by what fits alone.
+    On an H200, 1x8192 tokens in bfloat16 with K = V = 128, other launches were slower:
+    2 stages, 16 rows, more warps (they share out a product's columns), and 8 warps to
+    prepare. Other sizes were chosen by what fits alone.
     """
     padded = max(16, pl.next_power_of_2(K))
     loaded = 256 * padded * key_parts + 16384 * solved_parts  # bytes a chunk
