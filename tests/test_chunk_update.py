@@ -11,9 +11,9 @@ import pytest
 
 import gdn_jax
 from gdn_jax import _triton, testing
+from gdn_jax.testing.cases import GATES_OPEN
 
 Case = testing.Case
-GATES_OPEN = (("gate_lower_bound", -1e-4),)  # nothing is forgotten
 PATHS = ("xla", "interpret", pytest.param("triton", marks=pytest.mark.gpu))
 KERNELS = PATHS[1:]
 NAMES = ("state", "q", "k", "v", "A_log", "a", "b", "dt_bias")
@@ -124,6 +124,15 @@ def test_keys_that_repeat_do_not_blow_up(implementation):
     case = Case("same keys", (130,), act_dtype="float32", options=GATES_OPEN)
     (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
     k, b = np.broadcast_to(k[:, :1], k.shape), np.full_like(b, 20.0)  # beta = 1
+    _is_float32_grade((state, q, k, v, A_log, a, b, dt_bias), kwargs, implementation)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_keys_that_are_alike_stay_apart_with_doubled_beta(implementation):
+    options = (*GATES_OPEN, ("allow_neg_eigval", True))
+    case = Case("alike", (130,), act_dtype="float32", options=options)
+    (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case)
+    k, b = k[:, :1] + 0.01 * k, np.full_like(b, 8.0)
     _is_float32_grade((state, q, k, v, A_log, a, b, dt_bias), kwargs, implementation)
 
 

@@ -16,13 +16,13 @@ why. That is `turned`, of the same inputs in the same order.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax import _types as t
-from gdn_jax.ops import batch
+from gdn_jax.ops import batch, checks
 from gdn_jax.ops.batch import Batch, Rows
 
 
@@ -41,19 +41,30 @@ class ConvState(NamedTuple):
     @classmethod
     def zeros(cls, num_slots: int, channels: int, width: int, dtype, *, columns=1):
         """An empty state for `num_slots` sequences; `columns` is S."""
+        _check_columns(columns)
         buffer = jnp.zeros((num_slots, channels, width - 1 + columns), dtype)
         return cls(buffer, jnp.zeros(num_slots, jnp.int32))
 
     @classmethod
     def from_dense(cls, history: Array, *, columns: int = 1) -> "ConvState":
-        """From the last W - 1 inputs of each sequence, [P, C, W - 1], oldest first."""
+        """From the last W - 1 inputs of each sequence, [P, C, W - 1], oldest first.
+        Nothing here tells W: of a cache that keeps W of them, leave out the oldest."""
+        _check_columns(columns)
+        if jnp.ndim(history) != 3:
+            remedy = "Channels come before the columns."
+            checks.fail("history", jnp.shape(history), "[P, C, W - 1]", remedy)
         room = jnp.zeros((*history.shape[:2], columns), history.dtype)
         start = jnp.zeros(history.shape[0], jnp.int32)
         return cls(jnp.concatenate([history, room], axis=2), start)
 
     def to_dense(self, width: int, num_accepted: Array | None = None) -> Array:
-        """[P, C, W - 1], the last inputs of each slot, oldest first; `num_accepted` [P]
-        as the next step would be given it, None: 1 after a speculative step."""
+        """[P, C, W - 1], the last inputs of each slot, oldest first. `width` is W, the
+        filter's; `num_accepted` [P] as the next step would be given it, None: 1 after a
+        speculative step."""
+        ring = self.buffer.shape[2]
+        if not 1 <= width <= ring:
+            want = f"1 to {ring}, as the ring of W - 1 + S columns allows"
+            checks.fail("width", width, want, "It is W of the weight [C, W].")
         first = self.start if num_accepted is None else self.start + num_accepted - 1
         column = (first[:, None] + jnp.arange(width - 1)) % self.buffer.shape[2]
         return jnp.take_along_axis(self.buffer, column[:, None, :], axis=2)
@@ -63,6 +74,12 @@ class ConvState(NamedTuple):
         column = jnp.arange(self.buffer.shape[2]) + (self.start - start)[:, None]
         column = (column % self.buffer.shape[2])[:, None, :]
         return ConvState(jnp.take_along_axis(self.buffer, column, axis=2), start)
+
+
+def _check_columns(columns: Any) -> None:
+    if not isinstance(columns, int) or columns < 1:
+        remedy = "It is S: 1, or 1 + drafts for speculative decoding."
+        checks.fail("columns", columns, "an int >= 1", remedy)
 
 
 class Inputs(NamedTuple):

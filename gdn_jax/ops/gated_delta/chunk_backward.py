@@ -158,7 +158,7 @@ def chunk_backward(
     """Cotangents of the inputs. The states that enter chunks are computed again: kept
     from the forward pass they would be a state for every 64 tokens."""
     dnew, dout = cotangents
-    keys, dout = Keys.of(x), cut_array(dout)
+    keys, dout = Keys.of(x, options), cut_array(dout)
     prepared = prepare(x, keys, options, config, interpret)
     dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
     chunks = Chunks(x, keys, prepared, dout, walked)

@@ -15,6 +15,12 @@ from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Parts, cut_array
 from gdn_jax.ops.gated_delta.chunk_xla import CHUNK
 
 
+def parts_of(options: Options) -> int:
+    """Of what a state's error grows by: with beta up to 2, where nothing is forgotten
+    and keys are alike, two would leave it at 1e-3 after a thousand tokens."""
+    return 3 if options.gating.allow_neg_eigval else 2
+
+
 class Keys(NamedTuple):
     """q and k in parts, [L H K] each."""
 
@@ -22,8 +28,8 @@ class Keys(NamedTuple):
     k: Parts
 
     @classmethod
-    def of(cls, x: Inputs) -> "Keys":
-        return cls(cut_array(x.q), cut_array(x.k))
+    def of(cls, x: Inputs, options: Options) -> "Keys":
+        return cls(*(cut_array(y, parts_of(options)) for y in (x.q, x.k)))
 
 
 class Chunk(NamedTuple):

@@ -31,9 +31,9 @@ def cut(x: Array, parts: int = 2) -> Parts:
     return *found, x.astype(jnp.bfloat16)
 
 
-def cut_array(x: Array) -> Parts:
+def cut_array(x: Array, parts: int = 2) -> Parts:
     """The same outside a kernel; a bfloat16 array is its own only part."""
-    return (x,) if x.dtype == jnp.bfloat16 else cut(x.astype(jnp.float32))
+    return (x,) if x.dtype == jnp.bfloat16 else cut(x.astype(jnp.float32), parts)
 
 
 def join(parts: Parts) -> Array:

@@ -14,7 +14,13 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.call import Inputs, Options
 from gdn_jax.ops.gated_delta.chunk_inverse import Square, invert
-from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks
+from gdn_jax.ops.gated_delta.chunk_memory import (
+    CHUNK,
+    Chunk,
+    Keys,
+    num_chunks,
+    parts_of,
+)
 from gdn_jax.ops.gated_delta.chunk_parts import cut, dot
 from gdn_jax.ops.gated_delta.chunk_scores import (
     Gate,
@@ -46,12 +52,6 @@ class Prepared(NamedTuple):
     factors: Factors
     q_factor: Any  # scale / |q|    [HV L]
     query: Any  # exp(G) scale / |q|, for q where it asks the state    [HV L]
-
-
-def parts_of(options: Options) -> int:
-    """Of N and what it meets: with beta up to 2 and nothing forgotten a third keeps
-    the state from errors of 1e-4."""
-    return 3 if options.gating.allow_neg_eigval else 2
 
 
 def key_kernel(

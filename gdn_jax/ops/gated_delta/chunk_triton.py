@@ -164,7 +164,7 @@ def chunk_triton(
             f"{x.state.shape[3]}, {x.state.shape[2]}. Use implementation='xla'."
         )
     HV, V = x.v.shape[1:]
-    keys = Keys.of(x)
+    keys = Keys.of(x, options)
     prepared = prepare(x, keys, options, config, interpret)
     rows = x.num_rows + (x.cu_seqlens is not None)
     return _triton.launch(

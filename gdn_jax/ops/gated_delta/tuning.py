@@ -104,7 +104,7 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
     stages = 3 if loaded <= 65536 else 2 if loaded <= 98304 else 1
     if key_parts == 1 and padded == K and stages == 3:
         return ChunkConfig()
-    wide = K > 128 or (key_parts == 2 and K > 64)
+    wide = K > 128 or (key_parts > 1 and K > 64)
     return ChunkConfig(16, num_warps=8 if wide else 4, num_stages=stages)
 
 
