@@ -93,7 +93,6 @@ def _result(rows):
 
 
 def test_the_convolutions_table_holds_what_was_measured(monkeypatch):
-    pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(BENCHMARKS)
     report = importlib.import_module("report")
     plain = dict(N=8, T=1, S=1, lengths=[])
