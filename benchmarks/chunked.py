@@ -12,7 +12,7 @@ import peers
 from common import L2_BYTES, Expected, Suite
 
 import gdn_jax
-from gdn_jax import testing
+from gdn_jax import ChunkConfig, testing
 
 INPUTS = (
     "normal q, k, v, a, b; state 0.1 * normal; A in [1, 16], time steps "
@@ -216,7 +216,27 @@ def tolerance(problem: Problem, what: str, *, is_ours: bool) -> float:
     return max(testing.TOLERANCE["out", problem.act_dtype], FLOAT32)
 
 
-def prefill() -> Suite:
+# Launches of the walk and of what prepares it, beside the one that None takes.
+LAUNCHES = (
+    ChunkConfig(),
+    ChunkConfig(num_stages=2),
+    ChunkConfig(16),
+    ChunkConfig(16, num_warps=8),
+    ChunkConfig(64, num_warps=8, num_stages=2),
+    ChunkConfig(prepare_warps=8),
+)
+
+
+def launches() -> dict[str, Callable]:
+    def named(config: ChunkConfig) -> str:
+        fields = dataclasses.asdict(config).items()
+        return "triton " + " ".join(f"{name}={value}" for name, value in fields)
+
+    chunk = functools.partial(forward, op=gdn_jax.chunk_update, implementation="triton")
+    return {named(c): functools.partial(chunk, config=c) for c in LAUNCHES}
+
+
+def prefill(*, tune: bool) -> Suite:
     chunk = functools.partial(forward, op=gdn_jax.chunk_update)
     walk = functools.partial(forward, op=gdn_jax.fused_update)
     return Suite(
@@ -225,11 +245,14 @@ def prefill() -> Suite:
         make_inputs=make_inputs,
         expect=expect,
         tolerance=tolerance,
-        ours=lambda problem: {
-            "triton": functools.partial(chunk, implementation="triton"),
-            "xla": functools.partial(chunk, implementation="xla"),
-            "token_by_token": functools.partial(walk, implementation="triton"),
-        },
+        ours=lambda problem: (
+            {
+                "triton": functools.partial(chunk, implementation="triton"),
+                "xla": functools.partial(chunk, implementation="xla"),
+                "token_by_token": functools.partial(walk, implementation="triton"),
+            }
+            | (launches() if tune else {})
+        ),
         peers=lambda problem: peers.PREFILL,
     )
 

@@ -1,7 +1,7 @@
-"""Whole sequences, forward: python benchmarks/prefill.py [--quick]
+"""Whole sequences, forward: python benchmarks/prefill.py [--quick] [--tune]
 
 The chunked form by Triton and by XLA, the walk token by token, and every peer that can
-be imported, in one run.
+be imported, in one run; with --tune by other launches of our kernels too.
 """
 
 import pathlib
@@ -25,8 +25,10 @@ def problems(quick: bool = False) -> list[Problem]:
     ]
 
 
-def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
-    run_suite(chunked.prefill(), problems(quick), out)
+def main(
+    quick: bool = False, tune: bool = False, out: pathlib.Path | None = None
+) -> None:
+    run_suite(chunked.prefill(tune=tune), problems(quick), out)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,13 @@ def test_the_heuristics_launch_is_timed_among_its_neighbours(monkeypatch):
         assert list(conv.contenders(problem, tune=False)) == ["triton", "xla"]
 
 
+def test_other_launches_of_the_chunked_kernels_are_told_apart(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    chunked = importlib.import_module("chunked")
+    assert gdn_jax.ChunkConfig() in chunked.LAUNCHES  # what None takes
+    assert len(chunked.launches()) == len(set(chunked.LAUNCHES))
+
+
 def _result(rows):
     versions = {"jax": "0"}
     header = dict(device="a GPU", date="2026-01-01", commit="0" * 40)
