@@ -7,6 +7,10 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in flags:  # for shard_map
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
 
+# XLA's pool has a thread a core: on two, four devices' triangular solves took them all
+# and waited for each other for good (jaxlib 0.10.2).
+os.environ.setdefault("NPROC", "8")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
