@@ -4,6 +4,7 @@ The lowering is deprecated upstream since JAX 0.11 (docs/pallas/CHANGELOG) and s
 there in 0.12. When it goes, this file and the kernels' launch functions change.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,22 @@ MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 # Emitted at every lowering; under `-W error` it would stop the lowering itself.
 DEPRECATION = "The Pallas Triton backend is deprecated"
 warnings.filterwarnings("ignore", message=DEPRECATION, category=DeprecationWarning)
+
+
+def check_launch(config: Any, *any_number: str) -> None:
+    """A launch config's fields are powers of two, but for those of `any_number`; those
+    that end in "warps" are what a program can have."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive int; got {value!r}")
+        if name not in any_number and value & (value - 1):
+            raise ValueError(f"{name} must be a power of two; got {value}")
+        if name.endswith("warps") and value > MAX_WARPS:
+            raise ValueError(
+                f"{name} must be at most {MAX_WARPS}, CUDA's limit of a block; got "
+                f"{value}."
+            )
 
 
 def device_kind(arrays: Any) -> str:

@@ -314,55 +314,6 @@ def test_arrays_over_explicit_mesh_axes_are_told():
         _fused(DENSE | dict(q=jax.device_put(jnp.zeros((N, T, H, K)), split)))
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        (dict(block_v=True, lanes_v=1), "block_v must be a positive int; got True"),
-        (dict(block_v=0, lanes_v=1), "block_v must be a positive int; got 0"),
-        (dict(block_v=8.0, lanes_v=1), "block_v must be a positive int; got 8.0"),
-        (dict(block_v=8, lanes_v=4, tiles=0), "tiles must be a positive int; got 0"),
-        (
-            dict(block_v=8, lanes_v=4, num_warps=3),  # aborts the process in LLVM
-            "num_warps must be a power of two; got 3",
-        ),
-        (
-            dict(block_v=64, lanes_v=1, num_warps=64),
-            "num_warps must be at most 32, CUDA's limit of a block; got 64",
-        ),
-        (dict(block_v=2, lanes_v=4), "every warp has lanes_v...block_v=2, lanes_v=4"),
-        (dict(block_v=64, lanes_v=64), "every warp has lanes_v <= 32 ...lanes_v=64"),
-        (
-            dict(block_v=8, lanes_v=4, num_warps=4),
-            "every warp has lanes_v...num_warps=4)...block_v >= lanes_v * num_warps",
-        ),
-    ],
-)
-def test_a_wrong_config_is_told(fields, text):
-    with _says(text):
-        gdn_jax.LaunchConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        (dict(tokens=0, ahead=1), "tokens must be a positive power of two; got 0"),
-        (dict(tokens=8, ahead=3), "ahead must be a positive power of two; got 3"),
-        (dict(tokens=8, ahead=True), "ahead must be a positive ...; got True"),
-        (dict(tokens=8, ahead=8, each=2.0), "each must be a positive ...; got 2.0"),
-        (dict(tokens=8, ahead=8, parts=-2), "parts must be a positive ...; got -2"),
-        (dict(tokens=8, ahead=8, num_warps=3), "num_warps must be a ...; got 3"),
-        (dict(tokens=8, ahead=16), "ahead must be at most tokens = 8, ...; got 16"),
-        (
-            dict(tokens=8, ahead=8, num_warps=64),
-            "num_warps must be at most 32, CUDA's limit of a block; got 64",
-        ),
-    ],
-)
-def test_a_wrong_config_of_the_convolution_is_told(fields, text):
-    with _says(text):
-        gdn_jax.ConvConfig(**fields)
-
-
 CONV = dict(
     state=gdn_jax.ConvState.zeros(P, C, W, jnp.float32),
     x=zeros(N, T, C),

@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
-from gdn_jax._triton import LANES, MAX_WARPS
+from gdn_jax._triton import LANES, check_launch
 
 LOAD_BYTES = 16
 AHEAD = 8
@@ -34,21 +34,11 @@ class ConvConfig:
     num_warps: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1 or value & (value - 1):
-                raise ValueError(
-                    f"{field.name} must be a positive power of two; got {value!r}"
-                )
+        check_launch(self)
         if self.ahead > self.tokens:
             raise ValueError(
                 f"ahead must be at most tokens = {self.tokens}, of which it is a part; "
                 f"got {self.ahead}."
-            )
-        if self.num_warps > MAX_WARPS:
-            raise ValueError(
-                f"num_warps must be at most {MAX_WARPS}, CUDA's limit of a block; got "
-                f"{self.num_warps}."
             )
 
     @property

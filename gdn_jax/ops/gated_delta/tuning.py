@@ -8,7 +8,7 @@ import json
 import numpy as np
 from jax.experimental import pallas as pl
 
-from gdn_jax._triton import MAX_WARPS
+from gdn_jax._triton import check_launch
 
 MAX_HEAD_DIM = 256  # of K and V: what fits a program
 
@@ -33,17 +33,7 @@ class LaunchConfig:
     num_warps: int = 1
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{field.name} must be a positive int; got {value!r}")
-            if field.name != "tiles" and value & (value - 1):
-                raise ValueError(f"{field.name} must be a power of two; got {value}")
-        if self.num_warps > MAX_WARPS:
-            raise ValueError(
-                f"num_warps must be at most {MAX_WARPS}, CUDA's limit of a block; got "
-                f"{self.num_warps}."
-            )
+        check_launch(self, "tiles")
         if self.lanes_v > 32 or self.lanes_v * self.num_warps > self.block_v:
             raise ValueError(
                 f"every warp has lanes_v <= 32 rows of block_v; got {self}. Take "
@@ -68,21 +58,11 @@ class ChunkConfig:
     prepare_warps: int = 4
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{field.name} must be a positive int; got {value!r}")
-            if field.name != "num_stages" and value & (value - 1):
-                raise ValueError(f"{field.name} must be a power of two; got {value}")
+        check_launch(self, "num_stages")
         if not 16 <= self.block_v <= 256:
             raise ValueError(f"block_v must be 16 to 256; got {self.block_v}")
         if self.num_warps > self.block_v:
             raise ValueError(f"num_warps must be at most block_v; got {self}")
-        if max(self.num_warps, self.prepare_warps) > MAX_WARPS:
-            raise ValueError(
-                f"num_warps and prepare_warps must be at most {MAX_WARPS}, CUDA's "
-                f"limit of a block; got {self}."
-            )
 
     @property
     def clearing(self) -> LaunchConfig:
