@@ -1,0 +1,8 @@
+"""Qwen3-Next and Qwen3.5: configurations, models, checkpoints.
+
+Imported by itself (`from gdn_jax import models`), so that `import gdn_jax` needs no Flax.
+"""
+
+from gdn_jax.models.config import Config as Config
+from gdn_jax.models.model import Model as Model
+from gdn_jax.models.state import ModelState as ModelState

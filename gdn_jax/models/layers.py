@@ -1,0 +1,182 @@
+"""A decoder layer, and how each kind of mixer is called."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax.models.config import Config
+from gdn_jax.models.state import LayerState, Tokens
+from gdn_jax.nn.attention import GatedAttention, KVCache
+from gdn_jax.nn.gated_delta_net import GatedDeltaNet
+from gdn_jax.nn.mlp import GatedMLP
+from gdn_jax.nn.moe import MixtureOfExperts
+from gdn_jax.nn.norm import RMSNorm
+from gdn_jax.nn.state import GatedDeltaNetState
+
+
+class DecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      config: the model's.
+      mixer_type: an entry of `config.layer_types`.
+      is_sparse: whether the MLP is a mixture of experts.
+      dtype, param_dtype: of activations and of parameters.
+      implementation: of the ops, as in `fused_update`.
+    """
+
+    config: Config
+    mixer_type: str
+    is_sparse: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def setup(self):
+        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
+        self.mixer_norm = RMSNorm(**norm)
+        self.mlp_norm = RMSNorm(**norm)
+        self.mixer = make_mixer(config, self.mixer_type, **dtypes)
+        self.mlp = make_mlp(config, self.is_sparse, self.implementation, **dtypes)
+
+    def __call__(
+        self, x: Array, state: LayerState | None, tokens: Tokens
+    ) -> tuple[Array, LayerState | None]:
+        y, state = self.mix(self.mixer_norm(x), state, tokens)
+        x = x + y
+        y = self.mlp_norm(x)
+        y = self.mlp(y, live=tokens.live) if self.is_sparse else self.mlp(y)
+        return x + y, state
+
+    def mix(
+        self, x: Array, state: LayerState | None, tokens: Tokens
+    ) -> tuple[Array, LayerState | None]:
+        if self.mixer_type == "full_attention":
+            return self.mixer(
+                x,
+                state,
+                start=tokens.start,
+                rows=tokens.rows,
+                num_tokens=tokens.num_tokens,
+            )
+        if state is None:
+            return self.mixer(x, implementation=self.implementation)[0], None
+        x, keywords = as_rows(x, state, tokens)
+        y, state = self.mixer(x, state, implementation=self.implementation, **keywords)
+        return y.reshape(*tokens.lead, -1), state
+
+
+def make_mixer(
+    config: Config, mixer_type: str, dtype: Any, param_dtype: Any
+) -> GatedDeltaNet | GatedAttention:
+    if mixer_type == "full_attention":
+        return GatedAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.rotary_dim,
+            rope_theta=config.rope_theta,
+            norm_eps=config.rms_norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+    return GatedDeltaNet(
+        config.hidden_size,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        conv_width=config.linear_conv_kernel_dim,
+        layout="interleaved" if config.model_type == "qwen3_next" else "flat",
+        norm_eps=config.rms_norm_eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+    )
+
+
+def make_mlp(
+    config: Config,
+    is_sparse: bool,
+    implementation: str | None,
+    dtype: Any,
+    param_dtype: Any,
+) -> GatedMLP | MixtureOfExperts:
+    dtypes = dict(dtype=dtype, param_dtype=param_dtype)
+    if not is_sparse:
+        return GatedMLP(config.hidden_size, config.intermediate_size, **dtypes)
+    return MixtureOfExperts(
+        config.hidden_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.shared_expert_intermediate_size,
+        norm_topk=config.norm_topk_prob,
+        implementation=implementation,
+        **dtypes,
+    )
+
+
+def init_layer_state(
+    mixer: GatedDeltaNet | GatedAttention,
+    num_rows: int,
+    num_positions: int,
+    columns: int,
+    recurrent_dtype: Any,
+) -> LayerState:
+    if isinstance(mixer, GatedAttention):
+        return mixer.init_cache(num_rows, num_positions)
+    return mixer.init_state(
+        num_rows * columns,
+        columns=columns,
+        num_conv_slots=num_rows,
+        recurrent_dtype=recurrent_dtype,
+    )
+
+
+def as_rows(
+    x: Array, state: GatedDeltaNetState, tokens: Tokens
+) -> tuple[Array, dict[str, Array | None]]:
+    """x and the keywords of a GatedDeltaNet's call.
+
+    Where rows have tokens that do not count, x is packed and these are rows of their
+    own, in no slot: two rows for each sequence.
+    """
+    (N, T), columns = tokens.lead, state.recurrent.shape[0] // state.conv.buffer.shape[0]
+    has_state, num_accepted = tokens.has_state, tokens.num_accepted
+    if tokens.rows is None and tokens.num_tokens is None and columns == 1:
+        return x, dict(has_state=has_state)
+    rows = tokens.find_rows()
+    slots = rows * columns
+    if num_accepted is not None:
+        slots = slots[:, None] + jnp.arange(columns, dtype=jnp.int32)
+    tables = dict(
+        slots=slots, conv_slots=rows, has_state=has_state, num_accepted=num_accepted
+    )
+    if tokens.num_tokens is None:
+        return x, tables
+    counted = tokens.num_tokens.astype(jnp.int32)
+    if T == 1:
+        is_live = counted > 0
+        live = is_live if num_accepted is None else is_live[:, None]
+        return x, tables | dict(
+            slots=jnp.where(live, slots, -1), conv_slots=jnp.where(is_live, rows, -1)
+        )
+    begins = jnp.arange(N, dtype=jnp.int32) * T
+    ends = jnp.stack([begins, begins + counted], axis=1).reshape(-1)
+    cu_seqlens = jnp.append(ends, jnp.int32(N * T))
+    nowhere = dict(slots=-1, conv_slots=-1, has_state=False, num_accepted=1)
+    tables = {
+        name: None if table is None else _with_padding(table, nowhere[name])
+        for name, table in tables.items()
+    }
+    return x.reshape(N * T, -1), tables | dict(cu_seqlens=cu_seqlens)
+
+
+def _with_padding(table: Array, padding: int | bool) -> Array:
+    """[2 N ..]: each sequence's entry, then its padding's."""
+    pairs = jnp.stack([table, jnp.full_like(table, padding)], axis=1)
+    return pairs.reshape(-1, *table.shape[1:])

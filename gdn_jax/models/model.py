@@ -1,0 +1,228 @@
+"""The text model of Qwen3-Next and Qwen3.5."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gdn_jax.models.config import Config
+from gdn_jax.models.layers import DecoderLayer, init_layer_state, make_mixer
+from gdn_jax.models.mtp import MultiTokenPrediction
+from gdn_jax.models.state import ModelState, find_tokens, new_length
+from gdn_jax.nn.attention import KVCache
+from gdn_jax.nn.norm import RMSNorm
+from gdn_jax.ops import checks
+
+
+class Model(nn.Module):
+    """Embedding, layers of Gated DeltaNet or attention, each with its MLP, and a head.
+
+        model = Model(config)
+        params = model.init(jax.random.key(0), tokens)["params"]
+        logits = model.apply({"params": params}, tokens)          # training
+
+        state = model.init_state(N, num_positions)
+        logits, state = model.apply({"params": params}, tokens, state)
+
+    `load` makes both from a checkpoint. As transformers 5.23's Qwen3NextForCausalLM,
+    Qwen3_5ForCausalLM and Qwen3_5MoeForCausalLM.
+
+    Attributes:
+      config: what is built.
+      dtype: of activations, caches and the convolutions' states.
+      param_dtype: of parameters (A_log and dt_bias are float32).
+      implementation: of the ops, as in `fused_update`.
+    """
+
+    config: Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def setup(self):
+        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = nn.initializers.normal(0.02)
+        self.embed = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
+            **dtypes,
+        )
+        self.layers = [
+            DecoderLayer(
+                config,
+                kind,
+                config.is_sparse(i),
+                implementation=self.implementation,
+                **dtypes,
+            )
+            for i, kind in enumerate(config.layer_types)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+        if not config.tie_word_embeddings:
+            self.head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=nn.with_logical_partitioning(init, ("embed", "vocab")),
+                **dtypes,
+            )
+        if config.num_mtp_layers:
+            self.mtp = MultiTokenPrediction(
+                config, implementation=self.implementation, **dtypes
+            )
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        state: ModelState | None = None,
+        *,
+        rows: ArrayLike | None = None,
+        num_tokens: ArrayLike | None = None,
+        has_state: ArrayLike | None = None,
+        num_accepted: ArrayLike | None = None,
+    ) -> Any:
+        """Logits of each next token.
+
+        Args:
+          tokens: [N, T] integers. Those outside the vocabulary are taken as its ends.
+          state: from `init_state` or the last call; donated under `jax.jit` it is
+            updated in place. None: each row is a whole sequence.
+          rows: [N] int32, which of the state's sequences each row is, all different.
+            None: row n is sequence n, of all.
+          num_tokens: [N] int32, how many of the T tokens count, the first ones; 0 leaves
+            a sequence as it is. None: all. The others' logits mean nothing.
+          has_state: [N] bool; False begins a sequence, whatever the state holds.
+          num_accepted: [N] int32, for a speculative step: how many tokens of the
+            sequence's last speculative step stand (1 after any other call), as in
+            `fused_update`. The call's own tokens, at most 1 + drafts, wait for the next
+            call's `num_accepted` to say how many stand.
+
+        Returns:
+          logits [N, T, vocab_size] in `dtype`, and with a state (logits, state).
+
+        Raises:
+          ValueError: the call is wrong; the text names the argument and the remedy.
+        """
+        hidden, new_state = self.hidden(
+            tokens,
+            state,
+            rows=rows,
+            num_tokens=num_tokens,
+            has_state=has_state,
+            num_accepted=num_accepted,
+        )
+        if self.is_initializing() and self.config.num_mtp_layers:
+            self.mtp(self.embed(jnp.asarray(tokens)), hidden)
+        logits = self.logits(hidden)
+        return logits if state is None else (logits, new_state)
+
+    def hidden(
+        self,
+        tokens: ArrayLike,
+        state: ModelState | None = None,
+        *,
+        rows: ArrayLike | None = None,
+        num_tokens: ArrayLike | None = None,
+        has_state: ArrayLike | None = None,
+        num_accepted: ArrayLike | None = None,
+    ) -> tuple[Array, ModelState | None]:
+        """As the call, but what `logits` takes, [N, T, D], behind the last norm."""
+        tokens = checks.integers("tokens", tokens)
+        call = find_tokens(
+            tokens.shape, state, rows, num_tokens, has_state, num_accepted
+        )
+        x = self.embed(jnp.clip(tokens, 0, self.config.vocab_size - 1))
+        layers = [None] * len(self.layers) if state is None else list(state.layers)
+        for i, layer in enumerate(self.layers):
+            x, layers[i] = layer(x, layers[i], call)
+        if state is not None:
+            state = ModelState(tuple(layers), new_length(state, call))
+        return self.norm(x), state
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., vocab_size] of [..., D]."""
+        if self.config.tie_word_embeddings:
+            return self.embed.attend(hidden)
+        return self.head(hidden)
+
+    def draft(
+        self,
+        next_tokens: ArrayLike,
+        hidden: Array,
+        cache: tuple[KVCache, ...] | None = None,
+        *,
+        start: Array | None = None,
+        rows: Array | None = None,
+        num_tokens: Array | None = None,
+        step: int = 0,
+    ) -> tuple[Array, tuple[KVCache, ...] | None]:
+        """One step of the multi-token prediction head: (hidden, cache).
+
+        Args:
+          next_tokens: [N, T] integers, the token behind each of `hidden`'s.
+          hidden: [N, T, D], of `hidden` above, or what this gave for the draft before.
+          cache: from `init_draft_cache` or the last call. None: whole sequences.
+          start: [N], the position of `hidden`'s first token.
+          rows, num_tokens: as in the call.
+          step: which draft this is; layer step % n of the head's n makes it.
+
+        Returns:
+          hidden: [N, T, D]; `logits` of it are those of the token behind `next_tokens`.
+          cache: moved on.
+        """
+        if not self.config.num_mtp_layers:
+            remedy = "This model has no multi-token prediction head."
+            checks.fail("config.num_mtp_layers", 0, ">= 1", remedy)
+        embedded = self.embed(checks.integers("next_tokens", next_tokens))
+        return self.mtp(
+            embedded,
+            hidden,
+            cache,
+            start=start,
+            rows=rows,
+            num_tokens=num_tokens,
+            step=step,
+        )
+
+    @nn.nowrap
+    def init_state(
+        self,
+        num_rows: int,
+        num_positions: int,
+        *,
+        drafts: int = 0,
+        recurrent_dtype: Any = jnp.float32,
+    ) -> ModelState:
+        """An empty state.
+
+        Args:
+          num_rows: P, sequences.
+          num_positions: M, tokens of the longest, drafts included.
+          drafts: most drafts of a speculative step.
+          recurrent_dtype: of the rule's states; see `GatedDeltaNet.init_state`.
+        """
+        kinds = self.config.layer_types
+        layers = (
+            init_layer_state(
+                make_mixer(self.config, kind, self.dtype, self.param_dtype),
+                num_rows,
+                num_positions,
+                1 + drafts,
+                recurrent_dtype,
+            )
+            for kind in kinds
+        )
+        return ModelState(tuple(layers), jnp.zeros(num_rows, jnp.int32))
+
+    @nn.nowrap
+    def init_draft_cache(
+        self, num_rows: int, num_positions: int
+    ) -> tuple[KVCache, ...]:
+        """An empty cache of the multi-token prediction head."""
+        mixer = make_mixer(self.config, "full_attention", self.dtype, self.param_dtype)
+        return tuple(
+            mixer.init_cache(num_rows, num_positions)
+            for _ in range(self.config.num_mtp_layers)
+        )

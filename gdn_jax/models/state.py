@@ -1,0 +1,124 @@
+"""What a model carries from call to call, and which tokens a call brings."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax.nn.attention import KVCache
+from gdn_jax.nn.state import GatedDeltaNetState
+from gdn_jax.ops import checks
+
+LayerState = GatedDeltaNetState | KVCache
+
+
+class ModelState(NamedTuple):
+    """P sequences, each in a row of every array.
+
+    Attributes:
+      layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence, one
+        after another, S = 1 + drafts.
+      length: [P] int32, tokens of each sequence so far. After a speculative call they
+        are counted as if one of its tokens stood: `num_accepted` of the next call
+        says how many do.
+    """
+
+    layers: tuple[LayerState, ...]
+    length: Array
+
+    @property
+    def columns(self) -> int:
+        """S: recurrent states a sequence."""
+        for layer in self.layers:
+            if isinstance(layer, GatedDeltaNetState):
+                return layer.recurrent.shape[0] // self.length.shape[0]
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Which tokens of which sequences a call brings.
+
+    Attributes:
+      lead: N and T.
+      rows: [N], each sequence's row of the state; None: n.
+      num_tokens: [N], how many of the T count; None: all.
+      start: [N], how many tokens are before each sequence's first; None: 0 everywhere,
+        and there is no state.
+      has_state, num_accepted: [N] or None, as in `fused_update`.
+    """
+
+    lead: tuple[int, int]
+    rows: Array | None = None
+    num_tokens: Array | None = None
+    start: Array | None = None
+    has_state: Array | None = None
+    num_accepted: Array | None = None
+
+    @property
+    def live(self) -> Array | None:
+        """[N, T], whether a token counts; None if all do."""
+        if self.num_tokens is None:
+            return None
+        return jnp.arange(self.lead[1], dtype=jnp.int32) < self.num_tokens[:, None]
+
+    def find_rows(self) -> Array:
+        return jnp.arange(self.lead[0], dtype=jnp.int32) if self.rows is None else self.rows
+
+
+def find_tokens(
+    shape: tuple[int, ...],
+    state: ModelState | None,
+    rows: Array | None,
+    num_tokens: Array | None,
+    has_state: Array | None,
+    num_accepted: Array | None,
+) -> Tokens:
+    """Checks a call's tables."""
+    if len(shape) != 2:
+        checks.fail("tokens", shape, "[N, T]", "One row for each sequence.")
+    N, T = shape
+    tables = dict(
+        rows=rows, num_tokens=num_tokens, has_state=has_state, num_accepted=num_accepted
+    )
+    for name, table in tables.items():
+        if table is None:
+            continue
+        table = tables[name] = jnp.asarray(table)
+        if state is None:
+            checks.fail("state", "None", f"given with {name}", "See model.init_state.")
+        if table.shape != (N,):
+            checks.fail(name, table.shape, f"[N] = ({N},)", "One entry a sequence.")
+        wanted = jnp.bool_ if name == "has_state" else jnp.integer
+        if not jnp.issubdtype(table.dtype, wanted):
+            checks.fail(name, table.dtype, f"of dtype {wanted.__name__}", "Cast it.")
+    if state is None:
+        return Tokens((N, T))
+    P, S = state.length.shape[0], state.columns
+    if rows is None and N != P:
+        remedy = "Give rows, which say which of the state's each is."
+        checks.fail("tokens", f"{N} sequences", f"{P}, as the state has", remedy)
+    if num_accepted is not None and T > S:
+        remedy = "Make the state with init_state(.., drafts=T - 1)."
+        checks.fail("tokens", f"T = {T}", f"at most S = {S} with num_accepted", remedy)
+    start = state.length if rows is None else state.length[tables["rows"]]
+    if has_state is not None:
+        start = jnp.where(tables["has_state"], start, 0)
+    if num_accepted is not None:
+        start = start - 1 + tables["num_accepted"].astype(jnp.int32)
+    return Tokens((N, T), start=start, **tables)
+
+
+def new_length(state: ModelState, tokens: Tokens) -> Array:
+    """`state.length` behind a call."""
+    T = tokens.lead[1]
+    added = jnp.full(tokens.lead[:1], T, jnp.int32)
+    if tokens.num_tokens is not None:
+        added = tokens.num_tokens.astype(jnp.int32)
+    is_live = added > 0
+    if tokens.num_accepted is not None:
+        added = jnp.minimum(added, 1)
+    rows = tokens.find_rows()
+    length = jnp.where(is_live, tokens.start + added, state.length[rows])
+    return length if tokens.rows is None else state.length.at[rows].set(length)

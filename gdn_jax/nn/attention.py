@@ -1,0 +1,169 @@
+"""Full attention with an output gate, its cache passed in and returned."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+from gdn_jax.nn.initializers import Initializer
+from gdn_jax.nn.norm import RMSNorm
+from gdn_jax.nn.projections import Matrices, flat
+from gdn_jax.nn.rope import rotate
+from gdn_jax.ops import checks
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens, a row for each sequence.
+
+    Attributes:
+      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the first.
+    """
+
+    k: Array
+    v: Array
+
+
+class GatedAttention(nn.Module):
+    """Causal grouped-query attention with norms of q and k, and an output gate.
+
+        q, gate = projection(x), by heads;  k, v = projections(x)
+        q, k = rope(norm(q)), rope(norm(k))
+        y = projection(attention(q, k, v) * sigmoid(gate))
+
+    As in Qwen3-Next and Qwen3.5 (transformers 5.23): the norms are zero-centred, over
+    each head's features, and rope turns the first of them.
+
+    Attributes:
+      hidden_size: D, of x and y.
+      num_heads, num_kv_heads: of q, and of k and v; the first a multiple of the second.
+      head_dim: features of a head.
+      rotary_dim: features that rope turns; even.
+      rope_theta: base of rope's wavelengths.
+      norm_eps: of the norms of q and k.
+      dtype: of everything but norms, rope and softmax, which are float32 inside.
+      param_dtype: of parameters.
+      kernel_init: of the projections.
+      attention: `implementation` of `jax.nn.dot_product_attention`, None, "xla" or
+        "cudnn".
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float = 1e7
+    norm_eps: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    attention: str | None = None
+
+    def __post_init__(self):
+        for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                checks.fail(name, getattr(self, name), ">= 1", "It is an axis.")
+        if self.num_heads % self.num_kv_heads:
+            wanted = f"a multiple of num_kv_heads = {self.num_kv_heads}"
+            remedy = "Each head of k and v serves as many heads of q."
+            checks.fail("num_heads", self.num_heads, wanted, remedy)
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            wanted = f"even, at most head_dim = {self.head_dim}"
+            checks.fail("rotary_dim", self.rotary_dim, wanted, "Rope turns pairs.")
+        super().__post_init__()
+
+    def setup(self):
+        matrices = Matrices(self.dtype, self.param_dtype, self.kernel_init)
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q = matrices.dense(2 * width, "embed", "heads")
+        self.k = matrices.dense(kv_width, "embed", "kv_heads")
+        self.v = matrices.dense(kv_width, "embed", "kv_heads")
+        self.out = matrices.dense(self.hidden_size, "heads", "embed")
+        norm = (self.head_dim, self.norm_eps, self.dtype, self.param_dtype)
+        self.q_norm = RMSNorm(*norm)
+        self.k_norm = RMSNorm(*norm)
+
+    def __call__(
+        self,
+        x: t.Hidden,
+        cache: KVCache | None = None,
+        *,
+        start: Array | None = None,
+        rows: Array | None = None,
+        num_tokens: Array | None = None,
+    ) -> tuple[t.Hidden, KVCache | None]:
+        """Each token attends to itself and to those before it: (y, cache).
+
+        Args:
+          x: [N, T, D].
+          cache: from `init_cache` or the last call; donated under `jax.jit` it is
+            updated in place. None: the tokens are the whole sequence.
+          start: [N] int32, how many tokens are before x's first; these are in the cache.
+            Entries from there on are overwritten, so that tokens can be taken back.
+          rows: [N] int32, each sequence's row of the cache. None: row n is sequence n.
+          num_tokens: [N] int32, how many of the T tokens count; the others are not kept
+            and their y means nothing. None: all.
+
+        A token past the cache's M positions is not kept.
+
+        Returns:
+          y: like x, in `dtype`.
+          cache: with the tokens' keys and values; None if that was None.
+        """
+        N, T, _ = x.shape
+        first = jnp.zeros((1,), jnp.int32) if start is None else start
+        positions = first[:, None] + jnp.arange(T, dtype=jnp.int32)
+        q, k, v, gate = self._project(x, positions)
+        if cache is None:
+            out = self._attend(q, k, v, is_causal=True)
+        else:
+            positions = jnp.broadcast_to(positions, (N, T))
+            cache = _write(cache, k, v, positions, rows, num_tokens)
+            k, v = cache if rows is None else (side[rows] for side in cache)
+            reached = jnp.arange(k.shape[1], dtype=jnp.int32) <= positions[..., None]
+            out = self._attend(q, k, v, mask=reached[:, None])
+        return self.out(flat(out * jax.nn.sigmoid(gate))), cache
+
+    @nn.nowrap
+    def init_cache(self, num_rows: int, num_positions: int) -> KVCache:
+        """An empty cache: P rows with room for M positions each."""
+        shape = (num_rows, num_positions, self.num_kv_heads, self.head_dim)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def _project(self, x: Array, positions: Array) -> tuple[Array, ...]:
+        N, T, _ = x.shape
+        q, gate = jnp.split(self.q(x).reshape(N, T, self.num_heads, -1), 2, axis=-1)
+        k = self.k(x).reshape(N, T, self.num_kv_heads, -1)
+        v = self.v(x).reshape(N, T, self.num_kv_heads, -1)
+        rope = dict(size=self.rotary_dim, theta=self.rope_theta)
+        q = rotate(self.q_norm(q), positions, **rope)
+        return q, rotate(self.k_norm(k), positions, **rope), v, gate
+
+    def _attend(self, q: Array, k: Array, v: Array, **masking: Any) -> Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, implementation=self.attention, **masking
+        )
+
+
+def _write(
+    cache: KVCache,
+    k: Array,
+    v: Array,
+    positions: Array,
+    rows: Array | None,
+    num_tokens: Array | None,
+) -> KVCache:
+    N, T = positions.shape
+    if rows is None:
+        rows = jnp.arange(N, dtype=jnp.int32)
+    if num_tokens is not None:
+        kept = jnp.arange(T, dtype=jnp.int32) < num_tokens[:, None]
+        positions = jnp.where(kept, positions, cache.k.shape[1])  # out of it: dropped
+    where = rows[:, None], positions
+    return KVCache(
+        cache.k.at[where].set(k.astype(cache.k.dtype), mode="drop"),
+        cache.v.at[where].set(v.astype(cache.v.dtype), mode="drop"),
+    )
