@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import gdn_jax
 from gdn_jax import ConvConfig
+from gdn_jax.training import text
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -142,3 +144,19 @@ def test_a_peer_that_fails_while_it_is_timed_is_a_row(monkeypatch):
 
 def _fail(*args, **kwargs):
     raise RuntimeError("no kernels")
+
+
+def test_held_out_figures_of_a_saved_text(tmp_path):
+    saved = tmp_path / "text.npz"
+    text.save(text.Corpus(b"one\0two\0" * 9, b"one\0one\0", "3.99.0"), saved)
+    command = [sys.executable, BENCHMARKS / "held_out.py", "--text", saved]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "this is another, of 3.99.0" in found.stderr
+    subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True)
+    result = json.loads((tmp_path / "held_out.json").read_text())
+    assert result["python"] == "3.99.0"
+    assert result["train"]["bytes"] == 72 and result["held_out"]["documents"] == 2
+    assert {row["order"] for row in result["kneser_ney"]} == set(range(1, 9))
+    for row in result["kneser_ney"]:
+        assert 0 < row["bits_per_byte"] < 3
