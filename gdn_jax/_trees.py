@@ -1,0 +1,87 @@
+"""Trees of arrays in one safetensors file, replaced whole or not at all."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NOTES = "gdn_jax"  # the key of the file's metadata that holds ours
+
+
+def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
+    """Writes a tree and JSON notes beside it. A write that is cut off leaves the old
+    file."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: _plain(x) for name, x in _named(tree).items()}
+    beside = path.with_name(path.name + ".partial")
+    save_file(arrays, beside, metadata={NOTES: json.dumps(notes)})
+    os.replace(beside, path)
+
+
+def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The tree, of the structure, shapes and dtypes of `like`, and the notes.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is no such tree's file; every difference is listed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; nothing was saved there.")
+    wanted = _named(like)
+    faults, arrays = [], []
+    try:
+        with safe_open(path, "np") as file:
+            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
+            names = set(file.keys())
+            faults += [f"{name} is not expected" for name in sorted(names - set(wanted))]
+            for name, x in wanted.items():
+                if name not in names:
+                    faults.append(f"{name} is missing")
+                    continue
+                got, plain = file.get_tensor(name), _plain_type(x)
+                if (got.shape, got.dtype) != (plain.shape, plain.dtype):
+                    faults.append(
+                        f"{name} is {got.dtype}{list(got.shape)}, wanted "
+                        f"{plain.dtype}{list(plain.shape)}"
+                    )
+                arrays.append(_like(got, x))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or no safetensors file: {error}") from None
+    if faults:
+        raise ValueError(
+            f"{path} is of another model or of other sizes: " + "; ".join(faults[:20])
+        )
+    return jax.tree.unflatten(jax.tree.structure(like), arrays), notes
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: Any) -> np.ndarray:
+    return np.ascontiguousarray(jax.random.key_data(x) if _is_key(x) else x)
+
+
+def _plain_type(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
+
+
+def _like(got: np.ndarray, x: Any) -> jax.Array:
+    if _is_key(x):
+        return jax.random.wrap_key_data(got, impl=jax.random.key_impl(x))
+    return jnp.asarray(got)

@@ -1,0 +1,186 @@
+"""Training on windows of a text, resumable at every step.
+
+A step is a function of the state and its own number: windows and noise are drawn with
+keys folded from the recipe's seed. So a run that is killed and resumed ends as it would
+have.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from gdn_jax.models.model import Model
+from gdn_jax.training.recipe import Recipe
+
+
+class TrainState(NamedTuple):
+    """What a step takes and gives.
+
+    Attributes:
+      params: the model's.
+      average: their running average, which is what is kept in the end.
+      optimizer: optax's state.
+      step: int32, steps taken.
+    """
+
+    params: Any
+    average: Any
+    optimizer: Any
+    step: Array
+
+
+class Losses(NamedTuple):
+    """Mean bits per byte.
+
+    Attributes:
+      next: of the next byte.
+      drafts: [S], of the bytes that the multi-token prediction head drafts.
+    """
+
+    next: Array
+    drafts: Array
+
+
+def init(model: Model, recipe: Recipe) -> TrainState:
+    params = nn.unbox(model.init(keys_of(recipe)[0], jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = jax.tree_util.tree_map_with_path(_rescale, params)
+    state = make_optimizer(recipe).init(params)
+    average = jax.tree.map(jnp.copy, params)  # of its own: both are donated
+    return TrainState(params, average, state, jnp.int32(0))
+
+
+def keys_of(recipe: Recipe) -> Array:
+    """Of the parameters, and of the steps."""
+    return jax.random.split(jax.random.key(recipe.seed))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    rates = optax.warmup_cosine_decay_schedule(
+        0.0,
+        recipe.learning_rate,
+        max(1, round(recipe.warmup * recipe.steps)),
+        recipe.steps,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            rates,
+            b2=0.99,
+            weight_decay=recipe.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "recipe", "steps"), donate_argnames="state"
+)
+def train(
+    model: Model, recipe: Recipe, state: TrainState, text: Array, steps: int
+) -> tuple[TrainState, Losses]:
+    """Takes `steps` steps on windows of `text` [B] uint8: the state, and each's losses."""
+    optimizer = make_optimizer(recipe)
+
+    def step(state: TrainState, _: None) -> tuple[TrainState, Losses]:
+        key = jax.random.fold_in(keys_of(recipe)[1], state.step)
+        windows = draw_windows(key, text, recipe)
+
+        def loss(params):
+            losses = losses_of(model, params, windows, recipe, key)
+            halves = recipe.draft_weight * 0.5 ** jnp.arange(recipe.drafts)
+            return losses.next + jnp.sum(halves * losses.drafts), losses
+
+        grads, losses = jax.grad(loss, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(
+            grads, state.optimizer, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        # The first steps' average is theirs alone, not the random beginning's.
+        kept = jnp.minimum(recipe.averaging, state.step / (state.step + 10))
+        average = jax.tree.map(
+            lambda old, new: old + (1 - kept) * (new - old), state.average, params
+        )
+        return TrainState(params, average, optimizer_state, state.step + 1), losses
+
+    return jax.lax.scan(step, state, None, length=steps)
+
+
+def draw_windows(key: Array, text: Array, recipe: Recipe) -> Array:
+    """[batch, length + 1 + drafts] int32, from anywhere in the text."""
+    size = recipe.length + 1 + recipe.drafts
+    begins = jax.random.randint(
+        jax.random.fold_in(key, 0), (recipe.batch,), 0, text.shape[0] - size + 1
+    )
+    return text[begins[:, None] + jnp.arange(size)].astype(jnp.int32)
+
+
+def losses_of(
+    model: Model, params: Any, windows: Array, recipe: Recipe, key: Array
+) -> Losses:
+    """Of windows [N, length + 1 + drafts], in bits."""
+    T = recipe.length
+    inputs = windows
+    if recipe.noise:
+        is_noise, noise = jax.random.split(jax.random.fold_in(key, 1))
+        other = jax.random.randint(noise, windows.shape, 1, 256)
+        replaced = jax.random.bernoulli(is_noise, recipe.noise, windows.shape)
+        inputs = jnp.where(replaced, other, windows)
+    variables = {"params": params}
+    hidden, _ = model.apply(variables, inputs[:, :T], method="hidden")
+
+    def bits(hidden: Array, ahead: int) -> Array:
+        logits = model.apply(variables, hidden, method="logits").astype(jnp.float32)
+        wanted = windows[:, ahead : ahead + T]
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+        return jnp.mean(nats) / jnp.log(2.0)
+
+    first = bits(hidden, 1)
+    drafts = []
+    for i in range(recipe.drafts):
+        behind = inputs[:, i + 1 : i + 1 + T]
+        hidden, _ = model.apply(variables, behind, hidden, step=i, method="draft")
+        drafts.append(bits(hidden, i + 2))
+    return Losses(first, jnp.stack(drafts) if drafts else jnp.zeros(0))
+
+
+def bits_per_byte(
+    model: Model, params: Any, text: bytes, *, length: int = 2048, batch: int = 8
+) -> float:
+    """Bits per byte of a text that begins behind a separator.
+
+    Windows of `length` bytes overlap by half: a byte is predicted from length / 2 bytes
+    at least, but near the text's beginning, where from all before it.
+    """
+    separated = jnp.frombuffer(b"\0" + text, jnp.uint8).astype(jnp.int32)
+    stride = length // 2
+    count = max(1, -(-(len(text) - stride) // stride))
+    count = -(-count // batch) * batch
+    padded = jnp.pad(separated, (0, (count + 1) * stride + 1 - separated.shape[0]))
+    nats = 0.0
+    for begin in range(0, count, batch):
+        numbers = jnp.arange(begin, begin + batch)
+        places = numbers[:, None] * stride + jnp.arange(length + 1)
+        is_new = (places[:, 1:] >= (numbers[:, None] + 1) * stride + 1) | (
+            numbers[:, None] == 0
+        )
+        is_new &= places[:, 1:] <= len(text)
+        nats += float(_nats(model, params, padded[places], is_new))
+    return nats / len(text) / float(jnp.log(2.0))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _nats(model: Model, params: Any, windows: Array, counted: Array) -> Array:
+    logits = model.apply({"params": params}, windows[:, :-1]).astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return jnp.sum(jnp.where(counted, nats, 0))
+
+
+def _rescale(path: Any, x: Array) -> Array:
+    """Matrices by their inputs' number: a small model's begin too small at 0.02."""
+    is_kernel = path[-1].key == "kernel"
+    return x * (x.shape[0] ** -0.5 / 0.02) if is_kernel else x
