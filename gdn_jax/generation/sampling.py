@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 from jaxtyping import Float, Float32, Int32, Key
 
 from gdn_jax.generation.border import kept_from
@@ -142,7 +141,7 @@ def accept(
     draft_probabilities: Float[Array, "P D A"],
     target_probabilities: Float[Array, "P D_plus_1 A"],
     *,
-    num_drafts: Int32[Array, " P"] | ArrayLike | None = None,
+    num_drafts: Int32[Array, " P"] | None = None,
 ) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
     """Which drafts stand and the token after them, distributed as if drawn from p.
 
@@ -246,7 +245,7 @@ def _options(options: Options, P: int) -> Options:
 
 
 def _check_drafts(
-    keys: Keys, x: Array, q: Array, p: Array, num_drafts: ArrayLike | None
+    keys: Keys, x: Array, q: Array, p: Array, num_drafts: Array | None
 ) -> Array:
     if x.ndim != 2:
         checks.fail("draft_tokens", x.shape, "[P, D]", "One row a request.")
