@@ -182,7 +182,7 @@ def _place(
 ) -> jax.Array:
     read = functools.partial(cover.read, pieces, target)
     if mesh is None:
-        array = jax.device_put(read((slice(None),) * len(target.shape)))
+        array = jax.device_put(read())
     else:
         sharding = placement.find_sharding(mesh, axes, target.names, target.shape)
         array = jax.make_array_from_callback(target.shape, sharding, read)
