@@ -57,8 +57,8 @@ def load(
         dt_bias are float32 always. None: the embedding's.
       mesh: devices to split the parameters between, with axes of type Auto. None: all
         are put on the default device.
-      axes: which of the parameters' logical axes is split over which of the mesh's. One
-        that cannot be split evenly is whole on every device.
+      axes: which of the parameters' logical axes is split over which of the mesh's, in
+        order of precedence. One that cannot be split evenly is whole on every device.
       progress: whether to show a bar. None: on a terminal.
 
     Returns:
@@ -111,7 +111,7 @@ def save(
     model: Model,
     params: Params,
     *,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: int | float = 5e9,
 ) -> None:
     """Writes config.json and safetensors, as `load` and transformers read them.
 

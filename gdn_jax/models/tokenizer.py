@@ -1,8 +1,8 @@
 """Text to tokens and back."""
 
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import tokenizers
 
@@ -13,7 +13,10 @@ FILE = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
+    """What a loop that generates text needs; a subclass brings the first two."""
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: list[int]) -> str:
@@ -23,7 +26,22 @@ class Tokenizer(Protocol):
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text that each token adds, whole characters alone, and at the end what is
         left. All of it together is what `decode` makes of the tokens."""
-        ...
+        # Decoded are a few tokens at a time: those since the last whole character,
+        # behind those before them, since some tokenizers part words by spaces.
+        before, window, shown = [], [], 0
+        for token in tokens:
+            window.append(token)
+            text = self.decode(before + window)
+            # A character that has only begun is one U+FFFD; what is before it stands.
+            whole = text.removesuffix(REPLACEMENT)
+            new = whole[shown:]
+            yield new
+            shown = len(whole)
+            if new and whole == text:
+                before, window = window, []
+                shown = len(self.decode(before))
+        if window:
+            yield self.decode(before + window)[shown:]
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -49,7 +67,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     return ByteTokenizer()
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Tokens are the bytes of UTF-8."""
 
     vocab_size = 256
@@ -60,11 +78,8 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        return _stream(self.decode, tokens)
 
-
-class FileTokenizer:
+class FileTokenizer(Tokenizer):
     """A tokenizer.json, read by the `tokenizers` package."""
 
     def __init__(self, file: pathlib.Path):
@@ -80,25 +95,3 @@ class FileTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
-
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        return _stream(self.decode, tokens)
-
-
-def _stream(decode: Callable[[list[int]], str], tokens: Iterable[int]) -> Iterator[str]:
-    """Decodes a few tokens at a time: those since the last whole character, behind
-    those before them, since some tokenizers part words by spaces."""
-    before, window, shown = [], [], 0
-    for token in tokens:
-        window.append(token)
-        text = decode(before + window)
-        # A character that has only begun is one U+FFFD; what is before it stands.
-        whole = text.removesuffix(REPLACEMENT)
-        new = whole[shown:]
-        yield new
-        shown = len(whole)
-        if new and whole == text:
-            before, window = window, []
-            shown = len(decode(before))
-    if window:
-        yield decode(before + window)[shown:]
