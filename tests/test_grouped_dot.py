@@ -1,4 +1,4 @@
-"""Rows by their groups' weights: every implementation against float64, gradients too."""
+"""Rows by their groups' weights against float64, gradients too."""
 
 import jax
 import jax.numpy as jnp

@@ -232,4 +232,5 @@ def backward(
     itemsize = max(dy.dtype.itemsize, x.x.dtype.itemsize)
     launch = outer_heuristic(D, F, itemsize)
     dw = outer(x.x, dy, x.group_sizes, x.weights.dtype, launch, interpret=interpret)
-    return Inputs(dx, dw, np.zeros(x.group_sizes.shape, jax.dtypes.float0))
+    no_gradient: Any = np.zeros(x.group_sizes.shape, jax.dtypes.float0)
+    return Inputs(dx, dw, no_gradient)

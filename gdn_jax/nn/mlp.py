@@ -1,0 +1,42 @@
+"""The gated feed-forward layer of a token."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax.nn.initializers import Initializer
+from gdn_jax.nn.projections import Matrices
+
+
+class GatedMLP(nn.Module):
+    """Two projections multiplied, one of them through silu, and one back.
+
+        y = down(silu(gate(x)) * up(x))
+
+    Attributes:
+      hidden_size: D, of x and y [..., D].
+      intermediate_size: of gate and up.
+      dtype: of the projections and of y.
+      param_dtype: of parameters.
+      kernel_init: of the projections.
+
+    Parameters carry the logical axis names "embed" (D) and "mlp".
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+
+    def setup(self):
+        matrices = Matrices(self.dtype, self.param_dtype, self.kernel_init)
+        self.gate = matrices.dense(self.intermediate_size, "embed", "mlp")
+        self.up = matrices.dense(self.intermediate_size, "embed", "mlp")
+        self.down = matrices.dense(self.hidden_size, "mlp", "embed")
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
