@@ -32,6 +32,10 @@ FIXED: dict[str, tuple[Any, ...]] = dict(
 )
 # The number of MTP layers, by whoever wrote the file.
 MTP_KEYS = ("num_mtp_layers", "mtp_num_hidden_layers", "num_nextn_predict_layers")
+# Of keys that are not known.
+HINTS = dict(
+    quantization_config="quantised weights are not read, take them in bfloat16"
+)
 ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
 # Rope over a picture's axes; for text the three positions are one.
 ROPE_INERT = frozenset(("mrope_section", "mrope_interleaved"))
@@ -114,7 +118,8 @@ class Config:
           ValueError: unknown keys or values; all of them are listed.
         """
         if not isinstance(config, Mapping):
-            config = _read(pathlib.Path(config))
+            path = pathlib.Path(config)
+            config = read(path / "config.json" if path.is_dir() else path)
         return cls(**_fields(_text(config)))
 
     def to_hf(self) -> dict[str, Any]:
@@ -134,9 +139,13 @@ ARCHITECTURES = dict(
 )
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    if path.is_dir():
-        path = path / "config.json"
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"no {path}; a model's folder holds its config.json and safetensors files."
@@ -181,9 +190,9 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     known = {field.name: field for field in dataclasses.fields(Config)}
     for key, value in config.items():
         if key not in known:
-            faults.append(f"unknown key {key!r} ({value!r})")
+            faults.append(f"unknown key {key!r} ({HINTS.get(key, repr(value))})")
         elif value is not None:
-            fields[key] = _tuple(value) if "tuple" in str(known[key].type) else value
+            fields[key] = as_tuple(value) if "tuple" in str(known[key].type) else value
     missing = [
         name
         for name, field in known.items()
@@ -194,7 +203,9 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     faults += [f"{name} is missing" for name in missing]
     if faults:
         raise ValueError(
-            "config.json: " + "; ".join(faults) + ". This library builds the text models "
+            "config.json: "
+            + "; ".join(faults)
+            + ". This library builds the text models "
             f"{', '.join(MODEL_TYPES)}; a key that changes nothing may be deleted."
         )
     return fields
@@ -214,7 +225,7 @@ def _rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _tuple(value: Any) -> tuple:
+def as_tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 

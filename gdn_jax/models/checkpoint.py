@@ -1,0 +1,242 @@
+"""Hugging Face's folders: loading a model from one, and saving it to one."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from gdn_jax.models import config as configs
+from gdn_jax.models import cover, files, placement, rules
+from gdn_jax.models.config import Config
+from gdn_jax.models.cover import Piece, Target
+from gdn_jax.models.files import Folder
+from gdn_jax.models.model import Model
+from gdn_jax.models.placement import AXES, MeshAxes
+from gdn_jax.ops import checks
+
+Params = dict[str, Any]
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    axes: Mapping[str, MeshAxes] = AXES,
+    progress: bool | None = None,
+) -> tuple[Model, Params]:
+    """A model and its parameters from a folder as Hugging Face has them.
+
+        model, params = load("Qwen3.5-0.8B")
+        logits = model.apply({"params": params}, tokens)
+
+    The folder holds config.json and model.safetensors, or numbered files with their
+    index. Of a multimodal checkpoint the text model is taken. There are as many layers
+    of multi-token prediction as there are tensors for, whatever config.json says, since
+    transformers saves none. Tokens that end a text are generation_config.json's, if it
+    names any.
+
+    Parameters are read one at a time, and no second copy of them is held; on a mesh, of
+    each file only the parts that this process's devices get.
+
+    Args:
+      path: the folder.
+      dtype: float32, bfloat16 or float16, of parameters and activations; A_log and
+        dt_bias are float32 always. None: the embedding's.
+      mesh: devices to split the parameters between, with axes of type Auto. None: all
+        are put on the default device.
+      axes: which of the parameters' logical axes is split over which of the mesh's, in
+        order of precedence. One that cannot be split evenly is whole on every device.
+      progress: whether to show a bar. None: on a terminal.
+
+    Returns:
+      model: whose `config` is what the folder holds.
+      params: as `model.init(..)["params"]`, unboxed.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or not these files in it.
+      ValueError: config.json has keys or values that are not known; or tensors are
+        missing, too many, twice, of other shapes or dtypes, or files are broken. Each
+        lists every fault. Or the mesh lacks an axis.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}. Download the model's files there.")
+    config = Config.from_hf(path)
+    if mesh is not None:
+        placement.check_mesh(mesh, axes)
+    folder = files.read_folder(path)
+    names = [rules.canonical(tensor.name) for tensor in folder.tensors]
+    names += map(rules.canonical, folder.lost or ())
+    config = dataclasses.replace(
+        config,
+        num_mtp_layers=rules.count_mtp_layers(names),
+        eos_token_id=_eos_token_id(path) or config.eos_token_id,
+    )
+    dtype = _dtype_of(dtype, folder)
+    model = Model(config, dtype=dtype, param_dtype=dtype)
+    targets = find_targets(model)
+    try:
+        pieces = cover.cover(
+            folder,
+            targets,
+            fused=is_fused(config),
+            tied=config.tie_word_embeddings,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    params = {}
+    total = sum(target.nbytes for target in targets.values())
+    with _bar(progress, f"loading {path.name}", total) as advance:
+        for name, target in targets.items():
+            params[name] = _place(pieces[name], target, mesh, axes)
+            advance(target.nbytes)
+    return model, unflatten_dict(params, sep="/")
+
+
+def save(
+    path: str | pathlib.Path,
+    model: Model,
+    params: Params,
+    *,
+    max_shard_bytes: int | float = 5e9,
+) -> None:
+    """Writes config.json and safetensors, as `load` and transformers read them.
+
+    Everything is written beside the old files first, so that a save that is stopped
+    leaves these as they were. Other files of the folder, a tokenizer's, stay.
+
+    Args:
+      path: the folder; made if there is none.
+      model, params: as from `load`, or trained; boxes of `model.init` are taken off.
+        Parameters are written in their own dtypes.
+      max_shard_bytes: of a file. So much is held on the host at a time.
+
+    Raises:
+      ValueError: params are not the model's; every fault is listed.
+    """
+    arrays = _flat(nn.meta.unbox(params))
+    targets = find_targets(model)
+    _check_params(arrays, targets)
+    sources = {
+        source.name: (path, source)
+        for path, array in arrays.items()
+        for source in rules.sources_of(path, array.shape, is_fused(model.config))
+    }
+    sizes = {
+        name: int(np.prod(source.shape)) * arrays[path].dtype.itemsize
+        for name, (path, source) in sorted(sources.items(), key=_numbers_in_order)
+    }
+
+    @functools.lru_cache(maxsize=2)  # the experts' two are read in turns
+    def on_host(path: str) -> np.ndarray:
+        # A copy's: JAX keeps what it brought to the host as long as the array.
+        return np.asarray(jnp.copy(arrays[path]))
+
+    def get(name: str) -> np.ndarray:
+        path, source = sources[name]
+        return np.ascontiguousarray(source.to_source(on_host(path)))
+
+    with files.replacing(pathlib.Path(path)) as new:
+        dtype = arrays["embed/embedding"].dtype.name
+        files.write_json(new / "config.json", model.config.to_hf() | dict(dtype=dtype))
+        files.write_shards(new, sizes, get, max_shard_bytes)
+
+
+@functools.lru_cache(maxsize=8)  # tracing a model of 48 layers takes seconds
+def find_targets(model: Model) -> dict[str, Target]:
+    """Each parameter, by its path."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return {
+        path: Target(box.value.shape, np.dtype(box.value.dtype), box.names)
+        for path, box in _flat(boxes).items()
+    }
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return dict(flatten_dict(tree, sep="/"))
+
+
+def is_fused(config: Config) -> bool:
+    """Whether published checkpoints have all experts in one tensor."""
+    return config.model_type == "qwen3_5_moe_text"
+
+
+def _place(
+    pieces: list[Piece],
+    target: Target,
+    mesh: Mesh | None,
+    axes: Mapping[str, MeshAxes],
+) -> jax.Array:
+    read = functools.partial(cover.read, pieces, target)
+    if mesh is None:
+        array = jax.device_put(read())
+    else:
+        sharding = placement.find_sharding(mesh, axes, target.names, target.shape)
+        array = jax.make_array_from_callback(target.shape, sharding, read)
+    return array.block_until_ready()  # until then the host holds it as well
+
+
+@contextlib.contextmanager
+def _bar(
+    progress: bool | None, text: str, total: int
+) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, and what moves it on."""
+    console = Console(stderr=True)
+    show = console.is_terminal if progress is None else progress
+    columns = "{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not show) as bar:
+        yield functools.partial(bar.advance, bar.add_task(text, total=total))
+
+
+def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
+    if dtype is None:
+        names = {
+            rules.canonical(x.name): files.DTYPES.get(x.dtype) for x in folder.tensors
+        }
+        dtype = names.get("model.embed_tokens.weight") or "float32"
+    dtype = np.dtype(dtype)
+    if dtype.name not in checks.FLOATS:
+        checks.fail(
+            "dtype", dtype, f"one of {', '.join(checks.FLOATS)}", "None: as saved."
+        )
+    return dtype
+
+
+def _eos_token_id(path: pathlib.Path) -> tuple[int, ...]:
+    """Where transformers stops to generate, if there is a file that says so."""
+    path = path / "generation_config.json"
+    found = configs.read(path).get("eos_token_id") if path.is_file() else None
+    return () if found is None else configs.as_tuple(found)
+
+
+def _check_params(arrays: dict[str, jax.Array], targets: dict[str, Target]) -> None:
+    faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
+    faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
+    for path in arrays.keys() & targets.keys():
+        shape, dtype = arrays[path].shape, arrays[path].dtype
+        if shape != targets[path].shape:
+            faults.append(f"{path} is {shape}, wanted {targets[path].shape}")
+        if dtype.name not in checks.FLOATS:
+            faults.append(f"{path} is {dtype}, wanted {' or '.join(checks.FLOATS)}")
+    if faults:
+        lines = cover.listed(faults)
+        raise ValueError(f"params are not this model's: {lines}")
+
+
+def _numbers_in_order(item: tuple[str, Any]) -> str:
+    """Layer 2 before layer 10, so that a file has layers one after another."""
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), item[0])

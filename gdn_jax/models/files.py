@@ -1,0 +1,172 @@
+"""The safetensors files of a folder: what they hold, and writing them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gdn_jax.models.rules import Region
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# By safetensors' names; weights in others are quantised or no weights.
+DTYPES = dict(F32="float32", BF16="bfloat16", F16="float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One of a file's.
+
+    Attributes:
+      file, name: where it is.
+      shape: its own.
+      dtype: by safetensors' name.
+      slices: `safe_open(..).get_slice(name)`, of which an index reads that part.
+    """
+
+    file: pathlib.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    slices: Any
+
+    def read(self, region: Region) -> np.ndarray:
+        return self.slices[region]
+
+
+@dataclasses.dataclass
+class Folder:
+    """What a folder's files hold.
+
+    Attributes:
+      tensors: all of them, of all files that can be read.
+      faults: a line for each file that cannot.
+      lost: names that the index puts into those; None if there is no index to tell.
+    """
+
+    tensors: list[Tensor] = dataclasses.field(default_factory=list)
+    faults: list[str] = dataclasses.field(default_factory=list)
+    lost: set[str] | None = None
+
+
+def read_folder(path: pathlib.Path) -> Folder:
+    """Opens every file of a model; what they hold is read later, piece by piece.
+
+    As transformers: model.safetensors, or else the files that the index names, or else
+    every file there is.
+
+    Raises:
+      FileNotFoundError: there is no safetensors file.
+    """
+    folder, index = Folder(), path / INDEX
+    if (path / SINGLE).is_file():
+        files = [SINGLE]
+    elif index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            folder.faults.append(f"{INDEX} (no index: download it again)")
+            return folder
+        folder.lost = set()
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"no safetensors files in {path}. Download the model's; one in another "
+                "format has to be converted first."
+            )
+    for file in files:
+        try:
+            folder.tensors += _tensors(path / file)
+        except (OSError, SafetensorError) as error:
+            absent = not (path / file).exists()
+            reason = "absent: download it" if absent else f"{error}: download it again"
+            folder.faults.append(f"{file} ({reason})")
+            if folder.lost is not None:
+                folder.lost |= {name for name, at in weight_map.items() if at == file}
+    return folder
+
+
+def _tensors(file: pathlib.Path) -> list[Tensor]:
+    opened, tensors = safe_open(file, "numpy"), []
+    for name in opened.keys():  # noqa: SIM118, it is no mapping
+        slices = opened.get_slice(name)
+        shape = tuple(slices.get_shape())
+        tensors.append(Tensor(file, name, shape, slices.get_dtype(), slices))
+    return tensors
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder inside `path` for new files, which take the old ones' places at the end:
+    whatever stops the writing leaves `path` as it was. Older files of weights that no
+    new one replaces are deleted."""
+    path.mkdir(parents=True, exist_ok=True)
+    new = path / ".saving"
+    shutil.rmtree(new, ignore_errors=True)  # of one that was killed
+    new.mkdir()
+    try:
+        yield new
+        names = sorted(file.name for file in new.iterdir())
+        old = {file.name for file in path.glob("model*.safetensors")} | {INDEX}
+        for name in names:
+            os.replace(new / name, path / name)
+        for name in old - set(names):
+            (path / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(new)
+
+
+def write_shards(
+    path: pathlib.Path,
+    sizes: Mapping[str, int],
+    get: Callable[[str], np.ndarray],
+    max_shard_bytes: int | float,
+) -> None:
+    """model.safetensors, or numbered files and their index.
+
+    Args:
+      path: the folder.
+      sizes: bytes of each tensor, in the order in which they are put into files.
+      get: reads one; those of one file are held at a time.
+      max_shard_bytes: of a file, unless one tensor alone is larger.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [
+        f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    files = files if len(files) > 1 else [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        # transformers wants to read "pt".
+        save_file({name: get(name) for name in names}, path / file, {"format": "pt"})
+    if len(files) > 1:
+        weight_map = {
+            name: file
+            for file, names in zip(files, shards, strict=True)
+            for name in names
+        }
+        index = dict(
+            metadata=dict(total_size=sum(sizes.values())), weight_map=weight_map
+        )
+        write_json(path / INDEX, index)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
