@@ -1,6 +1,8 @@
 """Slots of a state pool: who owns which, on the host; copies between them, on the
 device."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import operator
 from collections.abc import Hashable, Iterable
 from typing import Any

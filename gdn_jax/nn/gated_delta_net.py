@@ -1,5 +1,7 @@
 """The Gated DeltaNet layer: projections, convolution, rule, gated norm, projection."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from typing import Any
 
 import flax.linen as nn

@@ -1,5 +1,7 @@
 """The public causal convolution, with its state in slots."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from collections.abc import Callable
 
 import jax

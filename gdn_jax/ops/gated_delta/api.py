@@ -1,5 +1,7 @@
 """The public update of a gated delta rule state, fused with its gates."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The public update over long rows: prefill and training, in chunks of the tokens."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from typing import Any
 
 import jax
