@@ -1,11 +1,15 @@
 """The one place where an implementation is chosen."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from gdn_jax.ops import checks
 
 Result = TypeVar("Result")
 
 IMPLEMENTATIONS = ("triton", "interpret", "xla", "reference")
+
+WITHOUT_LAUNCH = ("xla", "reference")
 
 # What `None` tries, best first; the last runs anywhere. The interpreter and the oracle
 # are never a fallback.
@@ -18,6 +22,19 @@ def check_name(implementation: str | None) -> None:
             f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}; "
             f"got {implementation!r}. None picks the best that can run here."
         )
+
+
+def check_config(config: Any, kind: type, implementation: str | None) -> None:
+    """A launch that is asked for is never left out in silence."""
+    if config is None:
+        return
+    if not isinstance(config, kind):
+        remedy = "None chooses one."
+        checks.fail("config", repr(config), f"a {kind.__name__} or None", remedy)
+    if implementation in WITHOUT_LAUNCH:
+        got = f"{config!r} with implementation={implementation!r}"
+        remedy = "Leave one of the two out: it has no launch to pin."
+        checks.fail("config", got, "None there", remedy)
 
 
 def run(

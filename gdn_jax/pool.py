@@ -1,6 +1,8 @@
 """Slots of a state pool: who owns which, on the host; copies between them, on the
 device."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import operator
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -29,8 +31,8 @@ class SlotPool:
     """
 
     def __init__(self, num_slots: int, *, null_slot: int | None = None):
-        if operator.index(num_slots) < 0:
-            raise ValueError(f"num_slots must be >= 0; got {num_slots}.")
+        remedy = "It is P, the first axis of the state pool."
+        checks.count("num_slots", num_slots, remedy)
         if null_slot is not None and not 0 <= null_slot < num_slots:
             raise ValueError(
                 f"null_slot must be one of the {num_slots} slots or None; got "
@@ -60,8 +62,7 @@ class SlotPool:
         Raises:
           ValueError: count is < 1, or fewer slots than that are free.
         """
-        if operator.index(count) < 1:
-            raise ValueError(f"count must be >= 1; got {count}.")
+        checks.count("count", count, "An owner without slots needs none.")
         if count > len(self._free):
             raise ValueError(
                 f"{owner!r} wants {count} slots and {len(self._free)} of "

@@ -167,13 +167,22 @@ def test_the_reference_is_the_fused_updates():
         (dict(implementation="cuda"), "implementation must be None or one of"),
         (dict(scale=0.0), "scale must be"),
         (dict(config={"block_v": 32}), "config must be a ChunkConfig or None"),
+        (
+            dict(config=gdn_jax.ChunkConfig(), implementation="xla"),
+            "config must be None there; .*implementation='xla'",
+        ),
+        (
+            dict(slots=None, null_slot=0, state=np.zeros((2, 4, 32, 32), np.float32)),
+            "null_slot must be given with slots",
+        ),
     ],
 )
 def test_wrong_calls_are_told(more, text, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
-    args, kwargs = testing.make(Case("rows", (3,) * 2))
+    (state, *tokens), kwargs = testing.make(Case("rows", (3,) * 2))
+    call = kwargs | dict(state=state) | more
     with pytest.raises(ValueError, match=text):
-        gdn_jax.chunk_update(*args, **kwargs | more)
+        gdn_jax.chunk_update(call.pop("state"), *tokens, **call)
 
 
 def test_arguments_of_the_fused_update_alone_are_refused():

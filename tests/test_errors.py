@@ -156,11 +156,18 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             "config must be a LaunchConfig or None; got {'block_v': 8}": dict(
                 config={"block_v": 8}
             ),
+            "config must be None there; got ...implementation='xla'. Leave": dict(
+                config=gdn_jax.LaunchConfig(8, 4), implementation="xla"
+            ),
+            "config must be None there; got ...implementation='reference'. Leave": dict(
+                config=gdn_jax.LaunchConfig(8, 4), implementation="reference"
+            ),
         },
     ),
     (
         ROWS,
         {
+            "null_slot must be given with slots, ...; got no slots": dict(null_slot=0),
             "state must be one state per row ...; got 7 states for 2 rows": POOL,
             "num_accepted must be given with slots [N, S] ...; got no slots": dict(
                 num_accepted=ints(N)
@@ -342,6 +349,14 @@ CONV_PACKED = CONV | dict(x=zeros(L, C), cu_seqlens=ints(N + 1))
             "config must be a ConvConfig or None; got ChunkConfig": dict(
                 config=gdn_jax.ChunkConfig()
             ),
+            "config must be None there; got ...implementation='xla'. Leave": dict(
+                config=gdn_jax.ConvConfig(8, 8), implementation="xla"
+            ),
+            "null_slot must be given with slots, ...; got no slots": dict(
+                slots=None,
+                null_slot=0,
+                state=gdn_jax.ConvState.zeros(N, C, W, jnp.float32),
+            ),
             "config.tokens must be W - 1 = 3 or more ... 3 tokens; got 2. Take 4": (
                 dict(config=gdn_jax.ConvConfig(2, 1))
             ),
@@ -362,6 +377,30 @@ CONV_PACKED = CONV | dict(x=zeros(L, C), cu_seqlens=ints(N + 1))
 def test_a_wrong_call_of_the_convolution_is_told(call, text):
     with _says(text):
         gdn_jax.causal_conv1d(**call)
+
+
+@_table(
+    (
+        dict(width=W),
+        {
+            "width must be 1 to 4, ...; got 5": dict(width=5),
+            "num_accepted must be [P] = (7,); got (2,)": dict(num_accepted=ints(N)),
+            "num_accepted must be [P] = (7,); got ()": dict(num_accepted=1),
+            "num_accepted must be int32; got float32": dict(num_accepted=zeros(P)),
+        },
+    )
+)
+def test_a_wrong_look_into_the_convolutions_state_is_told(call, text):
+    with _says(text):
+        CONV["state"].to_dense(**call)
+
+
+@pytest.mark.parametrize("implementation", [None, "interpret"])
+def test_a_config_may_be_given_where_it_may_count(implementation):
+    """And under None also where `xla` runs in the end."""
+    config = gdn_jax.LaunchConfig(8, 4)
+    call = ROWS | dict(config=config, implementation=implementation)
+    assert jax.eval_shape(lambda: _fused(call))[1].shape == (N, T, HV, V)
 
 
 @pytest.fixture

@@ -53,12 +53,7 @@ def test_agrees_with_the_oracle(case, path):
         assert np.array_equal(_bits(state[~written]), _bits(args[0][~written]))
 
 
-def test_a_null_slot_is_a_slot_of_a_table(path):
-    """Rows without a table have no slots, and one outside the pool is null already."""
-    case = testing.Case("rows", (1,) * 2, slots="none")
-    args, kwargs = testing.make(case)
-    _, out = _call(args, kwargs | {"null_slot": 1}, path)
-    assert out[1].any()
+def test_a_null_slot_outside_the_pool_names_none(path):
     paged, kwargs = testing.make(testing.Case("paged", (1,) * 2))
     _, out = _call(paged, kwargs | {"null_slot": 2**40}, path)
     assert out.any()

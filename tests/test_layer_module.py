@@ -207,7 +207,8 @@ def test_the_form_of_a_call_chooses_its_path(lead, keywords, taken, monkeypatch)
     "fields, words",
     [
         (dict(num_value_heads=3), "num_value_heads must be a multiple"),
-        (dict(key_head_dim=0), "key_head_dim must be >= 1"),
+        (dict(key_head_dim=0), "key_head_dim must be an int >= 1"),
+        (dict(gate_rank=0), "gate_rank must be an int >= 1; got 0"),
         (dict(layout="mixed"), "layout must be one of interleaved, flat, separate"),
         (dict(output_activation="gelu"), "output_activation must be one of"),
         (dict(layout="interleaved", gate_rank=4), "`a` and `z` have no matrix"),
@@ -222,8 +223,37 @@ def test_wrong_fields(fields, words):
 
 
 @pytest.mark.parametrize(
+    "sizes, words",
+    [
+        (dict(num_slots=0), "num_slots must be an int >= 1; got 0"),
+        (dict(num_conv_slots=0), "num_conv_slots must be an int >= 1; got 0"),
+        (dict(columns=0), "columns must be an int >= 1; got 0"),
+        (dict(recurrent_dtype=jnp.int8), "recurrent_dtype must be one of .*int8"),
+    ],
+)
+def test_wrong_sizes_of_a_state(sizes, words):
+    layer, _ = layers.make()
+    with pytest.raises(ValueError, match=words):
+        layer.init_state(**dict(num_slots=2) | sizes)
+
+
+@pytest.mark.parametrize(
+    "lead, keywords",
+    [((0, 3), {}), ((2, 0), {}), ((0,), {}), ((4,), dict(cu_seqlens=[0]))],
+)
+def test_an_empty_call(lead, keywords):
+    """Without rows, or without tokens."""
+    layer, params = layers.make()
+    y, state = layer.apply(params, tokens(*lead), **_arrays(keywords))
+    assert y.shape == (*lead, D) and not np.asarray(y).any()
+    rows = 0 if keywords else lead[0]
+    assert state.recurrent.shape[0] == state.conv.start.shape[0] == rows
+
+
+@pytest.mark.parametrize(
     "keywords, words",
     [
+        (dict(null_slot=0), "null_slot must be given with slots"),
         (dict(slots=[0, 1]), "state must be given where slots is"),
         (dict(num_accepted=[1, 1]), "state must be given where num_accepted is"),
         (dict(has_state=[True, True]), "state must be given where has_state is"),

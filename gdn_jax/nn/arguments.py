@@ -24,8 +24,10 @@ def check_fields(layer: Any) -> None:
         "value_head_dim",
         "conv_width",
     ):
-        if getattr(layer, name) < 1:
-            checks.fail(name, getattr(layer, name), ">= 1", "It is an axis.")
+        checks.count(name, getattr(layer, name), "It is an axis.")
+    if layer.gate_rank is not None:
+        remedy = "None projects `a` and `z` by one matrix each."
+        checks.count("gate_rank", layer.gate_rank, remedy)
     if layer.num_value_heads % layer.num_key_heads:
         checks.fail(
             "num_value_heads",
@@ -57,6 +59,13 @@ def check_tokens(x: Array, hidden_size: int) -> None:
         D = hidden_size
         wanted = f"[N, T, {D}] (dense) or [L, {D}] (packed)"
         checks.fail("x", x.shape, wanted, "The last axis is the layer's hidden_size.")
+
+
+def check_pools(num_slots: int, num_conv_slots: int, recurrent_dtype: Any) -> None:
+    for name, x in dict(num_slots=num_slots, num_conv_slots=num_conv_slots).items():
+        checks.count(name, x, "One a sequence, or the slots of a pool.")
+    remedy = "The rule computes in float32 whatever it is."
+    checks.float_dtype("recurrent_dtype", recurrent_dtype, remedy)
 
 
 def check_begins_from_zeros(given: Batch) -> None:

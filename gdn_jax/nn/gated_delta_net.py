@@ -1,5 +1,7 @@
 """The Gated DeltaNet layer: projections, convolution, rule, gated norm, projection."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from typing import Any
 
 import flax.linen as nn
@@ -263,14 +265,22 @@ class GatedDeltaNet(nn.Module):
           num_conv_slots: slots of the convolution's state, for calls with `conv_slots`;
             None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
+
+        Raises:
+          ValueError: one of these is not what it must be.
         """
-        heads = self.heads
+        if num_conv_slots is None:
+            num_conv_slots = num_slots
+        arguments.check_pools(num_slots, num_conv_slots, recurrent_dtype)
+        return self._zeros(num_slots, num_conv_slots, columns, recurrent_dtype)
+
+    @nn.nowrap
+    def _zeros(
+        self, num_slots: int, num_conv_slots: int, columns: int, recurrent_dtype: Any
+    ) -> GatedDeltaNetState:
+        heads, width = self.heads, self.conv_width
         conv = ConvState.zeros(
-            num_slots if num_conv_slots is None else num_conv_slots,
-            heads.channels,
-            self.conv_width,
-            self.dtype,
-            columns=columns,
+            num_conv_slots, heads.channels, width, self.dtype, columns=columns
         )
         shape = (num_slots, heads.HV, heads.V, heads.K)
         return GatedDeltaNetState(conv, jnp.zeros(shape, recurrent_dtype))
@@ -279,4 +289,4 @@ class GatedDeltaNet(nn.Module):
     def _begin(self, x: Array, given: Batch) -> GatedDeltaNetState:
         arguments.check_begins_from_zeros(given)
         num_rows, _, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
-        return self.init_state(num_rows)
+        return self._zeros(num_rows, num_rows, 1, jnp.float32)  # also of no rows

@@ -102,6 +102,8 @@ def _live_tokens(
         return None
     if given.cu_seqlens is None:
         return rows.live if len(lead) == 1 else rows.live[:, None]
+    if rows.live.size == 0:
+        return jnp.zeros(lead, bool)
     return batch.find_owners(rows, lead[0], tokens)[2]
 
 

@@ -3,6 +3,7 @@
 Every message names the argument, what came, what was wanted and a way out.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -72,13 +73,22 @@ def number(name: str, x: Any) -> float:
         ) from None
 
 
-def out_dtype_of(out_dtype: Any, default: Any) -> np.dtype:
+def count(name: str, x: Any, remedy: str) -> None:
     try:
-        dtype = np.dtype(default if out_dtype is None else out_dtype)
+        number = operator.index(x)
+    except TypeError:
+        number = 0
+    if number < 1:
+        fail(name, x, "an int >= 1", remedy)
+
+
+def float_dtype(name: str, x: Any, remedy: str) -> np.dtype:
+    try:
+        dtype = np.dtype(x)
     except TypeError:  # no dtype at all
         dtype = np.dtype(object)
     if dtype.name not in FLOATS:
-        fail("out_dtype", out_dtype, f"one of {', '.join(FLOATS)}", "None: v's.")
+        fail(name, x, f"one of {', '.join(FLOATS)}", remedy)
     return dtype
 
 
@@ -145,10 +155,13 @@ def check_per_row(tables: Batch, rows: int, source: str) -> None:
 
 
 def null_slot_of(null_slot: Any, num_slots: int, slots: Array | None) -> int | None:
-    """None where it names no slot: no table is given, or it is outside the pool."""
+    """None where it names no slot of the pool."""
     is_int = isinstance(null_slot, int | np.integer) and not isinstance(null_slot, bool)
     if null_slot is not None and not is_int:
         fail("null_slot", repr(null_slot), "an int or None", STATIC)
-    if null_slot is None or slots is None or not 0 <= null_slot < num_slots:
+    if null_slot is None:
         return None
-    return int(null_slot)
+    if slots is None:
+        remedy = "Without slots no row is null: leave it out."
+        fail("null_slot", "no slots", "given with slots, among which it is one", remedy)
+    return int(null_slot) if 0 <= null_slot < num_slots else None

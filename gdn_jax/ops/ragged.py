@@ -32,7 +32,7 @@ def find_block(cu_seqlens: Any, num_tokens: int, size: int, number: Array) -> Fo
 
     def look(turn, carry):
         passed, before, skipped = carry
-        begin, end = _load(cu_seqlens, num_tokens, turn * np.int32(lanes), lanes)
+        begin, end = _load(cu_seqlens, turn * np.int32(lanes), lanes, num_tokens)
         blocks = (jnp.maximum(end - begin, 0) + np.int32(size - 1)) // np.int32(size)
         until = passed + jnp.cumsum(blocks, dtype=jnp.int32)
         is_before = until <= number
@@ -47,13 +47,36 @@ def find_block(cu_seqlens: Any, num_tokens: int, size: int, number: Array) -> Fo
     return Found(jnp.minimum(before, np.int32(num_rows)), number - skipped)
 
 
-def find_owned(cu_seqlens: Any, num_tokens: int, token: Array) -> Array:
-    """[tokens] int32: 1 for those that a row owns."""
+def surely_owned(
+    cu_seqlens: Any, num_tokens: int, size: int, first: Array | int
+) -> Array:
+    """Whether boundaries rise from before a block of `size` tokens, of those that there
+    are, to past it: then rows own them all. It takes no loop over the rows."""
     num_rows = cu_seqlens.shape[0] - 1
-    turns, lanes = _turns(num_rows, max(1, PAIRS_AT_ONCE // token.size))
+    from_before = cu_seqlens[0] <= first
+    to_past = cu_seqlens[num_rows] >= jnp.minimum(first + size, num_tokens)
+    return from_before & to_past
+
+
+def is_owned(cu_seqlens: Any, token: Array) -> Array:
+    """int32: 1 if a row owns the token, one that there is."""
+    turns, lanes = _turns(cu_seqlens.shape[0] - 1, ROWS_AT_ONCE)
 
     def look(turn, owned):
-        begin, end = _load(cu_seqlens, num_tokens, turn * np.int32(lanes), lanes)
+        begin, end = _load(cu_seqlens, turn * np.int32(lanes), lanes)
+        here = (begin <= token) & (token < end)  # [rows]
+        return jnp.maximum(owned, jnp.max(here.astype(jnp.int32)))
+
+    return lax.fori_loop(np.int32(0), np.int32(turns), look, jnp.int32(0))
+
+
+def are_owned(cu_seqlens: Any, num_tokens: int, token: Array) -> Array:
+    """The same of several tokens, [tokens]; those past the last are owned by none."""
+    turns, lanes = _turns(cu_seqlens.shape[0] - 1, max(1, PAIRS_AT_ONCE // token.size))
+
+    def look(turn, owned):
+        first = turn * np.int32(lanes)
+        begin, end = _load(cu_seqlens, first, lanes, num_tokens)
         here = (begin <= token[:, None]) & (token[:, None] < end)  # [tokens rows]
         return jnp.maximum(owned, jnp.max(here.astype(jnp.int32), axis=1))
 
@@ -67,14 +90,15 @@ def _turns(num_rows: int, most: int) -> tuple[int, int]:
 
 
 def _load(
-    cu_seqlens: Any, num_tokens: int, first: Array, lanes: int
+    cu_seqlens: Any, first: Array, lanes: int, most: int | None = None
 ) -> tuple[Array, Array]:
-    """Where rows begin and end, from the first on; those past the last are empty."""
+    """Where rows begin and end, from the first on, clipped to [0, most] where that is
+    given; those past the last are empty."""
     row = first + jnp.arange(lanes, dtype=jnp.int32)
     is_row = row < cu_seqlens.shape[0] - 1
 
     def load(at: Array) -> Array:
         loaded = _triton.load(cu_seqlens.at[at], mask=is_row, other=0)
-        return jnp.clip(loaded, 0, num_tokens)
+        return loaded if most is None else jnp.clip(loaded, 0, most)
 
     return load(row), load(row + 1)

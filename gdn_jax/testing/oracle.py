@@ -28,8 +28,7 @@ def oracle(args: tuple[Any, ...], kwargs: dict[str, Any]):
     out = np.zeros((len(q), HV, V))
 
     def is_live(slot):
-        reserved = kwargs.get("null_slot") if "slots" in kwargs else None
-        return 0 <= slot < P and slot != reserved
+        return 0 <= slot < P and slot != kwargs.get("null_slot")
 
     for n in range(len(bounds) - 1):
         slots = np.atleast_1d(kwargs["slots"][n] if "slots" in kwargs else n)

@@ -1,5 +1,7 @@
 """The public causal convolution, with its state in slots."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from collections.abc import Callable
 
 import jax
@@ -63,8 +65,8 @@ def causal_conv1d(
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
         "reference"; None: triton where it can run, else xla.
-      config: the kernel's launch; None takes a heuristic of the sizes. `xla` and
-        `reference` have no launch.
+      config: the kernel's launch; None takes a heuristic of the sizes. Otherwise as in
+        `fused_update`.
 
     Null rule: as in `fused_update`; a null row's `y` is exactly zero and its slot keeps
     its bits. Undefined: one slot given to two live rows, and one token to two rows, by
@@ -100,6 +102,7 @@ def causal_conv1d(
         [[[24.0, 27.0]]]
     """
     _dispatch.check_name(implementation)
+    _dispatch.check_config(config, ConvConfig, implementation)
     inputs, options, shape = _pack(
         state,
         x,
@@ -231,8 +234,6 @@ def _check_weight(weight: Array, x: Array) -> None:
 def _check_config(config: ConvConfig | None, x: Inputs, options: Options) -> None:
     if config is None:
         return
-    if not isinstance(config, ConvConfig):
-        raise ValueError(f"config must be a ConvConfig or None; got {config!r}.")
     most, back = options.tokens_per_row, x.weight.shape[1] - 1
     most = x.x.shape[0] if most is None else most
     if config.tokens < min(back, most):

@@ -65,9 +65,19 @@ class ConvState(NamedTuple):
         if not 1 <= width <= ring:
             want = f"1 to {ring}, as the ring of W - 1 + S columns allows"
             checks.fail("width", width, want, "It is W of the weight [C, W].")
-        first = self.start if num_accepted is None else self.start + num_accepted - 1
+        first = self.start
+        if num_accepted is not None:
+            first += self._checked(num_accepted) - 1
         column = (first[:, None] + jnp.arange(width - 1)) % self.buffer.shape[2]
         return jnp.take_along_axis(self.buffer, column[:, None, :], axis=2)
+
+    def _checked(self, num_accepted: Any) -> Array:
+        num_accepted = checks.integers("num_accepted", num_accepted)
+        if num_accepted.shape != self.start.shape:
+            wanted = f"[P] = {self.start.shape}"
+            remedy = "One a slot; of slots that are not asked for any number."
+            checks.fail("num_accepted", num_accepted.shape, wanted, remedy)
+        return num_accepted
 
     def turned(self, start: Array) -> "ConvState":
         """The same inputs in the same order, with the oldest at `start`."""
@@ -77,9 +87,8 @@ class ConvState(NamedTuple):
 
 
 def _check_columns(columns: Any) -> None:
-    if not isinstance(columns, int) or columns < 1:
-        remedy = "It is S: 1, or 1 + drafts for speculative decoding."
-        checks.fail("columns", columns, "an int >= 1", remedy)
+    remedy = "It is S: 1, or 1 + drafts for speculative decoding."
+    checks.count("columns", columns, remedy)
 
 
 class Inputs(NamedTuple):

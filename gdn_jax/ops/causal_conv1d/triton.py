@@ -222,16 +222,13 @@ def _clear_unowned(
     cu_seqlens: Any, y_ref, channels: Channels, number: Array, size: int
 ) -> None:
     """Zeros for those of the `number`-th `size` packed tokens that no row owns."""
-    num_tokens, num_rows = y_ref.shape[0], cu_seqlens.shape[0] - 1
-    first = number * size
-    # Boundaries that rise somewhere past a token, from before it, own it.
-    surely_owned = cu_seqlens[0] <= first
-    surely_owned &= cu_seqlens[num_rows] >= jnp.minimum(first + size, num_tokens)
+    num_tokens, first = y_ref.shape[0], number * size
+    surely_owned = ragged.surely_owned(cu_seqlens, num_tokens, size, first)
 
     @pl.when(~surely_owned & (first < num_tokens))
     def _():
         place = jnp.arange(size, dtype=jnp.int32)
-        owned = ragged.find_owned(cu_seqlens, num_tokens, first + place)
+        owned = ragged.are_owned(cu_seqlens, num_tokens, first + place)
 
         def clear(i, _):
             is_owned = jnp.max(jnp.where(place == i, owned, 0)) > 0

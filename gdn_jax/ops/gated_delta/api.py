@@ -1,5 +1,7 @@
 """The public update of a gated delta rule state, fused with its gates."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +90,7 @@ def fused_update(
         start at whichever draft was accepted. After a prefill into slots[:, 0] it is 1.
         Dense T <= S; packed tokens past column S - 1 give `out` and store nothing.
       has_state: [N] bool. False starts a sequence from zeros, whatever its slot holds.
-      null_slot: a slot that means "none", for callers that reserve one (vLLM: 0).
+      null_slot: one that means "none" in `slots`, for callers with one (vLLM: 0).
       scale: of q, > 0; K**-0.5 if None.
       qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6).
       softplus_beta, softplus_threshold: softplus(x) = log(1 + exp(beta x)) / beta, and
@@ -103,8 +105,9 @@ def fused_update(
         "reference" (`lax.scan`, the oracle). None: triton where it can run, else xla;
         under jit JAX's default device decides, wherever the arrays lie.
       config: the kernel's launch; None takes the tuning table ("interpret": one program
-        a head). Pinned, it makes a row's bits independent of the batch. `xla` and
-        `reference` have no launch.
+        a head). Pinned, it makes a row's bits independent of the batch. With
+        implementation=None it counts where the kernel runs; "xla" and "reference" have
+        no launch and refuse it.
 
     Null rule: a slot outside [0, P), or `null_slot`, is null. A row whose slot to READ
     is null, whose num_accepted is outside 1..S, or which has no tokens, reads nothing,
@@ -127,9 +130,10 @@ def fused_update(
 
     Transformations: `jax.grad` works with every implementation; the backward pass runs
     the reference recurrence, so it is for correctness, not for long sequences. Forward
-    mode (`jax.jvp`) is the reference's alone. Under
-    `jax.vmap` an unbatched pool is broadcast, one copy per batch entry. Under
-    `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
+    mode (`jax.jvp`) is the reference's alone, and under `jit` `implementation` and
+    `config` are to be closed over, not passed; of both JAX's own errors tell, without a
+    remedy. Under `jax.vmap` an unbatched pool is broadcast, one copy per batch entry.
+    Under `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
     `jax.export` of a jitted `f` needs the kernel's custom call allowed:
 
         from jax import export
@@ -230,9 +234,8 @@ def _update(
     config: LaunchConfig | None,
 ) -> tuple[Array, Array]:
     _dispatch.check_name(implementation)
+    _dispatch.check_config(config, LaunchConfig, implementation)
     x = x._replace(state=_triton.varying_like(x.state, x))
-    if config is not None and not isinstance(config, LaunchConfig):
-        raise ValueError(f"config must be a LaunchConfig or None; got {config!r}.")
     state, out = _dispatch.run(_paths(x, options, config), implementation)
     return unpack(state) if options.per_token_states else state, unpack(out)
 

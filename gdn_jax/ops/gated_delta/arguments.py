@@ -77,7 +77,9 @@ def pack(
         qk_l2norm=checks.flag("qk_l2norm", qk_l2norm),
         null_slot=null_slot,
         per_token_states=checks.flag("per_token_states", per_token_states),
-        out_dtype=checks.out_dtype_of(out_dtype, v.dtype),
+        out_dtype=checks.float_dtype(
+            "out_dtype", v.dtype if out_dtype is None else out_dtype, "None: v's."
+        ),
         gating=gating,
     )
     return inputs, options, unpack

@@ -1,5 +1,7 @@
 """The public update over long rows: prefill and training, in chunks of the tokens."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from typing import Any
 
 import jax
@@ -78,6 +80,7 @@ def chunk_update(
     with `fused_update`.
     """
     _dispatch.check_name(implementation)
+    _dispatch.check_config(config, ChunkConfig, implementation)
     if slots is not None and jnp.ndim(slots) == 2:
         checks.fail(
             "slots",
@@ -112,8 +115,6 @@ def chunk_update(
 def _paths(x: Inputs, options: Options, config: ChunkConfig | None):
     empty = 0 in (x.q.shape[0], x.num_rows, x.state.shape[0])
     run = nothing if empty else _differentiable
-    if config is not None and not isinstance(config, ChunkConfig):
-        raise ValueError(f"config must be a ChunkConfig or None; got {config!r}.")
     parts = parts_of(options)
     key_parts = 1 if x.q.dtype == x.k.dtype == jnp.bfloat16 else parts
     launch = config or chunk_heuristic(x.q.shape[2], key_parts, parts)

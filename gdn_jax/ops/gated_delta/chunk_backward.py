@@ -37,7 +37,7 @@ from gdn_jax.ops.gated_delta.call import (
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Keys, padded
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, join, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
-from gdn_jax.ops.gated_delta.chunk_pull import Chunks, Pulled, Walked, pull
+from gdn_jax.ops.gated_delta.chunk_pull import Given, Pulled, Walked, pull
 from gdn_jax.ops.gated_delta.chunk_triton import Walk, find_error
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig
 
@@ -161,8 +161,8 @@ def chunk_backward(
     keys, dout = Keys.of(x, options), cut_array(dout)
     prepared = prepare(x, keys, options, config, interpret)
     dstate, walked = _walk(x, keys, prepared, dnew, dout, options, config, interpret)
-    chunks = Chunks(x, keys, prepared, dout, walked)
-    pulled = pull(chunks, options, config, interpret)
+    given = Given(x, keys, prepared, dout, walked)
+    pulled = pull(given, options, config, interpret)
     return _assemble(x, options, prepared, dstate, pulled)
 
 

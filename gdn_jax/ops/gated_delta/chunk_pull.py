@@ -46,7 +46,7 @@ class Walked(NamedTuple):
     dy: Pair
 
 
-class Chunks(NamedTuple):
+class Given(NamedTuple):
     """What both kernels are given."""
 
     x: Any
@@ -91,7 +91,7 @@ class Scored(NamedTuple):
         return cls(tuple(outputs[:2]), tuple(outputs[2:4]), *outputs[4:])
 
 
-def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
+def scores_kernel(given: Given, *outputs: Any, options: Options) -> None:
     """The gradients through A and B. Grid: (value heads, chunks)."""
     chunk = Chunk.find(given.x, options, pl.program_id(0), pl.program_id(1))
 
@@ -100,7 +100,7 @@ def scores_kernel(given: Chunks, *outputs: Any, options: Options) -> None:
         _pull_scores(given, chunk, Scored.of(outputs))
 
 
-def _pull_scores(given: Chunks, chunk: Chunk, out: Scored) -> None:
+def _pull_scores(given: Given, chunk: Chunk, out: Scored) -> None:
     factors, walked = given.prepared.factors, given.walked
     beta = chunk.load_factor(factors.beta)
 
@@ -136,7 +136,7 @@ def _pull_scores(given: Chunks, chunk: Chunk, out: Scored) -> None:
 
 
 def columns_kernel(
-    inputs: tuple[Any, Chunks, Pair, Pair],
+    inputs: tuple[Any, Given, Pair, Pair],
     dq_ref: Any,
     dk_ref: Any,
     *sum_refs: Any,
@@ -176,7 +176,7 @@ def columns_kernel(
 
 
 def _through_states(
-    given: Chunks, chunk: Chunk, columns: Array
+    given: Given, chunk: Chunk, columns: Array
 ) -> tuple[Array, Array, Array, Array]:
     """dO S^T, dY S^T and U dS'^T, and the sum of S dS'."""
     walked = given.walked
@@ -204,12 +204,12 @@ def _through_states(
     return _over_values(add, given, V_OF_COLUMNS, (zeros,) * 3 + (jnp.float32(0),))
 
 
-def _values(turn: Array, given: Chunks, most: int) -> Array:
+def _values(turn: Array, given: Given, most: int) -> Array:
     size = min(most, padded(given.x.v.shape[2]))
     return turn * size + jnp.arange(size, dtype=jnp.int32)
 
 
-def _over_values(body: Any, given: Chunks, most: int, carry: Any) -> Any:
+def _over_values(body: Any, given: Given, most: int, carry: Any) -> Any:
     """A loop over V, some columns a turn: all of them at once would spill."""
     turns = pl.cdiv(given.x.v.shape[2], most)
     return lax.fori_loop(np.int32(0), np.int32(turns), body, carry)
@@ -226,7 +226,7 @@ def _sum_below(M: Array) -> tuple[Array, Array]:
 
 
 def pull(
-    given: Chunks, options: Options, config: ChunkConfig, interpret: bool
+    given: Given, options: Options, config: ChunkConfig, interpret: bool
 ) -> Pulled:
     x = given.x
     (L, HV), K = x.v.shape[:2], x.q.shape[2]

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, padded
@@ -64,12 +65,10 @@ def walk_kernel(
     clear(new_ref, out_ref, row.begin, length, head, tile_of_v, options)
     if x.cu_seqlens is not None:
         program = tile + np.int32(pl.cdiv(V, config.block_v)) * head
+        L = x.q.shape[0]
+        surely_owned = ragged.surely_owned(x.cu_seqlens, L, L, 0)
 
-        # Boundaries that rise from the first token to past the last own every one.
-        everything = x.cu_seqlens[0] <= 0
-        everything &= x.cu_seqlens[x.num_rows] >= x.q.shape[0]
-
-        @pl.when(~is_row & ~everything)
+        @pl.when(~is_row & ~surely_owned)
         def _():
             clear_unowned(x, new_ref, out_ref, program, clearing, options)
 

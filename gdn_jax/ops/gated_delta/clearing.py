@@ -7,12 +7,10 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from gdn_jax import _triton
+from gdn_jax.ops import ragged
 from gdn_jax.ops.gated_delta.call import Options
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.tuning import LaunchConfig
-
-ROWS_AT_ONCE = 512  # of cu_seqlens, in the registers of one warp
 
 
 def clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -> None:
@@ -35,23 +33,10 @@ def clear_unowned(
     num_tokens, heads, V = x.v.shape
     tiles = np.int32(pl.cdiv(V, config.block_v))
     programs = pl.cdiv(V, config.block_v * config.tiles) * heads
-    block = min(pl.next_power_of_2(x.num_rows), ROWS_AT_ONCE)
-
-    def is_owned(at):
-        def look(turn, found):
-            row = turn * block + jnp.arange(block, dtype=jnp.int32)
-            is_row = row < x.num_rows
-            begin = _triton.load(x.cu_seqlens.at[row], mask=is_row, other=0)
-            end = _triton.load(x.cu_seqlens.at[row + 1], mask=is_row, other=0)
-            here = ((begin <= at) & (at < end)).astype(jnp.int32)
-            return jnp.maximum(found, jnp.max(here))
-
-        turns = np.int32(pl.cdiv(x.num_rows, block))
-        return lax.fori_loop(np.int32(0), turns, look, jnp.int32(0))
 
     def visit(turn, _):
         at = program + turn * programs
-        owned = is_owned(at)
+        owned = ragged.is_owned(x.cu_seqlens, at)
 
         def clear_part(part, _):
             head, index = lax.div(part, tiles), lax.rem(part, tiles)

@@ -1,5 +1,7 @@
 """The gates on their own: with `recurrent_update`, the unfused pair."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import functools
 from collections.abc import Callable
 

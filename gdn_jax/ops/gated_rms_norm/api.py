@@ -1,5 +1,7 @@
 """The norm behind the rule: RMS over a head's values, then the output gate."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import functools
 
 import jax
