@@ -38,21 +38,21 @@ class Recipe:
       learning_rate: the highest, behind a linear warmup and before a cosine to zero.
       warmup: share of the steps.
       weight_decay: of matrices.
-      noise: share of the input bytes that are replaced by others; the predicted ones
-        stand.
+      weight_drop: share of each matrix's entries that a step leaves out (Wan et al.,
+        "DropConnect", ICML 2013): the text is small enough to be learned by heart.
       averaging: share of the running average of parameters that a step keeps.
       drafts: how many tokens ahead the multi-token prediction head learns.
       draft_weight: of its losses, each step's half of the one's before.
-      seed: of parameters, windows and noise.
+      seed: of parameters, windows and what is left out.
     """
 
-    steps: int = 2000
+    steps: int = 4000
     batch: int = 64
     length: int = 1024
     learning_rate: float = 4e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
-    noise: float = 0.0
+    weight_drop: float = 0.15
     averaging: float = 0.995
     drafts: int = 3
     draft_weight: float = 0.3

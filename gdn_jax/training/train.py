@@ -1,7 +1,7 @@
 """Training on windows of a text, resumable at every step.
 
-A step is a function of the state and its own number: windows and noise are drawn with
-keys folded from the recipe's seed. So a run that is killed and resumed ends as it would
+A step is a function of the state and its own number: windows, and weights left
+out, are drawn with keys folded from the recipe's seed. So a run that is killed and resumed ends as it would
 have.
 """
 
@@ -124,14 +124,9 @@ def losses_of(
 ) -> Losses:
     """Of windows [N, length + 1 + drafts], in bits."""
     T = recipe.length
-    inputs = windows
-    if recipe.noise:
-        is_noise, noise = jax.random.split(jax.random.fold_in(key, 1))
-        other = jax.random.randint(noise, windows.shape, 1, 256)
-        replaced = jax.random.bernoulli(is_noise, recipe.noise, windows.shape)
-        inputs = jnp.where(replaced, other, windows)
+    params = drop_weights(params, recipe.weight_drop, key)
     variables = {"params": params}
-    hidden, _ = model.apply(variables, inputs[:, :T], method="hidden")
+    hidden, _ = model.apply(variables, windows[:, :T], method="hidden")
 
     def bits(hidden: Array, ahead: int) -> Array:
         logits = model.apply(variables, hidden, method="logits").astype(jnp.float32)
@@ -142,10 +137,26 @@ def losses_of(
     first = bits(hidden, 1)
     drafts = []
     for i in range(recipe.drafts):
-        behind = inputs[:, i + 1 : i + 1 + T]
+        behind = windows[:, i + 1 : i + 1 + T]
         hidden, _ = model.apply(variables, behind, hidden, step=i, method="draft")
         drafts.append(bits(hidden, i + 2))
     return Losses(first, jnp.stack(drafts) if drafts else jnp.zeros(0))
+
+
+def drop_weights(params: Any, share: float, key: Array) -> Any:
+    """Matrices with a share of their entries at zero, the rest larger for it."""
+    named, structure = jax.tree_util.tree_flatten_with_path(params)
+
+    def drop(number: int, path: Any, x: Array) -> Array:
+        if path[-1].key != "kernel":
+            return x
+        kept = jax.random.bernoulli(
+            jax.random.fold_in(key, 1 + number), 1 - share, x.shape
+        )
+        return jnp.where(kept, x / (1 - share), 0)
+
+    dropped = [drop(i, path, x) for i, (path, x) in enumerate(named)]
+    return jax.tree.unflatten(structure, dropped) if share else params
 
 
 def bits_per_byte(

@@ -1,4 +1,4 @@
-"""What gdn_jax can do on this machine, and whether it does it right."""
+"""`gdn-jax check` and `gdn-jax info`."""
 
 import importlib.metadata
 import platform
@@ -13,11 +13,9 @@ from rich.table import Table
 import gdn_jax
 from gdn_jax import _check, _dispatch, _triton, testing, timing
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 console = Console()
 
 
-@app.command()
 def check(
     implementation: Annotated[
         list[str] | None,
@@ -69,7 +67,6 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
 def info() -> None:
     """Prints the device, versions, and what `implementation=None` picks."""
     table = Table(show_header=False)
@@ -86,10 +83,6 @@ def info() -> None:
     able = (name for name in _dispatch.PREFERENCE if name in _available())
     table.add_row("None picks", next(able))
     console.print(table)
-
-
-def main() -> None:
-    app()
 
 
 def _version(package: str) -> str:

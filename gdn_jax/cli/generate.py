@@ -1,0 +1,5 @@
+"""`gdn-jax generate`."""
+
+
+def generate() -> None:
+    """stub"""

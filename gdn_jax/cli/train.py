@@ -1,0 +1,82 @@
+"""`gdn-jax train`."""
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+console = Console()
+
+
+def train(
+    folder: Annotated[
+        pathlib.Path,
+        typer.Argument(help="Of the run; one that is there already goes on."),
+    ],
+    text: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="A text saved by gdn_jax.training.text.save. Default: this Python's."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Windows of a step.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of a window.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    dtype: Annotated[str, typer.Option(help="Of activations.")] = "float32",
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between saves of the state.")
+    ] = 500,
+) -> None:
+    """Trains the small byte-level model that `gdn-jax generate` uses by default."""
+    # Here, since they bring Flax and optax, which no other command needs.
+    from gdn_jax.training import kneser_ney, run
+    from gdn_jax.training import text as texts
+    from gdn_jax.training.recipe import SMALL, Recipe
+
+    asked: dict[str, Any] = dict(
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    recipe = dataclasses.replace(
+        Recipe(), **{name: x for name, x in asked.items() if x is not None}
+    )
+    try:
+        corpus = texts.load(text) if text else texts.corpus()
+        columns = "{task.description}", BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("compiling", total=recipe.steps)
+
+            def show(step: int, point: dict[str, Any]) -> None:
+                drafts = "/".join(f"{x:.2f}" for x in point["drafts"])
+                losses = f"{point['next']:.3f} bits per byte, drafts {drafts}"
+                bar.update(task, completed=step, description=losses)
+
+            curve = run.run(
+                SMALL,
+                recipe,
+                corpus,
+                folder,
+                on_progress=show,
+                save_every=save_every,
+                dtype=dtype,
+            )
+    except (ValueError, FileNotFoundError) as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    baseline = kneser_ney.bits_per_byte(corpus.train, corpus.held_out)
+    console.print(
+        f"held out: {curve['held_out_bits_per_byte']:.4f} bits per byte; interpolated "
+        f"Kneser-Ney of order 6: {baseline:.4f}. The model is in {folder}."
+    )
