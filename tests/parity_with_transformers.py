@@ -1,11 +1,14 @@
-"""The layer against transformers' own, live: other seeds and sizes than the recorded.
+"""Layers and models against transformers' own, live: other seeds and sizes than the
+recorded.
 
 Not collected by itself, for it needs torch 2.13 and transformers 5.23; .ci/run installs
 them on Python 3.11 and names this file.
 """
 
 import hf_layers
+import hf_models
 import make_hf_goldens
+import make_model_goldens
 import pytest
 
 # What the recorded layers leave out: real head dims, one value head a key head, other
@@ -15,6 +18,32 @@ SIZES = {
     "qwen3_5": dict(linear_num_value_heads=3, linear_conv_kernel_dim=3),
     "olmo_hybrid": dict(linear_key_head_dim=96, linear_value_head_dim=192),
     "kimi_linear": dict(linear_head_dim=128, linear_conv_kernel_dim=2),
+}
+# And what the recorded models do: embeddings tied the other way, other MLPs, one head
+# of keys and values for all or for each, the published share of rope, real head dims.
+MODEL_SIZES = {
+    "qwen3_next": dict(
+        decoder_sparse_step=2,
+        mlp_only_layers=[],
+        norm_topk_prob=False,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3_5": dict(
+        head_dim=16,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25
+        ),
+        num_key_value_heads=4,
+        linear_conv_kernel_dim=3,
+        tie_word_embeddings=False,
+    ),
+    "qwen3_5_moe": dict(
+        num_experts_per_tok=5,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -28,3 +57,15 @@ def test_every_module_agrees(model, changed):
     assert len(errors) > 20
     wrong = {name: x for name, x in errors.items() if not x < hf_layers.TOLERANCE}
     assert not wrong
+
+
+@pytest.mark.parametrize("name", make_model_goldens.MODELS)
+def test_whole_models_agree(name, tmp_path):
+    _, _, sizes = make_model_goldens.MODELS[name]
+    make_model_goldens.make(tmp_path, name, sizes | MODEL_SIZES[name], seed=1)
+    case = hf_models.read(tmp_path)
+    for run in hf_models.RUNS:
+        assert not hf_models.wrong(run(case)), run.__name__
+    errors, tokens = hf_models.greedy(case)
+    assert not hf_models.wrong(errors)
+    assert tokens == case.tokens[0, case.prompt :].tolist()

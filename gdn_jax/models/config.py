@@ -101,7 +101,7 @@ class Config:
         return int(self.head_dim * self.partial_rotary_factor)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts; those of the MTP head always do, where any do."""
+        """Whether a layer has experts; those of the MTP head are counted from 0 too."""
         picked = (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and picked and layer not in self.mlp_only_layers
 

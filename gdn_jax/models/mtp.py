@@ -39,11 +39,11 @@ class MultiTokenPrediction(nn.Module):
             DecoderLayer(
                 config,
                 "full_attention",
-                config.num_experts > 0,
+                config.is_sparse(i),
                 implementation=self.implementation,
                 **dtypes,
             )
-            for _ in range(config.num_mtp_layers)
+            for i in range(config.num_mtp_layers)
         ]
         self.norm = RMSNorm(**norm)
 
