@@ -121,8 +121,7 @@ def _randomise(module: torch.nn.Module) -> None:
         elif name.endswith("mlp.gate.weight"):  # a router that prefers
             weight.normal_(0, 2 * weight.shape[-1] ** -0.5)
         else:
-            fan_in = weight[0].numel() if weight.ndim == 2 else weight.shape[-1]
-            weight.normal_(0, fan_in**-0.5)
+            weight.normal_(0, weight.shape[-1] ** -0.5)
 
 
 def _head_tensors(head: MtpModel, split: bool) -> dict[str, torch.Tensor]:
@@ -130,19 +129,16 @@ def _head_tensors(head: MtpModel, split: bool) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in head.layers[0].state_dict().items():
         block, _, rest = name.partition(".")
+        path, _, kind = f"mtp.layers.0.{rest}".rpartition(".")
         if block in MTP:
             found[f"mtp.{MTP[block]}.{rest}"] = tensor
-            continue
-        name = f"mtp.layers.0.{rest}"
-        if split and ".experts." in name:
-            prefix, _, kind = name.rpartition(".")
-            for expert, weight in enumerate(tensor):
-                parts = weight.chunk(2) if kind == "gate_up_proj" else (weight,)
-                kinds = ("gate_proj", "up_proj") if len(parts) == 2 else (kind,)
-                for kind_, part in zip(kinds, parts, strict=True):
-                    found[f"{prefix}.{expert}.{kind_}.weight"] = part.contiguous()
+        elif split and path.endswith("experts"):
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for expert, weights in enumerate(tensor):
+                for part, weight in zip(kinds, weights.chunk(len(kinds)), strict=True):
+                    found[f"{path}.{expert}.{part}.weight"] = weight.contiguous()
         else:
-            found[name] = tensor
+            found[f"{path}.{kind}"] = tensor
     return found
 
 
@@ -152,21 +148,22 @@ def _run(model: Any, head: MtpModel) -> dict[str, torch.Tensor]:
     tokens = torch.randint(model.config.vocab_size, (1, PROMPT))
     cache = transformers.DynamicCache(config=model.config)
     call = dict(past_key_values=cache, use_cache=True)
-    first = model(tokens, output_hidden_states=True, **call)
-    logits, hidden = [first.logits], first.hidden_states
+    outputs, logits = _outputs(model, tokens, **call)
+    found = {f"modules/{name}": x[:, -KEPT:] for name, x in outputs.items()}
+    found |= _draft(head, tokens, outputs["norm"])
+    logits = [logits]
     for _ in range(GREEDY):
         tokens = torch.cat([tokens, logits[-1][:, -1:].argmax(-1)], dim=1)
         logits.append(model(tokens[:, -1:], **call).logits)
-    # behind the embedding, each layer and, as the last one, the norm
-    outputs = _outputs(model, tokens[:, :PROMPT])
-    assert torch.equal(outputs["norm"], hidden[-1])
-    found = {f"modules/{name}": x[:, -KEPT:] for name, x in outputs.items()}
-    found |= dict(tokens=tokens, logits=torch.cat(logits, dim=1))
-    found |= dict(prompt=torch.tensor(PROMPT))
-    return found | _draft(head, tokens[:, :PROMPT], hidden[-1])
+    return found | dict(
+        tokens=tokens, logits=torch.cat(logits, dim=1), prompt=torch.tensor(PROMPT)
+    )
 
 
-def _outputs(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def _outputs(
+    model: Any, tokens: torch.Tensor, **call: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What the modules gave, and the logits."""
     found = {}
     modules = dict(embed=model.model.embed_tokens, norm=model.model.norm)
     modules |= {f"layers_{i}": layer for i, layer in enumerate(model.model.layers)}
@@ -176,10 +173,10 @@ def _outputs(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         )
         for name, module in modules.items()
     ]
-    model(tokens)
+    logits = model(tokens, **call).logits
     for hook in hooks:
         hook.remove()
-    return found
+    return found, logits
 
 
 def _draft(
