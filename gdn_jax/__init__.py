@@ -5,9 +5,10 @@ chunk_update                the same in chunks: prefill and training
 gates, recurrent_update     the same in two launches, for gates of your own
 causal_conv1d, ConvState    the convolution before it, and its state in slots
 gated_rms_norm              the norm behind it, with its output gate
+grouped_dot                 rows by their groups' weights: a mixture of experts
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
 LaunchConfig, ChunkConfig,  a kernel's launch, to pin
-ConvConfig
+ConvConfig, GroupedDotConfig
 testing                     cases, an oracle, tolerances, check_slots
 """
 
@@ -20,6 +21,8 @@ from gdn_jax.ops.gated_delta.chunk_api import chunk_update
 from gdn_jax.ops.gated_delta.tuning import ChunkConfig, LaunchConfig
 from gdn_jax.ops.gated_delta.unfused import gates
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
+from gdn_jax.ops.grouped_dot.api import grouped_dot
+from gdn_jax.ops.grouped_dot.tuning import GroupedDotConfig
 from gdn_jax.pool import SlotPool, copy_slots
 
 __version__ = "0.1.0"
@@ -27,6 +30,7 @@ __all__ = [
     "ChunkConfig",
     "ConvConfig",
     "ConvState",
+    "GroupedDotConfig",
     "LaunchConfig",
     "SlotPool",
     "causal_conv1d",
@@ -35,6 +39,7 @@ __all__ = [
     "fused_update",
     "gated_rms_norm",
     "gates",
+    "grouped_dot",
     "recurrent_update",
     "testing",
 ]

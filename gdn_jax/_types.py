@@ -7,6 +7,7 @@ P   slots of the state pool            K    key head dim
 S   columns of a speculative table     V    value head dim
 W   width of the convolution           C    its channels, flat: q, k and v
                                        D    a model's hidden size
+E   groups of rows, as experts have    F    what their rows are multiplied into
 """
 
 from typing import TypeAlias
@@ -31,5 +32,9 @@ Start: TypeAlias = Int32[Array, " P"]
 Channels: TypeAlias = Float[Array, "L C"]
 Filter: TypeAlias = Float[Array, "C W"]
 PerChannel: TypeAlias = Float[Array, " C"]
+
+GroupedRows: TypeAlias = Float[Array, "L D"]
+GroupWeights: TypeAlias = Float[Array, "E D F"]
+GroupSizes: TypeAlias = Int32[Array, " E"]
 
 Hidden: TypeAlias = Float[Array, "N T D"] | Float[Array, "L D"]

@@ -1,4 +1,4 @@
-"""The gated MLP."""
+"""The gated feed-forward layer of a token."""
 
 from typing import Any
 
@@ -12,7 +12,19 @@ from gdn_jax.nn.projections import Matrices
 
 
 class GatedMLP(nn.Module):
-    """y = down(silu(gate(x)) * up(x)), without biases."""
+    """Two projections multiplied, one of them through silu, and one back.
+
+        y = down(silu(gate(x)) * up(x))
+
+    Attributes:
+      hidden_size: D, of x and y [..., D].
+      intermediate_size: of gate and up.
+      dtype: of the projections and of y.
+      param_dtype: of parameters.
+      kernel_init: of the projections.
+
+    Parameters carry the logical axis names "embed" (D) and "mlp".
+    """
 
     hidden_size: int
     intermediate_size: int

@@ -1,4 +1,187 @@
-"""stub"""
+"""The mixture-of-experts layer of Qwen3-Next and Qwen3.5-MoE."""
+
+from typing import Any, NamedTuple
+
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+import gdn_jax
+from gdn_jax.nn.initializers import Initializer
+from gdn_jax.nn.mlp import GatedMLP
+from gdn_jax.nn.projections import Matrices
+from gdn_jax.ops import checks
+
+
 class MixtureOfExperts(nn.Module):
-    pass
+    """Each token goes through a few of many small gated MLPs, and through a shared one.
+
+        p = softmax(router(x))                                        [E], float32
+        y = sum over the top k of p: p_e * expert_e(x)
+            + sigmoid(shared_gate(x)) * shared(x)
+        expert_e(x) = down_e(silu(gate_e(x)) * up_e(x))
+
+    with p_e divided by the sum of the k where `norm_topk`. Every token has all its
+    experts, whatever others chose: there is no capacity, and none influences another.
+
+        layer = MixtureOfExperts(2048, 512, 10, 512, 512)             # Qwen3-Next
+        params = layer.init(jax.random.key(0), x)
+        y = layer.apply(params, x)
+
+    As transformers 5.23's Qwen3NextSparseMoeBlock and Qwen3_5MoeSparseMoeBlock, but
+    that the weights p_e and the sum over experts stay float32.
+
+    Attributes:
+      hidden_size: D, of x and y.
+      num_experts: E.
+      experts_per_token: k.
+      expert_size: F, of an expert's gate and up.
+      shared_size: the same of the shared expert.
+      norm_topk: whether the weights of a token's experts add up to 1.
+      dtype: of the products and of y; softmax and sums are float32.
+      param_dtype: of parameters. Experts of another dtype than `dtype` are cast at
+        every call, which reads and writes all of them.
+      kernel_init: of all matrices.
+      implementation: of the experts' products, as in `grouped_dot`.
+
+    Parameters: `router` [D, E], `experts_gate_up` [E, D, 2 F] (gate first),
+    `experts_down` [E, F, D], `shared` (a `GatedMLP`), `shared_gate` [D, 1]; their
+    logical axis names are "experts", "embed" (D) and "mlp" (F).
+    """
+
+    hidden_size: int
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    shared_size: int
+    norm_topk: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    implementation: str | None = None
+
+    def __post_init__(self):
+        _check_fields(self)
+        super().__post_init__()
+
+    def setup(self):
+        D, E, F = self.hidden_size, self.num_experts, self.expert_size
+
+        def experts(name, shape, *axes) -> Any:
+            init = nn.with_logical_partitioning(self.kernel_init, ("experts", *axes))
+            return self.param(name, init, shape, self.param_dtype)
+
+        made = self.dtype, self.param_dtype, self.kernel_init
+        matrices = Matrices(*made)
+        self.router = matrices.dense(E, "embed", "experts")
+        self.experts_gate_up = experts("experts_gate_up", (E, D, 2 * F), "embed", "mlp")
+        self.experts_down = experts("experts_down", (E, F, D), "mlp", "embed")
+        self.shared = GatedMLP(D, self.shared_size, *made)
+        self.shared_gate = matrices.dense(1, "embed", None)
+
+    def __call__(self, x: Array, live: ArrayLike | None = None) -> Array:
+        """The layer's y, of x's shape, in `dtype`.
+
+        Args:
+          x: [..., D].
+          live: [...] bool; False: a token of padding, which takes no expert. Its y is
+            exactly zero, and NaN in its x reaches nothing, gradients included.
+
+        Raises:
+          ValueError: the call is wrong; the text names the argument and the remedy.
+          NotImplementedError: `implementation` cannot run here.
+        """
+        x, live = _check_tokens(x, live, self.hidden_size)
+        x = x if live is None else jnp.where(live[..., None], x, 0)
+        x = x.astype(self.dtype)
+        tokens = x.reshape(-1, self.hidden_size)
+        live = None if live is None else live.reshape(-1)
+        y = self.mix(tokens, live)
+        y = y + jax.nn.sigmoid(self.shared_gate(tokens)) * self.shared(tokens)
+        return y.astype(self.dtype).reshape(x.shape)
+
+    def mix(self, x: Array, live: Array | None) -> Array:
+        """[L D] float32: the experts' part."""
+        weights, experts = self.choose(x)
+        routes = Routes.of(experts, live, self.num_experts)
+        rows = x[routes.token]
+        gate, up = jnp.split(self.multiply(rows, self.experts_gate_up, routes), 2, -1)
+        y = self.multiply(jax.nn.silu(gate) * up, self.experts_down, routes)
+        each = y[routes.place].astype(jnp.float32)  # [L k D]
+        return jnp.sum(weights[..., None] * each, axis=1)
+
+    def choose(self, x: Array) -> tuple[Array, Array]:
+        """[L k] each: the weights of a token's experts, and which they are."""
+        scores = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        weights, experts = lax.top_k(scores, self.experts_per_token)
+        if self.norm_topk:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
+
+    def multiply(self, rows: Array, weights: Array, routes: "Routes") -> Array:
+        return gdn_jax.grouped_dot(
+            rows,
+            weights.astype(self.dtype),
+            routes.group_sizes,
+            implementation=self.implementation,
+        )
+
+
+class Routes(NamedTuple):
+    """The pairs of a token and one of its experts, sorted by experts.
+
+    Attributes:
+      token: [L k], whose x a sorted row is.
+      place: [L k] as [L, k], the sorted row of each pair.
+      group_sizes: [E], rows of each expert; those of padding are of none, and last.
+    """
+
+    token: Array
+    place: Array
+    group_sizes: Array
+
+    @classmethod
+    def of(cls, experts: Array, live: Array | None, num_experts: int) -> "Routes":
+        if live is not None:
+            experts = jnp.where(live[:, None], experts, num_experts)
+        chosen = experts.ravel()
+        pair = jnp.arange(chosen.size, dtype=jnp.int32)
+        _, order = lax.sort_key_val(chosen, pair)  # stable: a token's place is its own
+        place = jnp.zeros_like(pair).at[order].set(pair, unique_indices=True)
+        sizes = jnp.zeros(num_experts, jnp.int32).at[chosen].add(1, mode="drop")
+        token = order // np.int32(experts.shape[1])
+        return cls(token, place.reshape(experts.shape), sizes)
+
+
+def _check_fields(layer: MixtureOfExperts) -> None:
+    for name in (
+        "hidden_size",
+        "num_experts",
+        "experts_per_token",
+        "expert_size",
+        "shared_size",
+    ):
+        if getattr(layer, name) < 1:
+            checks.fail(name, getattr(layer, name), ">= 1", "It is a size.")
+    if layer.experts_per_token > layer.num_experts:
+        wanted = f"at most num_experts = {layer.num_experts}"
+        remedy = "A token takes an expert once."
+        checks.fail("experts_per_token", layer.experts_per_token, wanted, remedy)
+
+
+def _check_tokens(x: Any, live: Any, hidden_size: int) -> tuple[Array, Array | None]:
+    x = checks.floating("x", x)
+    if x.ndim < 1 or x.shape[-1] != hidden_size:
+        remedy = "The last axis is the layer's hidden_size."
+        checks.fail("x", x.shape, f"[..., {hidden_size}]", remedy)
+    if live is None:
+        return x, None
+    live = jnp.asarray(live)
+    if live.dtype != jnp.bool_:
+        checks.fail("live", live.dtype, "bool", "Compare it first, as in x > 0.")
+    if live.shape != x.shape[:-1]:
+        checks.fail("live", live.shape, f"{x.shape[:-1]}", "One entry a token.")
+    return x, live
