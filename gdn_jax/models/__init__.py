@@ -8,3 +8,5 @@ from gdn_jax.models.checkpoint import save as save
 from gdn_jax.models.config import Config as Config
 from gdn_jax.models.model import Model as Model
 from gdn_jax.models.state import ModelState as ModelState
+from gdn_jax.models.tokenizer import Tokenizer as Tokenizer
+from gdn_jax.models.tokenizer import load_tokenizer as load_tokenizer

@@ -57,8 +57,8 @@ def load(
         dt_bias are float32 always. None: the embedding's.
       mesh: devices to split the parameters between, with axes of type Auto. None: all
         are put on the default device.
-      axes: which of the parameters' logical axes is split over which of the mesh's. One
-        that cannot be split evenly is whole on every device.
+      axes: which of the parameters' logical axes is split over which of the mesh's, in
+        order of precedence. One that cannot be split evenly is whole on every device.
       progress: whether to show a bar. None: on a terminal.
 
     Returns:
@@ -111,7 +111,7 @@ def save(
     model: Model,
     params: Params,
     *,
-    max_shard_bytes: float = 5e9,
+    max_shard_bytes: int | float = 5e9,
 ) -> None:
     """Writes config.json and safetensors, as `load` and transformers read them.
 
@@ -155,6 +155,7 @@ def save(
         files.write_shards(new, sizes, get, max_shard_bytes)
 
 
+@functools.lru_cache(maxsize=8)  # tracing a model of 48 layers takes seconds
 def find_targets(model: Model) -> dict[str, Target]:
     """Each parameter, by its path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -182,7 +183,7 @@ def _place(
 ) -> jax.Array:
     read = functools.partial(cover.read, pieces, target)
     if mesh is None:
-        array = jax.device_put(read((slice(None),) * len(target.shape)))
+        array = jax.device_put(read())
     else:
         sharding = placement.find_sharding(mesh, axes, target.names, target.shape)
         array = jax.make_array_from_callback(target.shape, sharding, read)

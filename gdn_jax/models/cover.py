@@ -111,11 +111,15 @@ def cover(
     return pieces
 
 
-def read(pieces: list[Piece], target: Target, index: Region) -> np.ndarray:
-    """A part of a parameter, from the parts of files that hold it."""
+def read(
+    pieces: list[Piece], target: Target, index: Region | None = None
+) -> np.ndarray:
+    """A parameter, or a part of it, from the parts of files that hold it."""
     index = tuple(
         slice(*part.indices(size)[:2])
-        for part, size in zip(index, target.shape, strict=True)
+        for part, size in zip(
+            index or [slice(None)] * len(target.shape), target.shape, strict=True
+        )
     )
     out = np.empty([part.stop - part.start for part in index], target.dtype)
     for piece in pieces:

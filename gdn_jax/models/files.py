@@ -130,7 +130,7 @@ def write_shards(
     path: pathlib.Path,
     sizes: Mapping[str, int],
     get: Callable[[str], np.ndarray],
-    max_shard_bytes: float,
+    max_shard_bytes: int | float,
 ) -> None:
     """model.safetensors, or numbered files and their index.
 

@@ -10,16 +10,17 @@ from gdn_jax.ops import checks
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Parameters' logical axes to a mesh's; those that are not named are not split, such as
-# "gdn_channels", whose parts q, k and v lie one after another.
+# Parameters' logical axes to a mesh's: of two in one parameter the first here is split.
+# Those that are not named are whole, such as "gdn_channels", whose parts q, k and v lie
+# one after another.
 AXES: Mapping[str, MeshAxes] = dict(
     vocab="model",
     heads="model",
     kv_heads="model",
     gdn_key_heads="model",
     gdn_value_heads="model",
-    mlp="model",
     experts="model",
+    mlp="model",
 )
 
 

@@ -205,7 +205,7 @@ def is_ignored(name: str, tied: bool) -> bool:
 
 def count_mtp_layers(names: list[str]) -> int:
     found = (re.match(r"mtp\.layers\.(\d+)\.", name) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    return len({match[1] for match in found if match})
 
 
 def sources_of(target: str, shape: tuple[int, ...], fused: bool) -> list[Source]:
