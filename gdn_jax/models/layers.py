@@ -158,7 +158,7 @@ def as_rows(
     )
     if tokens.num_tokens is None:
         return x, tables
-    counted = tokens.num_tokens.astype(jnp.int32)
+    counted = tokens.num_tokens
     if T == 1:
         is_live = counted > 0
         live = is_live if num_accepted is None else is_live[:, None]

@@ -114,7 +114,7 @@ class Model(nn.Module):
             num_accepted=num_accepted,
         )
         if self.is_initializing() and self.config.num_mtp_layers:
-            self.mtp(self.embed(jnp.asarray(tokens)), hidden)
+            self.mtp(self._embed(jnp.asarray(tokens)), hidden)
         logits = self.logits(hidden)
         return logits if state is None else (logits, new_state)
 
@@ -133,7 +133,7 @@ class Model(nn.Module):
         call = find_tokens(
             tokens.shape, state, rows, num_tokens, has_state, num_accepted
         )
-        x = self.embed(jnp.clip(tokens, 0, self.config.vocab_size - 1))
+        x = self._embed(tokens)
         layers = [None] * len(self.layers) if state is None else list(state.layers)
         for i, layer in enumerate(self.layers):
             x, layers[i] = layer(x, layers[i], call)
@@ -146,6 +146,9 @@ class Model(nn.Module):
         if self.config.tie_word_embeddings:
             return self.embed.attend(hidden)
         return self.head(hidden)
+
+    def _embed(self, tokens: Array) -> Array:
+        return self.embed(jnp.clip(tokens, 0, self.config.vocab_size - 1))
 
     def draft(
         self,
@@ -175,9 +178,8 @@ class Model(nn.Module):
         if not self.config.num_mtp_layers:
             remedy = "This model has no multi-token prediction head."
             checks.fail("config.num_mtp_layers", 0, ">= 1", remedy)
-        embedded = self.embed(checks.integers("next_tokens", next_tokens))
         return self.mtp(
-            embedded,
+            self._embed(checks.integers("next_tokens", next_tokens)),
             hidden,
             cache,
             start=start,

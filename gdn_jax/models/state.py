@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.state import GatedDeltaNetState
@@ -70,10 +71,10 @@ class Tokens:
 def find_tokens(
     shape: tuple[int, ...],
     state: ModelState | None,
-    rows: Array | None,
-    num_tokens: Array | None,
-    has_state: Array | None,
-    num_accepted: Array | None,
+    rows: ArrayLike | None,
+    num_tokens: ArrayLike | None,
+    has_state: ArrayLike | None,
+    num_accepted: ArrayLike | None,
 ) -> Tokens:
     """Checks a call's tables."""
     if len(shape) != 2:
@@ -85,14 +86,17 @@ def find_tokens(
     for name, table in tables.items():
         if table is None:
             continue
-        table = tables[name] = jnp.asarray(table)
         if state is None:
             checks.fail("state", "None", f"given with {name}", "See model.init_state.")
+        if name == "has_state":
+            table = jnp.asarray(table)
+            if table.dtype != jnp.bool_:
+                checks.fail(name, table.dtype, "bool", "Compare it first, as in x > 0.")
+        else:
+            table = checks.integers(name, table)
         if table.shape != (N,):
             checks.fail(name, table.shape, f"[N] = ({N},)", "One entry a sequence.")
-        wanted = jnp.bool_ if name == "has_state" else jnp.integer
-        if not jnp.issubdtype(table.dtype, wanted):
-            checks.fail(name, table.dtype, f"of dtype {wanted.__name__}", "Cast it.")
+        tables[name] = table
     if state is None:
         return Tokens((N, T))
     P, S = state.length.shape[0], state.columns
@@ -106,7 +110,7 @@ def find_tokens(
     if has_state is not None:
         start = jnp.where(tables["has_state"], start, 0)
     if num_accepted is not None:
-        start = start - 1 + tables["num_accepted"].astype(jnp.int32)
+        start = start - 1 + tables["num_accepted"]
     return Tokens((N, T), start=start, **tables)
 
 
@@ -115,7 +119,7 @@ def new_length(state: ModelState, tokens: Tokens) -> Array:
     T = tokens.lead[1]
     added = jnp.full(tokens.lead[:1], T, jnp.int32)
     if tokens.num_tokens is not None:
-        added = tokens.num_tokens.astype(jnp.int32)
+        added = tokens.num_tokens
     is_live = added > 0
     if tokens.num_accepted is not None:
         added = jnp.minimum(added, 1)

@@ -123,7 +123,11 @@ class GatedAttention(nn.Module):
             positions = jnp.broadcast_to(positions, (N, T))
             cache = _write(cache, k, v, positions, rows, num_tokens)
             k, v = cache if rows is None else (side[rows] for side in cache)
-            reached = jnp.arange(k.shape[1], dtype=jnp.int32) <= positions[..., None]
+            entries = jnp.arange(k.shape[1], dtype=jnp.int32)
+            # a weight of zero does not keep out a NaN that a former sequence left
+            end = first + (T if num_tokens is None else num_tokens)
+            v = jnp.where((entries < end[:, None])[..., None, None], v, 0)
+            reached = entries <= positions[..., None]
             out = self._attend(q, k, v, mask=reached[:, None])
         return self.out(flat(out * jax.nn.sigmoid(gate))), cache
 
