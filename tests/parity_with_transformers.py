@@ -1,15 +1,22 @@
 """Layers and models against transformers' own, live: other seeds and sizes than the
-recorded.
+recorded; and whether transformers reads the folders that are saved here.
 
 Not collected by itself, for it needs torch 2.13 and transformers 5.23; .ci/run installs
 them on Python 3.11 and names this file.
 """
 
+import dataclasses
+
+import checkpoints
 import hf_layers
 import hf_models
 import make_hf_goldens
 import make_model_goldens
 import pytest
+import torch
+import transformers
+
+from gdn_jax import models
 
 # What the recorded layers leave out: real head dims, one value head a key head, other
 # widths of the convolution.
@@ -69,3 +76,39 @@ def test_whole_models_agree(name, tmp_path):
     errors, tokens = hf_models.greedy(case)
     assert not hf_models.wrong(errors)
     assert tokens == case.tokens[0, case.prompt :].tolist()
+
+
+@pytest.mark.parametrize("name", checkpoints.MODELS)
+def test_folders_go_both_ways(name, tmp_path):
+    model, params = checkpoints.make(name)
+    models.save(tmp_path / "ours", model, params)
+    architecture = model.config.to_hf()["architectures"][0]
+    theirs, info = getattr(transformers, architecture).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert {what: names for what, names in info.items() if names} == {}
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded, params = models.load(tmp_path / "theirs")
+    models.save(tmp_path / "again", loaded, params, max_shard_bytes=5000)
+    again = type(theirs).from_pretrained(tmp_path / "again").state_dict()
+    wanted = theirs.state_dict()
+    assert again.keys() == wanted.keys()
+    assert [name for name, x in wanted.items() if not torch.equal(again[name], x)] == []
+
+
+@pytest.mark.parametrize("name", make_model_goldens.MODELS)
+def test_transformers_own_defaults_are_read(name, tmp_path):
+    config_name, _, _ = make_model_goldens.MODELS[name]
+    theirs = getattr(transformers, config_name)()
+    theirs.save_pretrained(tmp_path)
+    config = models.Config.from_hf(tmp_path)
+    for field in dataclasses.fields(config):
+        ours, wanted = getattr(config, field.name), getattr(theirs, field.name, None)
+        if isinstance(ours, tuple):
+            wanted = tuple(wanted or ())
+        if field.name in theirs.rope_parameters:
+            wanted = theirs.rope_parameters[field.name]
+        assert wanted is None or ours == wanted, field.name

@@ -155,7 +155,6 @@ def save(
         files.write_shards(new, sizes, get, max_shard_bytes)
 
 
-@functools.lru_cache(maxsize=8)  # tracing a model of 48 layers takes seconds
 def find_targets(model: Model) -> dict[str, Target]:
     """Each parameter, by its path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -8,7 +8,7 @@ from jax import Array
 
 from gdn_jax.models.config import Config
 from gdn_jax.models.state import LayerState, Tokens
-from gdn_jax.nn.attention import GatedAttention, KVCache
+from gdn_jax.nn.attention import GatedAttention
 from gdn_jax.nn.gated_delta_net import GatedDeltaNet
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
@@ -35,7 +35,8 @@ class DecoderLayer(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        config = self.config
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
         self.mixer_norm = RMSNorm(**norm)
         self.mlp_norm = RMSNorm(**norm)
@@ -145,7 +146,8 @@ def as_rows(
     Where rows have tokens that do not count, x is packed and these are rows of their
     own, in no slot: two rows for each sequence.
     """
-    (N, T), columns = tokens.lead, state.recurrent.shape[0] // state.conv.buffer.shape[0]
+    N, T = tokens.lead
+    columns = state.recurrent.shape[0] // state.conv.buffer.shape[0]
     has_state, num_accepted = tokens.has_state, tokens.num_accepted
     if tokens.rows is None and tokens.num_tokens is None and columns == 1:
         return x, dict(has_state=has_state)

@@ -29,7 +29,8 @@ class MultiTokenPrediction(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        config = self.config
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
         self.embedding_norm = RMSNorm(**norm)
         self.hidden_norm = RMSNorm(**norm)

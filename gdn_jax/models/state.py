@@ -18,8 +18,8 @@ class ModelState(NamedTuple):
     """P sequences, each in a row of every array.
 
     Attributes:
-      layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence, one
-        after another, S = 1 + drafts.
+      layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence,
+        one after another, S = 1 + drafts.
       length: [P] int32, tokens of each sequence so far. After a speculative call they
         are counted as if one of its tokens stood: `num_accepted` of the next call
         says how many do.
@@ -65,7 +65,9 @@ class Tokens:
         return jnp.arange(self.lead[1], dtype=jnp.int32) < self.num_tokens[:, None]
 
     def find_rows(self) -> Array:
-        return jnp.arange(self.lead[0], dtype=jnp.int32) if self.rows is None else self.rows
+        if self.rows is None:
+            return jnp.arange(self.lead[0], dtype=jnp.int32)
+        return self.rows
 
 
 def find_tokens(

@@ -19,7 +19,8 @@ class KVCache(NamedTuple):
     """Keys and values of earlier tokens, a row for each sequence.
 
     Attributes:
-      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the first.
+      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the
+        first.
     """
 
     k: Array
@@ -77,7 +78,8 @@ class GatedAttention(nn.Module):
 
     def setup(self):
         matrices = Matrices(self.dtype, self.param_dtype, self.kernel_init)
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        width = self.num_heads * self.head_dim
+        kv_width = self.num_kv_heads * self.head_dim
         self.q = matrices.dense(2 * width, "embed", "heads")
         self.k = matrices.dense(kv_width, "embed", "kv_heads")
         self.v = matrices.dense(kv_width, "embed", "kv_heads")
@@ -101,9 +103,11 @@ class GatedAttention(nn.Module):
           x: [N, T, D].
           cache: from `init_cache` or the last call; donated under `jax.jit` it is
             updated in place. None: the tokens are the whole sequence.
-          start: [N] int32, how many tokens are before x's first; these are in the cache.
-            Entries from there on are overwritten, so that tokens can be taken back.
-          rows: [N] int32, each sequence's row of the cache. None: row n is sequence n.
+          start: [N] int32, how many tokens are before x's first; these are in the
+            cache. Entries from there on are overwritten, so that tokens can be taken
+            back.
+          rows: [N] int32, each sequence's row of the cache. None: row n is sequence
+            n.
           num_tokens: [N] int32, how many of the T tokens count; the others are not kept
             and their y means nothing. None: all.
 
