@@ -1,10 +1,13 @@
 """Rows by their groups' weights against float64, gradients too."""
 
+import aot
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import gdn_jax
 from gdn_jax import GroupedDotConfig, testing
@@ -144,6 +147,59 @@ def test_vmap_over_rows_and_weights(path):
     for i in range(2):
         want = _exact(x[i], weights[i], sizes[i])
         assert testing.relative_error(y[i], want) < testing.TOLERANCE["out", "float32"]
+
+
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_shards_equal_the_whole(split, path):
+    """Of rows, each device with groups of its own; or of the weights' columns."""
+    stacked = [_inputs(*CASES[3], seed=seed)[0] for seed in range(2)]
+    (_, weights, sizes), x = _inputs(*CASES[3]), jnp.concatenate(stacked)
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    by_rows = split == "rows"
+
+    def loss(x, weights):
+        y = gdn_jax.grouped_dot(x, weights, sizes, implementation=path)
+        return jnp.sum(y**2)[None]
+
+    specs = (P("i"), P()) if by_rows else (P(), P(None, None, "i"))
+    # Pallas' interpreter fails the check, whatever the kernel
+    checks = path != "interpret"
+    sharded = jax.shard_map(
+        loss, mesh=mesh, in_specs=specs, out_specs=P("i"), check_vma=checks
+    )
+    x = x if by_rows else x[: x.shape[0] // 2]
+
+    def whole(x, weights):
+        return sum(loss(rows, weights) for rows in jnp.split(x, 2 if by_rows else 1))
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda *given: jnp.sum(f(*given)), (0, 1)))(x, weights)
+
+    for got, want in zip(gradient(sharded), gradient(whole), strict=True):
+        assert testing.relative_error(got, want) < testing.TOLERANCE["out", "float32"]
+
+
+def test_the_kernel_lowers_for_cuda_under_vmap_and_shard_map():
+    def multiply(*given):
+        return gdn_jax.grouped_dot(*given, implementation="triton")
+
+    x, weights, sizes = (jnp.stack([part] * 4) for part in _inputs(*CASES[3]))
+    assert aot.KERNEL_CALL in aot.lower(jax.vmap(multiply), x, weights, sizes)
+    mesh = AbstractMesh(
+        (4,),
+        ("i",),
+        axis_types=(AxisType.Auto,),
+        abstract_device=aot.ABSTRACT_H200.abstract_device,
+    )
+
+    def of_all(x, weights, sizes):
+        return jax.grad(lambda w: jnp.sum(multiply(x[0], w, sizes[0])))(weights)
+
+    specs = P("i"), P(), P("i")
+    sharded = jax.shard_map(of_all, mesh=mesh, in_specs=specs, out_specs=P())
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(sharded).trace(x, weights[0], sizes)
+        assert aot.KERNEL_CALL in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 WRONG = [
