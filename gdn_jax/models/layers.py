@@ -37,7 +37,9 @@ class DecoderLayer(nn.Module):
     def setup(self):
         config = self.config
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
+        norm: dict[str, Any] = dict(
+            size=config.hidden_size, eps=config.rms_norm_eps, **dtypes
+        )
         self.mixer_norm = RMSNorm(**norm)
         self.mlp_norm = RMSNorm(**norm)
         self.mixer = make_mixer(config, self.mixer_type, **dtypes)
@@ -45,16 +47,14 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self, x: Array, state: LayerState | None, tokens: Tokens
-    ) -> tuple[Array, LayerState | None]:
+    ) -> tuple[Array, Any]:
         y, state = self.mix(self.mixer_norm(x), state, tokens)
         x = x + y
         y = self.mlp_norm(x)
         y = self.mlp(y, live=tokens.live) if self.is_sparse else self.mlp(y)
         return x + y, state
 
-    def mix(
-        self, x: Array, state: LayerState | None, tokens: Tokens
-    ) -> tuple[Array, LayerState | None]:
+    def mix(self, x: Array, state: Any, tokens: Tokens) -> tuple[Array, Any]:
         if self.mixer_type == "full_attention":
             return self.mixer(
                 x,
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
 
 def make_mixer(
     config: Config, mixer_type: str, dtype: Any, param_dtype: Any
-) -> GatedDeltaNet | GatedAttention:
+) -> nn.Module:
     if mixer_type == "full_attention":
         return GatedAttention(
             config.hidden_size,
@@ -105,7 +105,7 @@ def make_mlp(
     implementation: str | None,
     dtype: Any,
     param_dtype: Any,
-) -> GatedMLP | MixtureOfExperts:
+) -> nn.Module:
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
     if not is_sparse:
         return GatedMLP(config.hidden_size, config.intermediate_size, **dtypes)
@@ -122,7 +122,7 @@ def make_mlp(
 
 
 def init_layer_state(
-    mixer: GatedDeltaNet | GatedAttention,
+    mixer: nn.Module,
     num_rows: int,
     num_positions: int,
     columns: int,

@@ -135,7 +135,9 @@ class Model(nn.Module):
             tokens.shape, state, rows, num_tokens, has_state, num_accepted
         )
         x = self._embed(tokens)
-        layers = [None] * len(self.layers) if state is None else list(state.layers)
+        layers: list[Any] = [None] * len(self.layers)
+        if state is not None:
+            layers = list(state.layers)
         for i, layer in enumerate(self.layers):
             x, layers[i] = layer(x, layers[i], call)
         if state is not None:

@@ -31,7 +31,9 @@ class MultiTokenPrediction(nn.Module):
     def setup(self):
         config = self.config
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
+        norm: dict[str, Any] = dict(
+            size=config.hidden_size, eps=config.rms_norm_eps, **dtypes
+        )
         self.embedding_norm = RMSNorm(**norm)
         self.hidden_norm = RMSNorm(**norm)
         matrices = Matrices(self.dtype, self.param_dtype, nn.initializers.normal(0.02))
@@ -62,7 +64,7 @@ class MultiTokenPrediction(nn.Module):
         """See `Model.draft`."""
         parts = self.embedding_norm(embedded), self.hidden_norm(hidden)
         x = self.fc(jnp.concatenate(parts, axis=-1))
-        call = Tokens(x.shape[:2], rows, num_tokens, start)
+        call = Tokens((x.shape[0], x.shape[1]), rows, num_tokens, start)
         number = step % len(self.layers)
         if self.is_initializing():
             for layer in self.layers:

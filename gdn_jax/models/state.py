@@ -1,7 +1,7 @@
 """What a model carries from call to call, and which tokens a call brings."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -82,7 +82,7 @@ def find_tokens(
     if len(shape) != 2:
         checks.fail("tokens", shape, "[N, T]", "One row for each sequence.")
     N, T = shape
-    tables = dict(
+    tables: dict[str, Any] = dict(
         rows=rows, num_tokens=num_tokens, has_state=has_state, num_accepted=num_accepted
     )
     for name, table in tables.items():

@@ -1,6 +1,6 @@
 """Full attention with an output gate, its cache passed in and returned."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -61,7 +61,7 @@ class GatedAttention(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.normal(0.02)
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
@@ -146,7 +146,7 @@ class GatedAttention(nn.Module):
         q, gate = jnp.split(self.q(x).reshape(N, T, self.num_heads, -1), 2, axis=-1)
         k = self.k(x).reshape(N, T, self.num_kv_heads, -1)
         v = self.v(x).reshape(N, T, self.num_kv_heads, -1)
-        rope = dict(size=self.rotary_dim, theta=self.rope_theta)
+        rope: dict[str, Any] = dict(size=self.rotary_dim, theta=self.rope_theta)
         q = rotate(self.q_norm(q), positions, **rope)
         return q, rotate(self.k_norm(k), positions, **rope), v, gate
 
