@@ -118,6 +118,27 @@ def test_a_pinned_launch_agrees(config):
     assert testing.relative_error(y, want) < testing.TOLERANCE["out", "bfloat16"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("mean", [16, 32, 64, 128])
+def test_every_launch_of_the_heuristic_agrees(mean, dtype):
+    """Values and gradients, as compiled: from 64 rows on other instructions."""
+    sizes = (mean // 2, 2 * mean, 0, mean + 3)
+    case = 4 * mean, 512, 256, sizes
+    x, weights, sizes = _inputs(*case, dtype)
+    cotangent, _, _ = _inputs(case[0], case[2], 1, case[3], dtype, seed=1)
+
+    def run(path):
+        def multiply(x, weights):
+            return gdn_jax.grouped_dot(x, weights, sizes, implementation=path)
+
+        y, pull = jax.vjp(multiply, x, weights)
+        return y, *pull(cotangent)
+
+    for got, want in zip(run("triton"), run("reference"), strict=True):
+        assert testing.relative_error(got, want) < testing.TOLERANCE["gradient", dtype]
+
+
 def test_nan_in_a_row_reaches_no_other(path):
     x, weights, sizes = _inputs(*CASES[0])
     want = gdn_jax.grouped_dot(x, weights, sizes, implementation=path)

@@ -5,8 +5,8 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from gdn_jax._triton import check_launch
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
-MIN_DOT = 16  # Triton pads a smaller product, with wrong results
 MAX_BLOCK = 256
 NARROW = 2  # bytes of a value that tensor cores take as it is
 
