@@ -15,8 +15,13 @@ import make_model_goldens
 import pytest
 import torch
 import transformers
+from transformers.models.qwen3_5_moe import (
+    configuration_qwen3_5_moe,
+    modeling_qwen3_5_moe,
+)
+from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qwen3_next
 
-from gdn_jax import models
+from gdn_jax import models, nn, testing
 
 # What the recorded layers leave out: real head dims, one value head a key head, other
 # widths of the convolution.
@@ -112,3 +117,55 @@ def test_transformers_own_defaults_are_read(name, tmp_path):
         if field.name in theirs.rope_parameters:
             wanted = theirs.rope_parameters[field.name]
         assert wanted is None or ours == wanted, field.name
+
+
+EXPERTS = {
+    "qwen3_next": (
+        modeling_qwen3_next.Qwen3NextSparseMoeBlock,
+        configuration_qwen3_next.Qwen3NextConfig,
+    ),
+    "qwen3_5_moe": (
+        modeling_qwen3_5_moe.Qwen3_5MoeSparseMoeBlock,
+        configuration_qwen3_5_moe.Qwen3_5MoeTextConfig,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "model, norm_topk",
+    [("qwen3_next", True), ("qwen3_next", False), ("qwen3_5_moe", True)],
+)
+def test_the_experts_agree(model, norm_topk):
+    block, config = EXPERTS[model]
+    options = {"norm_topk_prob": norm_topk} if model == "qwen3_next" else {}
+    torch.manual_seed(1)
+    theirs = block(
+        config(
+            hidden_size=48,
+            num_experts=12,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            **options,
+        )
+    )
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 9, 48)
+    with torch.no_grad():
+        want = theirs(x).numpy()
+    given = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    shared = {
+        name: {"kernel": given[f"shared_expert.{name}_proj.weight"].T}
+        for name in ("gate", "up", "down")
+    }
+    params = {
+        "router": {"kernel": given["gate.weight"].T},
+        "experts_gate_up": given["experts.gate_up_proj"].swapaxes(1, 2),
+        "experts_down": given["experts.down_proj"].swapaxes(1, 2),
+        "shared": shared,
+        "shared_gate": {"kernel": given["shared_expert_gate.weight"].T},
+    }
+    layer = nn.MixtureOfExperts(48, 12, 3, 20, 28, norm_topk=norm_topk)
+    y = layer.apply({"params": params}, x.numpy())
+    assert testing.relative_error(y, want) < 1e-6
