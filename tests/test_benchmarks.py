@@ -16,7 +16,9 @@ from gdn_jax.training import text
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize("suite", ["decode", "verify", "prefill", "train", "conv"])
+@pytest.mark.parametrize(
+    "suite", ["decode", "verify", "prefill", "train", "conv", "experts"]
+)
 def test_help(suite):
     command = [sys.executable, BENCHMARKS / f"{suite}.py", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -24,7 +26,7 @@ def test_help(suite):
     assert "--quick" in found.stdout
 
 
-@pytest.mark.parametrize("suite", ["prefill", "train", "conv"])
+@pytest.mark.parametrize("suite", ["prefill", "train", "conv", "experts"])
 def test_problems_build(suite, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     problems = importlib.import_module(suite).problems()
@@ -87,6 +89,32 @@ def test_the_heuristics_launch_is_timed_among_its_neighbours(monkeypatch):
         assert all(isinstance(config, ConvConfig) for config in configs)
         assert len(conv.contenders(problem, tune=True)) == 2 + len(configs)
         assert list(conv.contenders(problem, tune=False)) == ["triton", "xla"]
+
+
+def test_the_experts_launch_is_timed_among_its_neighbours(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    experts = importlib.import_module("experts")
+    for problem in experts.problems():
+        configs = experts.candidates(problem)
+        assert problem.heuristic == configs[0]
+        assert 10 <= len(set(configs)) == len(configs)
+        assert len(experts.contenders(problem, tune=True)) == 1 + len(configs)
+        assert list(experts.contenders(problem, tune=False)) == ["triton"]
+
+
+def test_right_products_of_experts_pass_and_others_do_not(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    experts, common = (importlib.import_module(n) for n in ("experts", "common"))
+    monkeypatch.setattr(experts, "L2_BYTES", 1)  # few sets of inputs
+    problem = experts.Problem("small", "down", 40, E=5, k=2, D=32, F=16)
+    inputs = experts.make_inputs(problem)
+    expected = experts.expect(problem, inputs)
+    call = experts.dense(problem)["xla"](problem, inputs)
+    tolerance = functools.partial(experts.tolerance, problem, is_ours=True)
+    for i in range(2):
+        call.run(i)
+        errors = common.errors_of(expected, call.result())
+        assert common.passed(tolerance, errors) == (i == 0)
 
 
 def test_other_launches_of_the_chunked_kernels_are_told_apart(monkeypatch):

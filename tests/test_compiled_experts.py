@@ -74,7 +74,7 @@ def test_prefill_multiplies_on_tensor_cores(tokens, rows_at_once, product):
     ids=str,
 )
 def test_a_gradient_is_two_launches_and_reads_the_weights_in_place(shapes):
-    x, weights, sizes = shapes
+    x, weights, _ = shapes
 
     def pull(x, weights, sizes, dy):
         _, pull = jax.vjp(lambda *given: _multiply(*given, sizes), x, weights)

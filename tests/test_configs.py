@@ -5,7 +5,7 @@ import re
 import jaxtyping
 import pytest
 
-from gdn_jax import ChunkConfig, ConvConfig, LaunchConfig
+from gdn_jax import ChunkConfig, ConvConfig, GroupedDotConfig, LaunchConfig
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,27 @@ WRONG = [
         ChunkConfig,
         dict(block_v=16, num_warps=32),
         "num_warps must be at most block_v; got ...",
+    ),
+    # Triton pads a smaller product, with wrong results
+    (
+        GroupedDotConfig,
+        dict(block_l=8, block_f=64, block_d=64),
+        "block_l must be 16 to 256; got 8",
+    ),
+    (
+        GroupedDotConfig,
+        dict(block_l=16, block_f=512, block_d=64),
+        "block_f must be 16 to 256; got 512",
+    ),
+    (
+        GroupedDotConfig,
+        dict(block_l=16, block_f=64, block_d=48),
+        "block_d must be a power of two; got 48",
+    ),
+    (
+        GroupedDotConfig,
+        dict(block_l=16, block_f=64, block_d=64, num_stages=0),
+        "num_stages must be a positive int; got 0",
     ),
     (ConvConfig, dict(tokens=0, ahead=1), "tokens must be a positive int; got 0"),
     (ConvConfig, dict(tokens=8, ahead=3), "ahead must be a power of two; got 3"),

@@ -1,4 +1,4 @@
-"""The mixture of experts against all experts for all tokens, its padding, its errors."""
+"""The mixture of experts against all experts for all tokens; padding; wrong calls."""
 
 import functools
 

@@ -1,5 +1,7 @@
 """Where JAX keeps float64 the ops still compute, and loop, in 32 bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,11 +39,25 @@ def _conv(path):
     return call, _normal((2, 8, W), (L, 8), (8, W))
 
 
-@pytest.mark.parametrize("op", ["fused_update", "chunk_update", "causal_conv1d"])
+def _grouped_dot(path):
+    def call(x, weights):
+        sizes = np.array([50, 0, 18], np.int32)
+        return jnp.sum(gdn_jax.grouped_dot(x, weights, sizes, implementation=path))
+
+    return call, _normal((L, 24), (3, 24, 16))
+
+
+CALLS = {
+    "fused_update": functools.partial(_rule, gdn_jax.fused_update),
+    "chunk_update": functools.partial(_rule, gdn_jax.chunk_update),
+    "causal_conv1d": _conv,
+    "grouped_dot": _grouped_dot,
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
 def test_values_and_gradients_are_those_of_32_bits(op, path):
-    call, args = (
-        _conv(path) if op == "causal_conv1d" else _rule(getattr(gdn_jax, op), path)
-    )
+    call, args = CALLS[op](path)
     step = jax.value_and_grad(call, argnums=tuple(range(len(args))))
     want = step(*args)
     with jax.enable_x64(True):

@@ -1,6 +1,7 @@
 """Qwen3-Next and Qwen3.5: configurations, models, checkpoints.
 
-Imported by itself (`from gdn_jax import models`), so that `import gdn_jax` needs no Flax.
+Imported by itself (`from gdn_jax import models`), so that `import gdn_jax` needs no
+Flax.
 """
 
 from gdn_jax.models.checkpoint import load as load

@@ -13,12 +13,33 @@ MOE_TYPES = ("qwen3_next", "qwen3_5_moe_text")
 
 # Keys that change nothing about what the text model computes.
 INERT = frozenset(
-    "_name_or_path architectures attention_dropout auto_map bos_token_id dtype"
-    " image_token_id initializer_range language_model_only mamba_ssm_dtype"
-    " output_attentions output_hidden_states output_router_logits"
-    " pad_token_id return_dict router_aux_loss_coef sep_token_id torch_dtype"
-    " transformers_version unsloth_fixed use_cache video_token_id vision_config"
-    " vision_end_token_id vision_start_token_id".split()
+    (
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "image_token_id",
+        "initializer_range",
+        "language_model_only",
+        "mamba_ssm_dtype",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "unsloth_fixed",
+        "use_cache",
+        "video_token_id",
+        "vision_config",
+        "vision_end_token_id",
+        "vision_start_token_id",
+    )
 )
 # Keys that may only say what is built.
 FIXED: dict[str, tuple[Any, ...]] = dict(
@@ -101,7 +122,7 @@ class Config:
         return int(self.head_dim * self.partial_rotary_factor)
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether a layer has experts; those of the MTP head always do, where any do."""
+        """Whether a layer has experts; those of the MTP head are counted from 0 too."""
         picked = (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and picked and layer not in self.mlp_only_layers
 
@@ -237,8 +258,13 @@ def _faults(config: Config):
         yield "layer_types is empty"
     for name in sorted({t for t in config.layer_types if t not in LAYER_TYPES}):
         yield f"layer_types has {name!r}, wanted {' or '.join(LAYER_TYPES)}"
-    if config.num_experts == 0 and config.intermediate_size < 1:
-        yield "intermediate_size is 0 and so is num_experts: no MLP"
+    if config.decoder_sparse_step < 1:
+        yield f"decoder_sparse_step is {config.decoder_sparse_step}, wanted >= 1"
+    elif config.intermediate_size < 1:
+        layers = max(config.num_hidden_layers, config.num_mtp_layers)
+        dense = [i for i in range(layers) if not config.is_sparse(i)]
+        if dense:
+            yield f"intermediate_size is 0, but layers {dense} have no experts"
     if config.num_experts and not 0 < config.num_experts_per_tok <= config.num_experts:
         yield (
             f"num_experts_per_tok is {config.num_experts_per_tok}, wanted 1 to "

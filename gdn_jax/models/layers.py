@@ -8,7 +8,7 @@ from jax import Array
 
 from gdn_jax.models.config import Config
 from gdn_jax.models.state import LayerState, Tokens
-from gdn_jax.nn.attention import GatedAttention, KVCache
+from gdn_jax.nn.attention import GatedAttention
 from gdn_jax.nn.gated_delta_net import GatedDeltaNet
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
@@ -35,8 +35,11 @@ class DecoderLayer(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
+        config = self.config
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm: dict[str, Any] = dict(
+            size=config.hidden_size, eps=config.rms_norm_eps, **dtypes
+        )
         self.mixer_norm = RMSNorm(**norm)
         self.mlp_norm = RMSNorm(**norm)
         self.mixer = make_mixer(config, self.mixer_type, **dtypes)
@@ -44,16 +47,14 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self, x: Array, state: LayerState | None, tokens: Tokens
-    ) -> tuple[Array, LayerState | None]:
+    ) -> tuple[Array, Any]:
         y, state = self.mix(self.mixer_norm(x), state, tokens)
         x = x + y
         y = self.mlp_norm(x)
         y = self.mlp(y, live=tokens.live) if self.is_sparse else self.mlp(y)
         return x + y, state
 
-    def mix(
-        self, x: Array, state: LayerState | None, tokens: Tokens
-    ) -> tuple[Array, LayerState | None]:
+    def mix(self, x: Array, state: Any, tokens: Tokens) -> tuple[Array, Any]:
         if self.mixer_type == "full_attention":
             return self.mixer(
                 x,
@@ -71,7 +72,7 @@ class DecoderLayer(nn.Module):
 
 def make_mixer(
     config: Config, mixer_type: str, dtype: Any, param_dtype: Any
-) -> GatedDeltaNet | GatedAttention:
+) -> nn.Module:
     if mixer_type == "full_attention":
         return GatedAttention(
             config.hidden_size,
@@ -104,7 +105,7 @@ def make_mlp(
     implementation: str | None,
     dtype: Any,
     param_dtype: Any,
-) -> GatedMLP | MixtureOfExperts:
+) -> nn.Module:
     dtypes = dict(dtype=dtype, param_dtype=param_dtype)
     if not is_sparse:
         return GatedMLP(config.hidden_size, config.intermediate_size, **dtypes)
@@ -121,7 +122,7 @@ def make_mlp(
 
 
 def init_layer_state(
-    mixer: GatedDeltaNet | GatedAttention,
+    mixer: nn.Module,
     num_rows: int,
     num_positions: int,
     columns: int,
@@ -145,7 +146,8 @@ def as_rows(
     Where rows have tokens that do not count, x is packed and these are rows of their
     own, in no slot: two rows for each sequence.
     """
-    (N, T), columns = tokens.lead, state.recurrent.shape[0] // state.conv.buffer.shape[0]
+    N, T = tokens.lead
+    columns = state.recurrent.shape[0] // state.conv.buffer.shape[0]
     has_state, num_accepted = tokens.has_state, tokens.num_accepted
     if tokens.rows is None and tokens.num_tokens is None and columns == 1:
         return x, dict(has_state=has_state)
@@ -158,7 +160,7 @@ def as_rows(
     )
     if tokens.num_tokens is None:
         return x, tables
-    counted = tokens.num_tokens.astype(jnp.int32)
+    counted = tokens.num_tokens
     if T == 1:
         is_live = counted > 0
         live = is_live if num_accepted is None else is_live[:, None]

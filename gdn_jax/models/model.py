@@ -42,7 +42,8 @@ class Model(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        config = self.config
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.normal(0.02)
         self.embed = nn.Embed(
             config.vocab_size,
@@ -91,8 +92,8 @@ class Model(nn.Module):
             updated in place. None: each row is a whole sequence.
           rows: [N] int32, which of the state's sequences each row is, all different.
             None: row n is sequence n, of all.
-          num_tokens: [N] int32, how many of the T tokens count, the first ones; 0 leaves
-            a sequence as it is. None: all. The others' logits mean nothing.
+          num_tokens: [N] int32, how many of the T tokens count, the first ones; 0
+            leaves a sequence as it is. None: all. The others' logits mean nothing.
           has_state: [N] bool; False begins a sequence, whatever the state holds.
           num_accepted: [N] int32, for a speculative step: how many tokens of the
             sequence's last speculative step stand (1 after any other call), as in
@@ -134,7 +135,9 @@ class Model(nn.Module):
             tokens.shape, state, rows, num_tokens, has_state, num_accepted
         )
         x = self._embedded(tokens)
-        layers = [None] * len(self.layers) if state is None else list(state.layers)
+        layers: list[Any] = [None] * len(self.layers)
+        if state is not None:
+            layers = list(state.layers)
         for i, layer in enumerate(self.layers):
             x, layers[i] = layer(x, layers[i], call)
         if state is not None:

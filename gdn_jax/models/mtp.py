@@ -29,8 +29,11 @@ class MultiTokenPrediction(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        config, dtypes = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = dict(size=config.hidden_size, eps=config.rms_norm_eps, **dtypes)
+        config = self.config
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm: dict[str, Any] = dict(
+            size=config.hidden_size, eps=config.rms_norm_eps, **dtypes
+        )
         self.embedding_norm = RMSNorm(**norm)
         self.hidden_norm = RMSNorm(**norm)
         matrices = Matrices(self.dtype, self.param_dtype, nn.initializers.normal(0.02))
@@ -39,11 +42,11 @@ class MultiTokenPrediction(nn.Module):
             DecoderLayer(
                 config,
                 "full_attention",
-                config.num_experts > 0,
+                config.is_sparse(i),
                 implementation=self.implementation,
                 **dtypes,
             )
-            for _ in range(config.num_mtp_layers)
+            for i in range(config.num_mtp_layers)
         ]
         self.norm = RMSNorm(**norm)
 
@@ -61,7 +64,7 @@ class MultiTokenPrediction(nn.Module):
         """See `Model.draft`."""
         parts = self.embedding_norm(embedded), self.hidden_norm(hidden)
         x = self.fc(jnp.concatenate(parts, axis=-1))
-        call = Tokens(x.shape[:2], rows, num_tokens, start)
+        call = Tokens((x.shape[0], x.shape[1]), rows, num_tokens, start)
         number = step % len(self.layers)
         if self.is_initializing():
             for layer in self.layers:

@@ -1,10 +1,11 @@
 """What a model carries from call to call, and which tokens a call brings."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.state import GatedDeltaNetState
@@ -17,8 +18,8 @@ class ModelState(NamedTuple):
     """P sequences, each in a row of every array.
 
     Attributes:
-      layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence, one
-        after another, S = 1 + drafts.
+      layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence,
+        one after another, S = 1 + drafts.
       length: [P] int32, tokens of each sequence so far. After a speculative call they
         are counted as if one of its tokens stood: `num_accepted` of the next call
         says how many do.
@@ -64,35 +65,40 @@ class Tokens:
         return jnp.arange(self.lead[1], dtype=jnp.int32) < self.num_tokens[:, None]
 
     def find_rows(self) -> Array:
-        return jnp.arange(self.lead[0], dtype=jnp.int32) if self.rows is None else self.rows
+        if self.rows is None:
+            return jnp.arange(self.lead[0], dtype=jnp.int32)
+        return self.rows
 
 
 def find_tokens(
     shape: tuple[int, ...],
     state: ModelState | None,
-    rows: Array | None,
-    num_tokens: Array | None,
-    has_state: Array | None,
-    num_accepted: Array | None,
+    rows: ArrayLike | None,
+    num_tokens: ArrayLike | None,
+    has_state: ArrayLike | None,
+    num_accepted: ArrayLike | None,
 ) -> Tokens:
     """Checks a call's tables."""
     if len(shape) != 2:
         checks.fail("tokens", shape, "[N, T]", "One row for each sequence.")
     N, T = shape
-    tables = dict(
+    tables: dict[str, Any] = dict(
         rows=rows, num_tokens=num_tokens, has_state=has_state, num_accepted=num_accepted
     )
     for name, table in tables.items():
         if table is None:
             continue
-        table = tables[name] = jnp.asarray(table)
         if state is None:
             checks.fail("state", "None", f"given with {name}", "See model.init_state.")
+        if name == "has_state":
+            table = jnp.asarray(table)
+            if table.dtype != jnp.bool_:
+                checks.fail(name, table.dtype, "bool", "Compare it first, as in x > 0.")
+        else:
+            table = checks.integers(name, table)
         if table.shape != (N,):
             checks.fail(name, table.shape, f"[N] = ({N},)", "One entry a sequence.")
-        wanted = jnp.bool_ if name == "has_state" else jnp.integer
-        if not jnp.issubdtype(table.dtype, wanted):
-            checks.fail(name, table.dtype, f"of dtype {wanted.__name__}", "Cast it.")
+        tables[name] = table
     if state is None:
         return Tokens((N, T))
     P, S = state.length.shape[0], state.columns
@@ -106,7 +112,7 @@ def find_tokens(
     if has_state is not None:
         start = jnp.where(tables["has_state"], start, 0)
     if num_accepted is not None:
-        start = start - 1 + tables["num_accepted"].astype(jnp.int32)
+        start = start - 1 + tables["num_accepted"]
     return Tokens((N, T), start=start, **tables)
 
 
@@ -115,7 +121,7 @@ def new_length(state: ModelState, tokens: Tokens) -> Array:
     T = tokens.lead[1]
     added = jnp.full(tokens.lead[:1], T, jnp.int32)
     if tokens.num_tokens is not None:
-        added = tokens.num_tokens.astype(jnp.int32)
+        added = tokens.num_tokens
     is_live = added > 0
     if tokens.num_accepted is not None:
         added = jnp.minimum(added, 1)

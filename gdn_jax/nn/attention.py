@@ -1,6 +1,6 @@
 """Full attention with an output gate, its cache passed in and returned."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,8 @@ class KVCache(NamedTuple):
     """Keys and values of earlier tokens, a row for each sequence.
 
     Attributes:
-      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the first.
+      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the
+        first.
     """
 
     k: Array
@@ -60,7 +61,7 @@ class GatedAttention(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.normal(0.02)
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
@@ -77,7 +78,8 @@ class GatedAttention(nn.Module):
 
     def setup(self):
         matrices = Matrices(self.dtype, self.param_dtype, self.kernel_init)
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        width = self.num_heads * self.head_dim
+        kv_width = self.num_kv_heads * self.head_dim
         self.q = matrices.dense(2 * width, "embed", "heads")
         self.k = matrices.dense(kv_width, "embed", "kv_heads")
         self.v = matrices.dense(kv_width, "embed", "kv_heads")
@@ -101,9 +103,11 @@ class GatedAttention(nn.Module):
           x: [N, T, D].
           cache: from `init_cache` or the last call; donated under `jax.jit` it is
             updated in place. None: the tokens are the whole sequence.
-          start: [N] int32, how many tokens are before x's first; these are in the cache.
-            Entries from there on are overwritten, so that tokens can be taken back.
-          rows: [N] int32, each sequence's row of the cache. None: row n is sequence n.
+          start: [N] int32, how many tokens are before x's first; these are in the
+            cache. Entries from there on are overwritten, so that tokens can be taken
+            back.
+          rows: [N] int32, each sequence's row of the cache. None: row n is sequence
+            n.
           num_tokens: [N] int32, how many of the T tokens count; the others are not kept
             and their y means nothing. None: all.
 
@@ -123,7 +127,11 @@ class GatedAttention(nn.Module):
             positions = jnp.broadcast_to(positions, (N, T))
             cache = _write(cache, k, v, positions, rows, num_tokens)
             k, v = cache if rows is None else (side[rows] for side in cache)
-            reached = jnp.arange(k.shape[1], dtype=jnp.int32) <= positions[..., None]
+            entries = jnp.arange(k.shape[1], dtype=jnp.int32)
+            # a weight of zero does not keep out a NaN that a former sequence left
+            end = first + (T if num_tokens is None else num_tokens)
+            v = jnp.where((entries < end[:, None])[..., None, None], v, 0)
+            reached = entries <= positions[..., None]
             out = self._attend(q, k, v, mask=reached[:, None])
         return self.out(flat(out * jax.nn.sigmoid(gate))), cache
 
@@ -138,7 +146,7 @@ class GatedAttention(nn.Module):
         q, gate = jnp.split(self.q(x).reshape(N, T, self.num_heads, -1), 2, axis=-1)
         k = self.k(x).reshape(N, T, self.num_kv_heads, -1)
         v = self.v(x).reshape(N, T, self.num_kv_heads, -1)
-        rope = dict(size=self.rotary_dim, theta=self.rope_theta)
+        rope: dict[str, Any] = dict(size=self.rotary_dim, theta=self.rope_theta)
         q = rotate(self.q_norm(q), positions, **rope)
         return q, rotate(self.k_norm(k), positions, **rope), v, gate
 

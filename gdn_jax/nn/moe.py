@@ -82,7 +82,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = GatedMLP(D, self.shared_size, *made)
         self.shared_gate = matrices.dense(1, "embed", None)
 
-    def __call__(self, x: Array, live: ArrayLike | None = None) -> Array:
+    def __call__(self, x: ArrayLike, live: ArrayLike | None = None) -> Array:
         """The layer's y, of x's shape, in `dtype`.
 
         Args:
@@ -121,10 +121,10 @@ class MixtureOfExperts(nn.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
 
-    def multiply(self, rows: Array, weights: Array, routes: "Routes") -> Array:
+    def multiply(self, rows: Array, weights: ArrayLike, routes: "Routes") -> Array:
         return gdn_jax.grouped_dot(
             rows,
-            weights.astype(self.dtype),
+            jnp.asarray(weights, self.dtype),
             routes.group_sizes,
             implementation=self.implementation,
         )

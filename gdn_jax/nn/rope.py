@@ -7,7 +7,8 @@ from jax import Array
 def rotate(x: Array, positions: Array, *, size: int, theta: float) -> Array:
     """Turns the first `size` features of each head by the token's position.
 
-        x[i], x[i + size/2] as a complex number, times exp(1j * position * theta^(-2i/size))
+        (x[i], x[i + size/2]) as a complex number,
+            times exp(1j * position * theta^(-2 i / size))
 
     The rest of the features stand. Angles and products in float32.
 

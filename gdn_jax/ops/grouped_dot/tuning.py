@@ -5,8 +5,8 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from gdn_jax._triton import check_launch
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
-MIN_DOT = 16  # Triton pads a smaller product, with wrong results
 MAX_BLOCK = 256
 NARROW = 2  # bytes of a value that tensor cores take as it is
 
@@ -39,16 +39,16 @@ class GroupedDotConfig:
 
 # (rows of a group, at most; launch), reasoned and compiled for an H200, not measured.
 LAUNCHES = (
-    # Decoding reads weights and little else. 16 KB of them a step, three steps ahead,
-    # and two programs on an SM are 96 KB in flight, where 26 KB cover the latency of
-    # 4.3 TB/s. Narrow tiles, because one token's 10 experts make few of them; lines of
-    # 128 bytes, because shorter ones cost DRAM more.
+    # Decoding reads weights and little else. 16 KB of them a step in three buffers are
+    # 48 KB on their way, and shared memory has room for three programs an SM; 26 KB
+    # would cover the latency of 4.3 TB/s. Narrow tiles, because one token's 10 experts
+    # make few of them; 128 bytes of a row, because DRAM is slower with shorter ones.
     (16, GroupedDotConfig(16, 64, 128)),
     # Still weights above all. Twice the columns halve how often x is read again.
     (32, GroupedDotConfig(32, 128, 64)),
     # 64 rows are what a warpgroup's product needs.
     (64, GroupedDotConfig(64, 128, 64)),
-    # 64 KB of operands feed 128 x 128 sums, for 2 programs an SM with 3 stages.
+    # 32 KB of operands a step feed 128 x 128 sums; with 3 stages an SM has 2 programs.
     (None, GroupedDotConfig(128, 128, 64, num_warps=8, num_stages=3)),
 )
 # A float32 value takes part in up to six products of bfloat16 parts, which have to be

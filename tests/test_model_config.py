@@ -1,0 +1,189 @@
+"""What is read from config.json, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gdn_jax.models import Config
+
+DENSE = dict(
+    model_type="qwen3_5_text",
+    vocab_size=50,
+    hidden_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+)
+LINEAR, FULL = "linear_attention", "full_attention"
+CONFIGS = [
+    Config(layer_types=(LINEAR, FULL), **DENSE),
+    Config(
+        model_type="qwen3_next",
+        vocab_size=99,
+        hidden_size=32,
+        layer_types=(FULL, LINEAR, LINEAR),
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        linear_num_key_heads=3,
+        linear_num_value_heads=6,
+        linear_key_head_dim=24,
+        linear_value_head_dim=20,
+        linear_conv_kernel_dim=3,
+        intermediate_size=48,
+        num_experts=7,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=14,
+        norm_topk_prob=False,
+        decoder_sparse_step=2,
+        mlp_only_layers=(1,),
+        rope_theta=1e7,
+        partial_rotary_factor=0.5,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        num_mtp_layers=2,
+        eos_token_id=(3, 5),
+    ),
+]
+
+
+def read(**changes):
+    """DENSE of eight layers, changed; a change to None takes the key out."""
+    file = dict(DENSE, num_hidden_layers=8) | changes
+    return Config.from_hf({key: x for key, x in file.items() if x is not None})
+
+
+def test_every_field_is_tried():
+    _, other = CONFIGS
+    for field in dataclasses.fields(Config):
+        assert getattr(other, field.name) != field.default
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_what_is_written_is_read(config, tmp_path):
+    text = json.dumps(config.to_hf())
+    assert Config.from_hf(json.loads(text)) == config
+    (tmp_path / "config.json").write_text(text)
+    assert Config.from_hf(tmp_path) == config
+    assert Config.from_hf(str(tmp_path / "config.json")) == config
+
+
+def test_a_multimodal_file_has_it_one_level_down():
+    [config, _] = CONFIGS
+    outer = dict(
+        model_type="qwen3_5",
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        image_token_id=7,
+        vision_config=dict(depth=3),
+        tie_word_embeddings=True,
+        text_config=config.to_hf(),
+    )
+    wanted = dataclasses.replace(config, tie_word_embeddings=True)
+    assert Config.from_hf(outer) == wanted
+
+
+def test_attention_is_every_fourth_layer_unless_the_file_says():
+    assert read().layer_types == (LINEAR, LINEAR, LINEAR, FULL) * 2
+    assert read(full_attention_interval=2).layer_types == (LINEAR, FULL) * 4
+    types = [FULL] * 8
+    assert read(full_attention_interval=2, layer_types=types).layer_types == (FULL,) * 8
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(rope_theta=1e6, partial_rotary_factor=0.5, rope_scaling=None),
+        dict(rope_parameters=dict(rope_theta=1e6, partial_rotary_factor=0.5)),
+        dict(
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=1e6,
+                mrope_section=[11, 11, 10],
+                mrope_interleaved=True,
+            ),
+            partial_rotary_factor=0.5,
+        ),
+    ],
+    ids=["old place", "new place", "both"],
+)
+def test_rope_has_two_places(keys):
+    config = read(head_dim=32, **keys)
+    assert (config.rope_theta, config.rotary_dim) == (1e6, 16)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_mtp_layers", "mtp_num_hidden_layers", "num_nextn_predict_layers"]
+)
+def test_the_number_of_mtp_layers_has_three_names(key):
+    assert read(**{key: 1}, mtp_layer_types=[FULL]).num_mtp_layers == 1
+
+
+def test_one_end_of_text_or_several():
+    assert read(eos_token_id=4).eos_token_id == (4,)
+    assert read(eos_token_id=[4, 6]).eos_token_id == (4, 6)
+    assert read().eos_token_id == ()
+
+
+def test_sparse_layers():
+    _, other = CONFIGS
+    assert [other.is_sparse(i) for i in range(4)] == [False, False, False, True]
+    assert not CONFIGS[0].is_sparse(3)
+
+
+def test_every_fault_of_a_file_is_in_one_error():
+    with pytest.raises(ValueError) as caught:
+        read(
+            sliding_window=4096,
+            logit_softcap=30.0,
+            attention_bias=True,
+            hidden_act="gelu",
+            vocab_size=None,
+            layer_types=[FULL],
+            mtp_layer_types=[LINEAR],
+            num_mtp_layers=1,
+            mtp_num_hidden_layers=2,
+            rope_parameters=dict(rope_type="yarn", factor=4.0),
+        )
+    told = str(caught.value)
+    for part in (
+        "unknown key 'sliding_window' (4096)",
+        "unknown key 'logit_softcap' (30.0)",
+        "attention_bias is True, only False is built",
+        "hidden_act is 'gelu'",
+        "vocab_size is missing",
+        "num_hidden_layers is 8, layer_types has 1",
+        "mtp_layer_types has 'linear_attention'",
+        "differ: [1, 2]",
+        "rope_type is 'yarn'",
+        "unknown key 'factor' of rope_parameters",
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(model_type="llama"), "model_type is 'llama', wanted one of qwen3_next"),
+        (dict(num_hidden_layers=0), "layer_types is empty"),
+        (dict(layer_types=["sliding_attention"] * 8), "'sliding_attention', wanted"),
+        (dict(intermediate_size=0), r"layers \[0, 1, 2, 3, 4, 5, 6, 7\] have no"),
+        (dict(num_experts=4, num_experts_per_tok=5), "is 5, wanted 1 to num_exp"),
+        (dict(num_experts=4, num_experts_per_tok=0), "is 0, wanted 1 to num_exp"),
+        (dict(num_experts=4, decoder_sparse_step=0), "decoder_sparse_step is 0"),
+        (dict(model_type="qwen3_next"), "num_experts is missing"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_a_model_that_cannot_be_is_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        read(**changes)
+
+
+def test_only_dense_layers_need_their_width():
+    experts = dict(num_experts=4, num_experts_per_tok=2, intermediate_size=0)
+    assert read(**experts).is_sparse(0)
+    with pytest.raises(ValueError, match=r"layers \[2\] have no experts"):
+        read(**experts, mlp_only_layers=[2])
