@@ -95,9 +95,9 @@ def generate(
     other prompts, up to rounding: batches of other sizes may add up in other orders,
     which can decide between tokens that are all but equally likely.
 
-    Ctrl-C waits for the end of the call of the device at hand, some 16 steps at most,
-    and then raises KeyboardInterrupt; what came till then `on_tokens` has been given. To
-    go on after it, or after a crash, run an `Engine`, which can be saved.
+    Ctrl-C waits for the end of the device's call at hand, of 16 steps at most, and then
+    raises KeyboardInterrupt; what came till then `on_tokens` has been given. To go on
+    after it, or after a crash, run an `Engine`, which can be saved.
 
     Args:
       model, params: as `models.load` gives them.
@@ -127,23 +127,21 @@ def generate(
         token_ids(f"prompts[{i}]", prompt, config.vocab_size)
         for i, prompt in enumerate(prompts)
     ]
-    stop = token_ids(
-        "stop", config.eos_token_id if stop is None else stop, config.vocab_size
-    )
     checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
     drafts, seed = integer("speculative", speculative), integer("seed", seed)
     if not prompts:
         return []
+    ends = config.eos_token_id if stop is None else stop
     longest = max(map(len, prompts)) + max_tokens + drafts
+    if num_rows is None:
+        num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
     engine = Engine(
         model,
         params,
-        num_rows=min(power_of_two(len(prompts)), MOST_ROWS)
-        if num_rows is None
-        else num_rows,
+        num_rows=num_rows,
         num_positions=-(-longest // POSITIONS) * POSITIONS,
         speculative=drafts,
-        max_stop=max(STOP, len(stop)),
+        max_stop=max(STOP, np.size(ends)),
     )
     requests = [
         engine.submit(
@@ -159,13 +157,15 @@ def generate(
     ]
     given = [0] * len(requests)
     for changed in engine.run():
-        for request in changed if on_tokens else ():
-            on_tokens(request.number, request.tokens[given[request.number] :])
-            given[request.number] = len(request.tokens)
+        for request in changed:
+            new = request.tokens[given[request.number] :]
+            given[request.number] += len(new)
+            if on_tokens is not None:
+                on_tokens(request.number, new)
     if not details:
         return [request.tokens for request in requests]
     return [
-        Result(request.tokens, request.log_probabilities, request.finish_reason)
+        Result(request.tokens, request.log_probabilities, str(request.finish_reason))
         for request in requests
     ]
 

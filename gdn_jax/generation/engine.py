@@ -138,6 +138,8 @@ class Engine:
           ValueError: the request is wrong, or longer than the engine has room for.
         """
         config = self.model.config
+        if stop is None:
+            stop = [token for token in config.eos_token_id if token < config.vocab_size]
         request = check_request(
             self._submitted,
             prompt,
@@ -146,7 +148,7 @@ class Engine:
             top_p,
             top_k,
             seed,
-            config.eos_token_id if stop is None else stop,
+            stop,
             config.vocab_size,
             self.sizes,
         )
