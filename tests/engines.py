@@ -15,8 +15,8 @@ SIZES = dict(num_rows=4, num_positions=96, steps_per_call=5, prefill_tokens=16)
 
 @functools.cache
 def make(vocab_size=50, scale=6.0, dtype=jnp.float32, **fields):
-    """A model with a layer of each kind, and parameters: large ones, so that texts vary,
-    and a multi-token prediction head that is often right."""
+    """A model with a layer of each kind, and its parameters: large ones, so that texts
+    vary, and a multi-token prediction head that is often right."""
     config = models.Config(
         **dict(
             model_type="qwen3_5_text",
@@ -33,7 +33,7 @@ def make(vocab_size=50, scale=6.0, dtype=jnp.float32, **fields):
             intermediate_size=40,
             num_mtp_layers=1,
             partial_rotary_factor=0.5,
-            eos_token_id=(7,),
+            eos_token_id=(48,),
         )
         | fields
     )

@@ -21,7 +21,7 @@ from gdn_jax.generation.sizes import (
     memory_errors,
     power_of_two,
 )
-from gdn_jax.generation.state import Emitted, EngineState, init_state
+from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
 
 
@@ -109,8 +109,7 @@ class Engine:
     @property
     def state_bytes(self) -> int:
         """Of the device's memory, that the state takes."""
-        state = jax.eval_shape(lambda: init_state(self.model, self.sizes))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        return state_bytes(self.model, self.sizes)
 
     def submit(
         self,
@@ -256,7 +255,7 @@ class Engine:
         return engine
 
     def _memory_errors(self) -> AbstractContextManager[None]:
-        return memory_errors(self.sizes, self.state_bytes)
+        return memory_errors(self.sizes, lambda: self.state_bytes)
 
     def _check_state(self) -> None:
         if self.state.token.is_deleted():

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def power_of_two(size: int) -> int:
 
 
 @contextlib.contextmanager
-def memory_errors(sizes: Sizes, num_bytes: int) -> Iterator[None]:
+def memory_errors(sizes: Sizes, num_bytes: Callable[[], int]) -> Iterator[None]:
     """Turns the device's lack of memory into an error that says what to reduce."""
     try:
         yield
@@ -68,7 +68,7 @@ def memory_errors(sizes: Sizes, num_bytes: int) -> Iterator[None]:
             raise
         raise MemoryError(
             f"the device has too little memory beside the model's for a state of "
-            f"{num_bytes / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
+            f"{num_bytes() / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
             f"{sizes.num_positions}, speculative = {sizes.speculative}) and calls of "
             f"prefill_tokens = {sizes.prefill_tokens}. Make the engine with less of "
             "one of these."

@@ -115,3 +115,9 @@ def init_state(model: Model, sizes: Sizes) -> EngineState:
         is_active=zeros(dtype=bool),
         drafts=kept,
     )
+
+
+def state_bytes(model: Model, sizes: Sizes) -> int:
+    """How large `init_state` is, which it is not asked to make."""
+    state = jax.eval_shape(lambda: init_state(model, sizes))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
