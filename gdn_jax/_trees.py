@@ -1,8 +1,10 @@
 """Trees of arrays in one safetensors file, replaced whole or not at all."""
 
+import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,42 +26,58 @@ def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def load_notes(path: pathlib.Path) -> dict[str, Any]:
+    """The notes; {} if the file is another program's.
+
+    Raises: as `load`, but for differences.
+    """
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get(NOTES, "{}"))
+
+
 def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree, of the structure, shapes and dtypes of `like`, and the notes.
+
+    Args:
+      like: a tree of arrays or of `jax.ShapeDtypeStruct`.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: it is no such tree's file; every difference is listed.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; nothing was saved there.")
     wanted = _named(like)
     faults, arrays = [], []
-    try:
-        with safe_open(path, "np") as file:
-            notes = json.loads((file.metadata() or {}).get(NOTES, "{}"))
-            names = set(file.keys())
-            faults += [f"{name} is not expected" for name in sorted(names - set(wanted))]
-            for name, x in wanted.items():
-                if name not in names:
-                    faults.append(f"{name} is missing")
-                    continue
-                got, plain = file.get_tensor(name), _plain_type(x)
-                if (got.shape, got.dtype) != (plain.shape, plain.dtype):
-                    faults.append(
-                        f"{name} is {got.dtype}{list(got.shape)}, wanted "
-                        f"{plain.dtype}{list(plain.shape)}"
-                    )
+    with _opened(path) as file:
+        names = set(file.keys())
+        surplus = sorted(names - set(wanted))
+        faults += [f"{name} is not expected" for name in surplus]
+        for name, x in wanted.items():
+            if name not in names:
+                faults.append(f"{name} is missing")
+                continue
+            got, plain = file.get_tensor(name), _plain_type(x)
+            if (got.shape, got.dtype) == (plain.shape, plain.dtype):
                 arrays.append(_like(got, x))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or no safetensors file: {error}") from None
+            else:
+                faults.append(f"{name} is {_words(got)}, wanted {_words(plain)}")
     if faults:
         raise ValueError(
             f"{path} is of another model or of other sizes: " + "; ".join(faults[:20])
         )
-    return jax.tree.unflatten(jax.tree.structure(like), arrays), notes
+    return jax.tree.unflatten(jax.tree.structure(like), arrays), load_notes(path)
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; nothing was saved there.")
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or no safetensors file: {error}") from None
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -69,19 +87,30 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
+def _words(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _plain(x: Any) -> np.ndarray:
-    return np.ascontiguousarray(jax.random.key_data(x) if _is_key(x) else x)
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x, order="C")
 
 
 def _plain_type(x: Any) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
 
 
-def _like(got: np.ndarray, x: Any) -> jax.Array:
-    if _is_key(x):
-        return jax.random.wrap_key_data(got, impl=jax.random.key_impl(x))
-    return jnp.asarray(got)
+def _like(got: Any, x: Any) -> jax.Array:
+    if not _is_key(x):
+        return jnp.asarray(got)
+    return jax.random.wrap_key_data(got, impl=_impl(x))
+
+
+def _impl(keys: Any) -> str:
+    """Of keys, or of their shape alone, which is enough within a trace."""
+    found = []
+    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), keys)
+    return found[0]

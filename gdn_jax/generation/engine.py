@@ -1,46 +1,28 @@
 """Continuous batching: requests wait in a queue for rows of one state."""
 
 import collections
-import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdn_jax.generation import steps
+from gdn_jax.generation import saving, steps
 from gdn_jax.generation.interrupts import Interrupts
-from gdn_jax.generation.requests import Request, check_request
-from gdn_jax.generation.sampling import Options
-from gdn_jax.generation.state import Emitted, EngineState, Row, init_state
+from gdn_jax.generation.prompts import pieces
+from gdn_jax.generation.requests import Figures, Request, TokenIds, check_request
+from gdn_jax.generation.sizes import (
+    SHORTEST_PIECE,
+    Sizes,
+    check_sizes,
+    memory_errors,
+    power_of_two,
+)
+from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
-from gdn_jax.ops import checks
-
-SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
-
-
-@dataclasses.dataclass
-class Figures:
-    """What an engine has done since it was made.
-
-    Attributes:
-      prefilled: tokens of prompts.
-      decoded: tokens of texts, but each one's first.
-      steps: decoding steps.
-      accepted, row_steps: tokens that whole steps of single rows gave, and how many.
-    """
-
-    prefilled: int = 0
-    decoded: int = 0
-    steps: int = 0
-    accepted: int = 0
-    row_steps: int = 0
-
-    @property
-    def mean_accepted(self) -> float:
-        """Tokens a row gains by a step: 1 without drafts."""
-        return self.accepted / self.row_steps if self.row_steps else 1.0
 
 
 class Engine:
@@ -51,15 +33,17 @@ class Engine:
         for changed in engine.run():        # the requests that gained tokens
             ...
 
-    A request takes a free row, its prompt is read in pieces, beside those of others, and
-    its text grows in blocks of up to `steps_per_call` steps that run on the device
-    without its host. Between blocks texts that ended free their rows.
+    A request takes a free row, its prompt is read in pieces, beside those of others,
+    and its text grows in blocks of up to `steps_per_call` steps that run on the device
+    without its host. Between blocks texts that ended free their rows. So a text waits
+    for prompts that begin beside it, but never for two rounds of them on end.
 
-    The state is a value, `engine.state`; every jitted function is shared between engines
-    of the same model and sizes.
+    The state is a value, `engine.state`; every jitted function is shared between
+    engines of the same model and sizes. One thread at a time may use an engine.
 
     Attributes:
       state: what is on the device, an `EngineState`.
+      sizes: as it was made.
       queue: requests that wait for a row.
       running: by row, requests that have one.
       figures: counts since the engine was made.
@@ -93,96 +77,93 @@ class Engine:
 
         Raises:
           ValueError: a size is wrong, or the model cannot draft.
+          MemoryError: the device has no room for the state.
         """
-        sizes = dict(
+        sizes = check_sizes(
+            model,
             num_rows=num_rows,
             num_positions=num_positions,
+            speculative=speculative,
             steps_per_call=steps_per_call,
+            prefill_tokens=prefill_tokens,
             max_stop=max_stop,
+            recurrent_dtype=recurrent_dtype,
         )
-        for name, size in sizes.items():
-            if size < 1:
-                checks.fail(name, size, ">= 1", "It is a size.")
-        if prefill_tokens < SHORTEST_PIECE:
-            remedy = "Shorter pieces are padded to it."
-            checks.fail("prefill_tokens", prefill_tokens, f">= {SHORTEST_PIECE}", remedy)
-        if speculative < 0:
-            checks.fail("speculative", speculative, ">= 0", "It is a count of drafts.")
-        if speculative and model.config.num_mtp_layers != 1:
-            checks.fail(
-                "speculative",
-                speculative,
-                f"0 for a model with {model.config.num_mtp_layers} MTP layers",
-                "One layer drafts; without it, or with more, decode plainly.",
-            )
-        self.model, self.params = model, {"params": params}
-        self.num_positions, self.speculative = num_positions, speculative
-        self.steps_per_call, self.prefill_tokens = steps_per_call, prefill_tokens
-        self.max_stop = max_stop
-        self.state: EngineState = init_state(
-            model, num_rows, num_positions, speculative, max_stop, recurrent_dtype
-        )
+        self._begin(model, params, sizes)
+        with self._memory_errors():
+            self.state: EngineState = init_state(model, sizes)
+
+    def _begin(self, model: Model, params: Any, sizes: Sizes) -> None:
+        self.model, self.params, self.sizes = model, {"params": params}, sizes
         self.queue: collections.deque[Request] = collections.deque()
         self.running: dict[int, Request] = {}
         self.figures = Figures()
         self._submitted = 0
 
     @property
-    def num_rows(self) -> int:
-        return self.state.token.shape[0]
+    def requests(self) -> list[Request]:
+        """Those that are not finished, in the order they came."""
+        unfinished = *self.running.values(), *self.queue
+        return sorted(unfinished, key=lambda request: request.number)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the device's memory, that the state takes."""
+        return state_bytes(self.model, self.sizes)
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: TokenIds,
         *,
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: Sequence[int] | None = None,
+        stop: TokenIds | None = None,
     ) -> Request:
         """Queues a prompt; `run` fills the request that comes back.
 
         Args:
           prompt: token ids.
-          max_tokens, temperature, top_p, top_k: as in `generate`.
-          seed: of this request alone: its text depends on no other's.
-          stop: tokens that end the text; None: the config's `eos_token_id`.
+          max_tokens: most new tokens.
+          temperature, top_p, top_k: as in `sampling.Options`; those of requests that
+            run at once may differ.
+          seed: any int, of which the last 64 bits count. Of this request alone: its
+            draws depend on no other's, and are those of another with the same seed.
+          stop: tokens that end the text; None: the config's `eos_token_id`; (): none.
 
         Raises:
           ValueError: the request is wrong, or longer than the engine has room for.
         """
-        stop = self.model.config.eos_token_id if stop is None else stop
-        request = Request(
+        config = self.model.config
+        if stop is None:
+            stop = [token for token in config.eos_token_id if token < config.vocab_size]
+        request = check_request(
             self._submitted,
-            tuple(int(token) for token in prompt),
+            prompt,
             max_tokens,
-            float(temperature),
-            float(top_p),
+            temperature,
+            top_p,
             top_k,
             seed,
-            tuple(int(token) for token in stop),
-        )
-        check_request(
-            request,
-            self.model.config.vocab_size,
-            self.num_positions,
-            self.speculative,
-            self.max_stop,
+            stop,
+            config.vocab_size,
+            self.sizes,
         )
         self._submitted += 1
         self.queue.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request; what it has stays."""
+        """Ends a request of this engine; what it has stays."""
         if request.finish_reason is not None:
             return
         if request.row is None:
             self.queue.remove(request)
         else:
-            ended = np.zeros(self.num_rows, bool)
+            self._check_state()
+            ended = np.zeros(self.sizes.num_rows, bool)
             ended[request.row] = True
             self.state = steps.stop_rows(self.state, ended)
             self._release(request)
@@ -191,71 +172,143 @@ class Engine:
     def run(self) -> Iterator[list[Request]]:
         """Works until nothing waits and no text grows; yields after each call.
 
-        Yields the requests that gained tokens. Ctrl-C, in the main thread, ends the
-        iteration after the call at hand, with the state whole: `run` again goes on.
+        Yields the requests that gained tokens. Ctrl-C during a call, in the main
+        thread, waits for its end: once its tokens are yielded, KeyboardInterrupt is
+        raised with the state whole, so that the engine can be saved, or `run` again. A
+        second Ctrl-C does not wait, and may lose the state.
+
+        Raises:
+          as `step`.
         """
-        with Interrupts() as interrupts:
-            while (self.queue or self.running) and not interrupts.came:
-                yield self.step()
+        while self.queue or self.running:
+            with Interrupts() as interrupts:
+                changed = self.step()
+            yield changed
+            interrupts.deliver()
 
     def step(self) -> list[Request]:
-        """One call of the device: a piece of prompts if any waits, else a block."""
-        self._admit()
-        reading = [r for r in self.running.values() if r.prefilled < len(r.prompt)]
+        """One call of the device: a piece of prompts if any is unread, else a block.
+
+        Returns the requests that gained tokens.
+
+        Raises:
+          MemoryError: the device has no room for the call.
+          RuntimeError: the state was lost in a call that failed.
+        """
+        if not self.running:
+            self._admit()
+        if not self.running:
+            return []
+        reading = [request for request in self.running.values() if request.unread]
         if reading:
-            emitted = self._prefill(reading)
-        else:
-            self.state, emitted = steps.decode(
-                self.model, self.params, self.state, self.steps_per_call
+            return self._prefill(reading)
+        changed = self._decode()
+        self._admit()  # after a block only, so that texts go on between prompts
+        return changed
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `restore` reads, replaced whole or not at all.
+
+        It holds the state and the requests that are not finished, with their tokens so
+        far, but not the model's parameters. To be called between calls, as in the body
+        of a loop over `run`.
+
+        Raises:
+          RuntimeError: the state was lost in a call that failed.
+        """
+        self._check_state()
+        notes = saving.Notes(
+            saving.fingerprint(self.model),
+            self.sizes,
+            [*self.running.values(), *self.queue],
+            self.figures,
+            self._submitted,
+        )
+        saving.save(path, self.state, notes)
+
+    @classmethod
+    def restore(
+        cls, path: str | os.PathLike[str], model: Model, params: Any
+    ) -> "Engine":
+        """The engine that was saved, with the model and parameters that it had.
+
+        Its texts go on bit for bit as they would have, on the same device and versions.
+        `engine.requests` are those that were not finished, by their numbers.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: it is no engine's file, or of another model.
+          MemoryError: the device has no room for the state.
+        """
+        notes = saving.load_notes(path, model)
+        engine = cls.__new__(cls)
+        engine._begin(model, params, notes.sizes)
+        with engine._memory_errors():
+            engine.state = saving.load_state(path, model, notes.sizes)
+        for request in notes.requests:
+            if request.row is None:
+                engine.queue.append(request)
+            else:
+                engine.running[request.row] = request
+        engine.figures = notes.figures
+        engine._submitted = notes.submitted
+        return engine
+
+    def _memory_errors(self) -> AbstractContextManager[None]:
+        return memory_errors(self.sizes, lambda: self.state_bytes)
+
+    def _check_state(self) -> None:
+        if self.state.token.is_deleted():
+            raise RuntimeError(
+                "the engine's state was lost in a call that failed or was interrupted "
+                "while it had the state's memory. Restore what was saved last, or make "
+                "a new engine and submit `requests` again."
             )
-        return self._take(jax.device_get(emitted), is_prefill=bool(reading))
 
     def _admit(self) -> None:
-        free = (row for row in range(self.num_rows) if row not in self.running)
-        for row in list(free):
-            if not self.queue:
-                return
+        free = [row for row in range(self.sizes.num_rows) if row not in self.running]
+        for row, _ in zip(free, range(len(self.queue)), strict=False):
             request = self.queue.popleft()
             request.row = row
             self.running[row] = request
 
-    def _prefill(self, reading: list[Request]) -> Emitted:
-        left = max(len(r.prompt) - r.prefilled for r in reading)
-        T = min(_bucket(left, SHORTEST_PIECE), _bucket(self.prefill_tokens + 1) // 2)
-        N = min(_bucket(len(reading)), max(1, self.prefill_tokens // T), self.num_rows)
-        prompts = self._pieces(reading[:N], N, T)
-        self.state, emitted = steps.prefill(
-            self.model, self.params, self.state, prompts
-        )
+    def _prefill(self, reading: list[Request]) -> list[Request]:
+        """Reads the next tokens of those that have most to read, so that rows of a call
+        are of like lengths."""
+        reading.sort(key=lambda request: -request.unread)
+        most = self.sizes.prefill_tokens
+        T = max(power_of_two(reading[0].unread), SHORTEST_PIECE)
+        T = min(T, power_of_two(most + 1) // 2)
+        N = min(power_of_two(len(reading)), max(1, most // T), self.sizes.num_rows)
+        reading = reading[:N]
+        prompts = pieces(reading, N, T, self.sizes)
+        emitted = self._call(steps.prefill, prompts)
+        for request, count in zip(reading, prompts.num_tokens.tolist(), strict=False):
+            request.prefilled += count
+            self.figures.prefilled += count
+        return self._take(emitted)
+
+    def _decode(self) -> list[Request]:
+        emitted = self._call(steps.decode, self.sizes.steps_per_call)
+        self.figures.decoded += int(emitted.num_tokens.sum())
+        self.figures.steps += int(emitted.steps)
+        self.figures.accepted += int(emitted.accepted.sum())
+        self.figures.row_steps += int(emitted.row_steps.sum())
+        return self._take(emitted)
+
+    def _call(self, function: Any, *args: Any) -> Emitted:
+        """Nothing on the host changes before the call is known to have succeeded."""
+        self._check_state()
+        with self._memory_errors():
+            state, emitted = function(self.model, self.params, self.state, *args)
+            emitted = jax.device_get(emitted)
+        self.state = state
         return emitted
 
-    def _pieces(self, reading: list[Request], N: int, T: int) -> steps.Prompts:
-        """The next T tokens at most of some prompts, and rows that fill the batch."""
-        taken = [request.row for request in reading]
-        others = [row for row in range(self.num_rows) if row not in taken]
-        rows = np.array((taken + others)[:N], np.int32)
-        tokens, behind = np.zeros((2, N, T), np.int32)
-        num_tokens = np.zeros(N, np.int32)
-        is_first, is_last = np.zeros((2, N), bool)
-        for n, request in enumerate(reading):
-            begin = request.prefilled
-            piece = request.prompt[begin : begin + T]
-            after = request.prompt[begin + 1 : begin + T + 1]
-            tokens[n, : len(piece)], behind[n, : len(after)] = piece, after
-            num_tokens[n] = len(piece)
-            request.prefilled += len(piece)
-            is_first[n] = begin == 0
-            is_last[n] = request.prefilled == len(request.prompt)
-            self.figures.prefilled += len(piece)
-        asked = _asked(reading, N, self.max_stop)
-        return steps.Prompts(
-            rows, tokens, behind, num_tokens, is_first, is_last, asked
-        )
-
-    def _take(self, emitted: Emitted, is_prefill: bool) -> list[Request]:
+    def _take(self, emitted: Emitted) -> list[Request]:
         changed = []
         for row, request in list(self.running.items()):
-            count = int(emitted.count[row])
+            count = int(emitted.num_tokens[row])
             if count:
                 request.take(
                     emitted.tokens[row, :count].tolist(),
@@ -264,36 +317,10 @@ class Engine:
                 changed.append(request)
             if request.finish_reason is not None:
                 self._release(request)
-        if not is_prefill:
-            self.figures.decoded += int(emitted.count.sum())
-        self.figures.steps += int(emitted.steps)
-        self.figures.accepted += int(emitted.accepted.sum())
-        self.figures.row_steps += int(emitted.row_steps.sum())
         return changed
 
     def _release(self, request: Request) -> None:
-        del self.running[request.row]
+        self.running = {
+            row: other for row, other in self.running.items() if other is not request
+        }
         request.row = None
-
-
-def _asked(requests: list[Request], N: int, max_stop: int) -> Row:
-    def column(values: list, dtype: Any) -> np.ndarray:
-        return np.array(values + [0] * (N - len(values)), dtype)
-
-    stop = np.full((N, max_stop), -1, np.int32)
-    for n, request in enumerate(requests):
-        stop[n, : len(request.stop)] = request.stop
-    seeds = column([request.seed for request in requests], np.uint32)
-    make = jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))
-    options = Options(
-        column([request.temperature for request in requests], np.float32),
-        column([request.top_p for request in requests], np.float32),
-        column([request.top_k for request in requests], np.int32),
-    )
-    limit = column([request.limit for request in requests], np.int32)
-    return Row(make(seeds), options, stop, limit)
-
-
-def _bucket(size: int, least: int = 1) -> int:
-    """The next power of two: few shapes, so few compilations."""
-    return max(least, 1 << (size - 1).bit_length())

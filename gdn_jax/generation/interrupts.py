@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Interrupts:
-    """While entered, the first SIGINT only sets `came`; the second interrupts at once.
+    """While entered, the first SIGINT waits for `deliver`; a second interrupts at once.
 
     Outside of the main thread, where Python delivers no signals, it does nothing.
     """
@@ -17,7 +17,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not None:  # None: not Python's, which could not be put back
+            signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
@@ -28,6 +30,12 @@ class Interrupts:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+    def deliver(self) -> None:
+        """Hands a SIGINT that came to whom it was for: by default KeyboardInterrupt."""
+        if self.came:
+            self.came = False
+            signal.raise_signal(signal.SIGINT)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.came:

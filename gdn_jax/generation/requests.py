@@ -2,18 +2,25 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
+from jax import Array
+
+from gdn_jax.generation.sizes import Sizes, integer
 from gdn_jax.ops import checks
 
+TokenIds: TypeAlias = Sequence[int] | np.ndarray | Array
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class Request:
     """A prompt and its text.
 
     Attributes:
       number: the engine's, counted from 0.
       prompt: token ids.
-      max_tokens, temperature, top_p, top_k, seed, stop: as in `generate`.
+      max_tokens, temperature, top_p, top_k, seed, stop: as in `Engine.submit`.
       tokens: the text so far, token ids; a token that ended it is its last.
       log_probabilities: of each, by the model alone, whatever the options.
       finish_reason: None while it goes on; "stop", a token of `stop` came; "length",
@@ -38,7 +45,13 @@ class Request:
 
     @property
     def limit(self) -> int:
+        """Tokens of prompt and text at most."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that the model has yet to read."""
+        return len(self.prompt) - self.prefilled
 
     def take(self, tokens: Sequence[int], log_probabilities: Sequence[float]) -> None:
         self.tokens += tokens
@@ -49,33 +62,86 @@ class Request:
             self.finish_reason = "length"
 
 
+@dataclasses.dataclass
+class Figures:
+    """What an engine has done since it was made.
+
+    Attributes:
+      prefilled: tokens of prompts.
+      decoded: tokens of texts, but each one's first.
+      steps: decoding steps.
+      accepted, row_steps: tokens that whole steps of single rows gave, and how many.
+    """
+
+    prefilled: int = 0
+    decoded: int = 0
+    steps: int = 0
+    accepted: int = 0
+    row_steps: int = 0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Tokens a row gains by a step: 1 without drafts."""
+        return self.accepted / self.row_steps if self.row_steps else 1.0
+
+
+def token_ids(name: str, tokens: Any, vocab_size: int) -> tuple[int, ...]:
+    remedy = "Encode a text with the model's tokenizer."
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # lists of several lengths
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        checks.fail(name, repr(tokens)[:60], "a list of token ids", remedy)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
+    if wrong:
+        checks.fail(name, wrong[:8], f"token ids in [0, {vocab_size})", remedy)
+    return tuple(ids.tolist())
+
+
 def check_request(
-    request: Request, vocab_size: int, num_positions: int, drafts: int, max_stop: int
-) -> None:
+    number: int,
+    prompt: Any,
+    max_tokens: Any,
+    temperature: Any,
+    top_p: Any,
+    top_k: Any,
+    seed: Any,
+    stop: Any,
+    vocab_size: int,
+    sizes: Sizes,
+) -> Request:
+    checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
+    request = Request(
+        number,
+        token_ids("prompt", prompt, vocab_size),
+        integer("max_tokens", max_tokens),
+        float(temperature),
+        float(top_p),
+        integer("top_k", top_k),
+        integer("seed", seed),
+        tuple(dict.fromkeys(token_ids("stop", stop, vocab_size))),
+    )
     if not request.prompt:
-        checks.fail("prompt", "no tokens", "one token at least", "Begin with some text.")
-    for name, tokens in (("prompt", request.prompt), ("stop", request.stop)):
-        wrong = [token for token in tokens if not 0 <= token < vocab_size]
-        if wrong:
-            wanted = f"token ids in [0, {vocab_size})"
-            checks.fail(name, wrong[:8], wanted, "Use the model's own tokenizer.")
-    if request.max_tokens < 1:
-        checks.fail("max_tokens", request.max_tokens, ">= 1", "It is a count.")
+        wanted, remedy = "one token at least", "Begin with some text."
+        checks.fail("prompt", "no tokens", wanted, remedy)
     if not 0 <= request.temperature < float("inf"):
         remedy = "0 takes the most likely token."
-        checks.fail("temperature", request.temperature, "finite, >= 0", remedy)
+        checks.fail("temperature", temperature, "finite, >= 0", remedy)
     if not 0 < request.top_p <= 1:
-        checks.fail("top_p", request.top_p, "in (0, 1]", "1 is off.")
-    if request.top_k < 0:
-        checks.fail("top_k", request.top_k, ">= 0", "0 is off.")
-    if len(request.stop) > max_stop:
-        remedy = "Make the engine with a larger max_stop."
-        checks.fail("stop", f"{len(request.stop)} tokens", f"<= {max_stop}", remedy)
-    needed = request.limit + drafts
-    if needed > num_positions:
-        checks.fail(
-            "prompt",
-            f"{len(request.prompt)} + {request.max_tokens} new tokens + {drafts} drafts",
-            f"at most num_positions = {num_positions} in all",
-            "Make the engine with more, or ask for fewer tokens.",
+        checks.fail("top_p", top_p, "in (0, 1]", "1 is off.")
+    if not 0 <= request.top_k < 2**31:
+        checks.fail("top_k", top_k, "in [0, 2^31)", "0 is off.")
+    if len(request.stop) > sizes.max_stop:
+        wanted = f"at most max_stop = {sizes.max_stop}"
+        remedy = "Make the engine with a larger one."
+        checks.fail("stop", f"{len(request.stop)} tokens", wanted, remedy)
+    if request.limit + sizes.speculative > sizes.num_positions:
+        got = (
+            f"{len(request.prompt)} tokens, with {request.max_tokens} new ones and "
+            f"{sizes.speculative} drafts"
         )
+        wanted = f"at most num_positions = {sizes.num_positions} in all"
+        remedy = "Make the engine with more, or ask for fewer tokens."
+        checks.fail("prompt", got, wanted, remedy)
+    return request

@@ -1,12 +1,13 @@
 """What an engine carries on the device: a value that can be looked at and kept."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.generation.sampling import Options
+from gdn_jax.generation.sizes import Sizes
 from gdn_jax.models.model import Model
 from gdn_jax.models.state import ModelState
 from gdn_jax.nn.attention import KVCache
@@ -65,12 +66,12 @@ class EngineState(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """Tokens that one call gave, each row's first `count` of its columns.
+    """Tokens that one call gave, each row's first `num_tokens` of its columns.
 
     Attributes:
       tokens: [P, B] int32.
       log_probabilities: [P, B] float32, the model's own, whatever the options.
-      count: [P] int32.
+      num_tokens: [P] int32.
       steps: int32, steps that the model took.
       accepted: [P] int32, tokens that those of a row's steps which ran whole gave.
       row_steps: [P] int32, how many such steps there were.
@@ -78,40 +79,45 @@ class Emitted(NamedTuple):
 
     tokens: Array
     log_probabilities: Array
-    count: Array
+    num_tokens: Array
     steps: Array
     accepted: Array
     row_steps: Array
 
 
-def init_state(
-    model: Model,
-    num_rows: int,
-    num_positions: int,
-    drafts: int,
-    max_stop: int,
-    recurrent_dtype: Any,
-) -> EngineState:
+def init_state(model: Model, sizes: Sizes) -> EngineState:
+    """Of empty rows."""
+    drafts = sizes.speculative
+
     def zeros(*shape, dtype=jnp.int32):
-        return jnp.zeros((num_rows, *shape), dtype)
+        return jnp.zeros((sizes.num_rows, *shape), dtype)
 
     kept = None
     if drafts:
         kept = Drafts(
             zeros(drafts),
             zeros(drafts, model.config.vocab_size, dtype=jnp.float32),
-            model.init_draft_cache(num_rows, num_positions),
+            model.init_draft_cache(sizes.num_rows, sizes.num_positions),
         )
     options = Options(zeros(dtype=jnp.float32), zeros(dtype=jnp.float32) + 1, zeros())
-    seed = jax.random.split(jax.random.key(0, impl="threefry2x32"), num_rows)
+    seed = jax.random.split(jax.random.key(0, impl="threefry2x32"), sizes.num_rows)
     return EngineState(
         model.init_state(
-            num_rows, num_positions, drafts=drafts, recurrent_dtype=recurrent_dtype
+            sizes.num_rows,
+            sizes.num_positions,
+            drafts=drafts,
+            recurrent_dtype=sizes.recurrent_dtype,
         ),
-        Row(seed, options, zeros(max_stop) - 1, zeros()),
+        Row(seed, options, zeros(sizes.max_stop) - 1, zeros()),
         token=zeros(),
         position=zeros(),
         num_accepted=zeros() + 1,
         is_active=zeros(dtype=bool),
         drafts=kept,
     )
+
+
+def state_bytes(model: Model, sizes: Sizes) -> int:
+    """How large `init_state` is, which it is not asked to make."""
+    state = jax.eval_shape(lambda: init_state(model, sizes))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

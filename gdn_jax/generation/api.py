@@ -1,0 +1,176 @@
+"""`generate`: prompts to texts in one call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+
+from gdn_jax.generation.engine import Engine
+from gdn_jax.generation.requests import TokenIds, token_ids
+from gdn_jax.generation.sizes import integer, power_of_two
+from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
+
+MOST_ROWS = 64
+POSITIONS = 256  # a multiple of it: like calls share their compilations
+STOP = 4  # likewise
+
+OnTokens = Callable[[int, list[int]], Any]
+
+
+class Result(NamedTuple):
+    """What `generate(..., details=True)` gives for a prompt.
+
+    Attributes:
+      tokens: the text, token ids; a token that ended it is its last.
+      log_probabilities: of each, by the model alone, whatever the options.
+      finish_reason: "stop", a token of `stop` came; "length", max_tokens.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float]
+    finish_reason: str
+
+
+@overload
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[TokenIds],
+    *,
+    max_tokens: int,
+    temperature: float = ...,
+    top_p: float = ...,
+    top_k: int = ...,
+    speculative: int = ...,
+    seed: int = ...,
+    stop: TokenIds | None = ...,
+    num_rows: int | None = ...,
+    on_tokens: OnTokens | None = ...,
+    details: Literal[False] = ...,
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[TokenIds],
+    *,
+    max_tokens: int,
+    temperature: float = ...,
+    top_p: float = ...,
+    top_k: int = ...,
+    speculative: int = ...,
+    seed: int = ...,
+    stop: TokenIds | None = ...,
+    num_rows: int | None = ...,
+    on_tokens: OnTokens | None = ...,
+    details: Literal[True],
+) -> list[Result]: ...
+
+
+def generate(
+    model: Model,
+    params: Any,
+    prompts: Sequence[TokenIds],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    speculative: int = 0,
+    seed: int = 0,
+    stop: TokenIds | None = None,
+    num_rows: int | None = None,
+    on_tokens: OnTokens | None = None,
+    details: bool = False,
+) -> Any:
+    """The texts that a model writes behind some prompts.
+
+        model, params = models.load(folder)
+        texts = generate(model, params, [[1, 2, 3], [4]], max_tokens=100)
+
+    A text depends on its prompt, the options, `seed` and the prompt's index, not on the
+    other prompts, up to rounding: batches of other sizes may add up in other orders,
+    which can decide between tokens that are all but equally likely.
+
+    Ctrl-C waits for the end of the device's call at hand, of 16 steps at most, and then
+    raises KeyboardInterrupt; what came till then `on_tokens` has been given. To go on
+    after it, or after a crash, run an `Engine`, which can be saved.
+
+    Args:
+      model, params: as `models.load` gives them.
+      prompts: token ids, a sequence for each.
+      max_tokens: most new tokens of each text.
+      temperature: 0 takes the most likely token; otherwise of the softmax.
+      top_p: in (0, 1]; sample only from the most likely tokens that have this share.
+      top_k: sample only from so many; 0: from all.
+      speculative: tokens that the multi-token prediction head drafts a step, which
+        then cost fewer steps: the same texts at temperature 0, up to rounding, and
+        texts of the same distribution otherwise. 0: none.
+      seed: any int; each prompt draws with a key of seed and index.
+      stop: tokens that end a text; None: the config's `eos_token_id`; (): none.
+      num_rows: prompts at once; the others wait. None: all, but 64 at most.
+      on_tokens: called with a prompt's index and its new tokens, as they come.
+      details: whether to return a `Result` for each prompt.
+
+    Returns:
+      Each prompt's new tokens, or a `Result` of them.
+
+    Raises:
+      ValueError: the call is wrong; the text names the argument and the remedy.
+      MemoryError: the device has no room; the text says what to reduce.
+    """
+    config = model.config
+    prompts = [
+        token_ids(f"prompts[{i}]", prompt, config.vocab_size)
+        for i, prompt in enumerate(prompts)
+    ]
+    checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
+    drafts, seed = integer("speculative", speculative), integer("seed", seed)
+    if not prompts:
+        return []
+    ends = config.eos_token_id if stop is None else stop
+    longest = max(map(len, prompts)) + max_tokens + drafts
+    if num_rows is None:
+        num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
+    engine = Engine(
+        model,
+        params,
+        num_rows=num_rows,
+        num_positions=-(-longest // POSITIONS) * POSITIONS,
+        speculative=drafts,
+        max_stop=max(STOP, np.size(ends)),
+    )
+    requests = [
+        engine.submit(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=prompt_seed(seed, i),
+            stop=stop,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    given = [0] * len(requests)
+    for changed in engine.run():
+        for request in changed:
+            new = request.tokens[given[request.number] :]
+            given[request.number] += len(new)
+            if on_tokens is not None:
+                on_tokens(request.number, new)
+    if not details:
+        return [request.tokens for request in requests]
+    return [
+        Result(request.tokens, request.log_probabilities, str(request.finish_reason))
+        for request in requests
+    ]
+
+
+def prompt_seed(seed: int, index: int) -> int:
+    """Of the request that `generate` makes of a prompt: 64 bits, hashed of both."""
+    mixed = np.random.SeedSequence(seed % 2**64, spawn_key=(index,))
+    return int(mixed.generate_state(1, np.uint64)[0])

@@ -1,0 +1,75 @@
+"""How large an engine is, and what it says when that is too much."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jax.errors import JaxRuntimeError
+
+from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
+
+SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What `Engine` takes under these names; recurrent_dtype is the dtype's name."""
+
+    num_rows: int
+    num_positions: int
+    speculative: int
+    steps_per_call: int
+    prefill_tokens: int
+    max_stop: int
+    recurrent_dtype: str
+
+
+def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
+    drafts = integer("speculative", sizes.pop("speculative"))
+    if drafts < 0:
+        checks.fail("speculative", drafts, ">= 0", "It is a count of drafts.")
+    layers = model.config.num_mtp_layers
+    if drafts and layers != 1:
+        wanted = f"0 for a model with {layers} MTP layers"
+        remedy = "One layer drafts; without it, or with more, decode plainly."
+        checks.fail("speculative", drafts, wanted, remedy)
+    for name, size in sizes.items():
+        checks.count(name, size, "It is a size.")
+    if sizes["prefill_tokens"] < SHORTEST_PIECE:
+        wanted, remedy = f">= {SHORTEST_PIECE}", "Shorter pieces are padded to it."
+        checks.fail("prefill_tokens", sizes["prefill_tokens"], wanted, remedy)
+    remedy = "float32 keeps most of a long text."
+    dtype = checks.float_dtype("recurrent_dtype", recurrent_dtype, remedy)
+    sizes = {name: int(size) for name, size in sizes.items()}
+    return Sizes(speculative=drafts, recurrent_dtype=dtype.name, **sizes)
+
+
+def integer(name: str, x: Any) -> int:
+    if not isinstance(x, int | np.integer):
+        checks.fail(name, repr(x), "an int", "Convert it first.")
+    return int(x)
+
+
+def power_of_two(size: int) -> int:
+    """The next one: few shapes, so few compilations."""
+    return 1 << (size - 1).bit_length()
+
+
+@contextlib.contextmanager
+def memory_errors(sizes: Sizes, num_bytes: Callable[[], int]) -> Iterator[None]:
+    """Turns the device's lack of memory into an error that says what to reduce."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"the device has too little memory beside the model's for a state of "
+            f"{num_bytes() / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
+            f"{sizes.num_positions}, speculative = {sizes.speculative}) and calls of "
+            f"prefill_tokens = {sizes.prefill_tokens}. Make the engine with less of "
+            "one of these."
+        ) from error
