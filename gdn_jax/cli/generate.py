@@ -1,5 +1,207 @@
 """`gdn-jax generate`."""
 
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
-def generate() -> None:
-    """stub"""
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from gdn_jax.generation.engine import Engine
+    from gdn_jax.generation.requests import Request
+    from gdn_jax.models.tokenizer import Tokenizer
+
+PROMPT = "def read_"  # of the shipped model, which writes Python's documentation
+notes = Console(stderr=True, highlight=False)  # stdout has the texts alone
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the text goes on from.")
+    ] = None,
+    model: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A Hugging Face folder. Default: the shipped small model."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of each text.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest token.")
+    ] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="Only of the likeliest tokens of this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed, the same texts.")] = 0,
+    batch: Annotated[
+        typer.FileText | None,
+        typer.Option(help="Many prompts: a file with one a line, or - for stdin."),
+    ] = None,
+    speculative: Annotated[
+        int, typer.Option(min=0, help="Drafts a step, by the model's own head.")
+    ] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16. Default: float32 on a CPU, else the "
+            "checkpoint's."
+        ),
+    ] = None,
+) -> None:
+    """Writes text behind a prompt, by the shipped model or a checkpoint."""
+    seconds = Seconds()
+    try:
+        prompts = _prompts(prompt, batch, is_shipped=model is None)
+        with notes.status("loading"):
+            network, params, tokenizer = _load(model, dtype)
+            tokens = [tokenizer.encode(text) for text in prompts]
+            engine = _engine(network, params, tokens, max_tokens, speculative)
+        asked = dict(temperature=temperature, top_p=top_p)
+        with notes.status("compiling"):
+            _warm_up(engine, tokens, max_tokens, asked)
+        requests = [
+            engine.submit(prompt, max_tokens=max_tokens, seed=seed + i, **asked)
+            for i, prompt in enumerate(tokens)
+        ]
+        if len(requests) == 1:
+            _stream(prompts[0], requests[0], tokenizer, _run(engine, seconds))
+        else:
+            _list(prompts, requests, tokenizer, _run(engine, seconds))
+    except (ValueError, OSError, MemoryError) as error:
+        notes.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    notes.print(seconds.report(engine), style="dim")
+    if any(request.finish_reason is None for request in requests):
+        raise typer.Exit(130)  # what shells have for Ctrl-C
+
+
+@dataclasses.dataclass
+class Seconds:
+    """Of the device's calls, by what they did."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def report(self, engine: "Engine") -> str:
+        figures = engine.figures
+        parts = [
+            f"prefill {_rate(figures.prefilled, self.prefill)}",
+            f"decode {_rate(figures.decoded, self.decode)}",
+            f"{figures.mean_accepted:.2f} tokens a step",
+        ]
+        return ", ".join(parts)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    if not tokens:
+        return "0 tokens"
+    return f"{tokens} tokens, {tokens / seconds:,.0f}/s"
+
+
+def _prompts(prompt: str | None, batch: Any, is_shipped: bool) -> list[str]:
+    if batch is None:
+        if prompt is None and not is_shipped:
+            raise ValueError("PROMPT is missing: what shall the text go on from?")
+        return [PROMPT if prompt is None else prompt]
+    if prompt is not None:
+        raise ValueError("PROMPT and --batch exclude each other.")
+    prompts = [line for line in batch.read().splitlines() if line]
+    if not prompts:
+        raise ValueError(f"--batch {batch.name} has no prompts; it wants one a line.")
+    return prompts
+
+
+def _load(
+    folder: pathlib.Path | None, dtype: str | None
+) -> "tuple[Any, Any, Tokenizer]":
+    # Here, since Flax takes a second that no other command needs.
+    import jax
+
+    from gdn_jax import models
+
+    folder = models.SMALL if folder is None else folder
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"  # bfloat16 is emulated there
+    return *models.load(folder, dtype=dtype), models.load_tokenizer(folder)
+
+
+def _engine(
+    model: Any, params: Any, prompts: list[list[int]], max_tokens: int, drafts: int
+) -> "Engine":
+    from gdn_jax.generation.api import MOST_ROWS, STOP
+    from gdn_jax.generation.engine import Engine
+
+    return Engine(
+        model,
+        params,
+        num_rows=min(len(prompts), MOST_ROWS),
+        num_positions=max(map(len, prompts)) + max_tokens + drafts,
+        speculative=drafts,
+        max_stop=max(STOP, len(model.config.eos_token_id)),
+    )
+
+
+def _warm_up(
+    engine: "Engine", prompts: list[list[int]], max_tokens: int, asked: dict[str, Any]
+) -> None:
+    """Compiles what the texts need, so that the figures are of their work alone."""
+    for prompt in prompts[: engine.sizes.num_rows]:
+        engine.submit(prompt, max_tokens=min(2, max_tokens), stop=(), **asked)
+    for _ in engine.run():
+        pass
+    engine.figures = type(engine.figures)()
+
+
+def _run(engine: "Engine", seconds: Seconds) -> "Iterator[list[Request]]":
+    """As `engine.run`, and keeps the time."""
+    begin, steps = time.perf_counter(), 0
+    for changed in engine.run():
+        passed = time.perf_counter() - begin
+        if engine.figures.steps > steps:
+            seconds.decode += passed
+        else:
+            seconds.prefill += passed
+        steps = engine.figures.steps
+        yield changed
+        begin = time.perf_counter()
+
+
+def _stream(
+    prompt: str,
+    request: "Request",
+    tokenizer: "Tokenizer",
+    run: "Iterator[list[Request]]",
+) -> None:
+    """One text, as it comes."""
+
+    def tokens() -> Iterator[int]:
+        given = 0
+        for _ in run:
+            new = request.tokens[given:]
+            given += len(new)
+            yield from (token for token in new if token not in request.stop)
+
+    sys.stdout.write(prompt)
+    for piece in tokenizer.decode_stream(tokens()):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _list(
+    prompts: list[str],
+    requests: "list[Request]",
+    tokenizer: "Tokenizer",
+    run: "Iterator[list[Request]]",
+) -> None:
+    """Many texts, in the order of their prompts, behind a line of dashes each."""
+    with notes.status("") as status:
+        for _ in run:
+            done = sum(request.finish_reason is not None for request in requests)
+            tokens = sum(len(request.tokens) for request in requests)
+            status.update(f"{done} of {len(requests)} texts, {tokens} tokens")
+    for prompt, request in zip(prompts, requests, strict=True):
+        kept = [token for token in request.tokens if token not in request.stop]
+        sys.stdout.write(f"{'-' * 40}\n{prompt}{tokenizer.decode(kept)}\n")

@@ -23,9 +23,7 @@ def train(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Windows of a step.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Windows of a step.")] = None,
     length: Annotated[
         int | None, typer.Option(min=1, help="Bytes of a window.")
     ] = None,

@@ -4,6 +4,8 @@ Imported by itself (`from gdn_jax import models`), so that `import gdn_jax` need
 Flax.
 """
 
+import pathlib
+
 from gdn_jax.models.checkpoint import load as load
 from gdn_jax.models.checkpoint import save as save
 from gdn_jax.models.config import Config as Config
@@ -11,3 +13,6 @@ from gdn_jax.models.model import Model as Model
 from gdn_jax.models.state import ModelState as ModelState
 from gdn_jax.models.tokenizer import Tokenizer as Tokenizer
 from gdn_jax.models.tokenizer import load_tokenizer as load_tokenizer
+
+# The folder of the model that comes with the library: `gdn-jax train` made it.
+SMALL = pathlib.Path(__file__).parent / "small"

@@ -1,8 +1,8 @@
 """Training on windows of a text, resumable at every step.
 
-A step is a function of the state and its own number: windows, and weights left
-out, are drawn with keys folded from the recipe's seed. So a run that is killed and resumed ends as it would
-have.
+A step is a function of the state and its own number: windows, and weights left out, are
+drawn with keys folded from the recipe's seed. So a run that is killed and resumed ends
+as it would have.
 """
 
 import functools
@@ -47,7 +47,9 @@ class Losses(NamedTuple):
 
 
 def init(model: Model, recipe: Recipe) -> TrainState:
-    params = nn.unbox(model.init(keys_of(recipe)[0], jnp.zeros((1, 1), jnp.int32)))["params"]
+    params = nn.unbox(model.init(keys_of(recipe)[0], jnp.zeros((1, 1), jnp.int32)))[
+        "params"
+    ]
     params = jax.tree_util.tree_map_with_path(_rescale, params)
     state = make_optimizer(recipe).init(params)
     average = jax.tree.map(jnp.copy, params)  # of its own: both are donated
@@ -83,7 +85,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def train(
     model: Model, recipe: Recipe, state: TrainState, text: Array, steps: int
 ) -> tuple[TrainState, Losses]:
-    """Takes `steps` steps on windows of `text` [B] uint8: the state, and each's losses."""
+    """Takes `steps` steps on windows of `text` [B] uint8: the state, each's losses."""
     optimizer = make_optimizer(recipe)
 
     def step(state: TrainState, _: None) -> tuple[TrainState, Losses]:

@@ -132,5 +132,6 @@ def _pack(
         wanted = f"[E] = ({weights.shape[0]},)"
         checks.fail("group_sizes", group_sizes.shape, wanted, "One size a group.")
     checks.check_sharding(dict(x=x, weights=weights, group_sizes=group_sizes))
-    options = Options(checks.out_dtype_of(out_dtype, x.dtype))
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    options = Options(checks.float_dtype("out_dtype", out_dtype, "None: x's."))
     return Inputs(x, weights, group_sizes), options
