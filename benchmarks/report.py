@@ -12,6 +12,7 @@ import re
 import reports.chunked
 import reports.conv
 import reports.layer
+import reports.small
 import reports.update
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -26,6 +27,7 @@ REPORTS = {
     "train": reports.chunked.train,
     "layer": reports.layer.layer,
     "conv": reports.conv.conv,
+    "small": reports.small.small,
 }
 
 

@@ -16,12 +16,16 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 def test_every_python_block_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    generating, *blocks = blocks
     assert len(blocks) == 6
     names = {}
 
     def run(block):
         exec(block, names)
 
+    run(generating)
+    assert [len(text) for text in names["texts"]] == [40, 40]
+    assert names["tokenizer"].decode(names["texts"][0]).isprintable()
     for block in blocks[:3]:
         run(block)
     assert names["out"].shape == (3, 4, 4, 64) and names["out"].any()

@@ -58,7 +58,7 @@ def generate(
             network, params, tokenizer = _load(model, dtype)
             tokens = [tokenizer.encode(text) for text in prompts]
             engine = _engine(network, params, tokens, max_tokens, speculative)
-        asked = dict(temperature=temperature, top_p=top_p)
+        asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
         with notes.status("compiling"):
             _warm_up(engine, tokens, max_tokens, asked)
         requests = [

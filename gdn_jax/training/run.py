@@ -19,7 +19,6 @@ from gdn_jax.training.train import TrainState
 
 STATE = "state.safetensors"
 CURVE = "curve.json"
-EVERY = 50  # steps of a call; the curve has a point for each
 
 
 def run(
@@ -29,6 +28,7 @@ def run(
     folder: pathlib.Path,
     *,
     on_progress: Callable[[int, dict[str, Any]], None] = lambda step, point: None,
+    every: int = 50,
     save_every: int = 500,
     dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
@@ -41,8 +41,9 @@ def run(
     Args:
       config, recipe, corpus: a run is a function of these.
       folder: made if need be.
-      on_progress: called with the steps taken and the curve's last point.
+      every: steps of a call, and of a point of the curve.
       save_every: steps between saves of the state.
+      on_progress: called with the steps taken and the curve's last point.
       dtype: of activations.
 
     Returns:
@@ -67,7 +68,7 @@ def run(
     text = jnp.asarray(np.frombuffer(corpus.train, np.uint8))
     taken = int(state.step)
     while taken < recipe.steps:
-        steps = min(EVERY, recipe.steps - taken)
+        steps = min(every, recipe.steps - taken)
         state, losses = train.train(model, recipe, state, text, steps)
         taken += steps
         curve["points"].append(
@@ -109,6 +110,7 @@ def finish(
     )
     models.save(folder, model.clone(param_dtype=jnp.bfloat16), half)
     model, params = models.load(folder, dtype=jnp.float32, progress=False)
+    curve["device"], curve["jax"] = jax.devices()[0].device_kind, jax.__version__
     curve["held_out_bits_per_byte"] = train.bits_per_byte(
         model, params, corpus.held_out
     )

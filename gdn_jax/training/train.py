@@ -131,9 +131,11 @@ def losses_of(
     hidden, _ = model.apply(variables, windows[:, :T], method="hidden")
 
     def bits(hidden: Array, ahead: int) -> Array:
-        logits = model.apply(variables, hidden, method="logits").astype(jnp.float32)
+        logits: Any = model.apply(variables, hidden, method="logits")
         wanted = windows[:, ahead : ahead + T]
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+        nats = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), wanted
+        )
         return jnp.mean(nats) / jnp.log(2.0)
 
     first = bits(hidden, 1)
@@ -188,8 +190,10 @@ def bits_per_byte(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _nats(model: Model, params: Any, windows: Array, counted: Array) -> Array:
-    logits = model.apply({"params": params}, windows[:, :-1]).astype(jnp.float32)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    logits: Any = model.apply({"params": params}, windows[:, :-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), windows[:, 1:]
+    )
     return jnp.sum(jnp.where(counted, nats, 0))
 
 
