@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from gdn_jax import _check, cli, testing
+from gdn_jax.cli import checking
 
 ONE = ["check", "-k", "decode, KDA"]
 
@@ -51,7 +52,7 @@ def test_the_table_fits_80_columns():
     console = Console(width=80)
     for copy in (None, 4000.0):
         with console.capture() as printed:
-            console.print(cli._table(rows, copy))
+            console.print(checking._table(rows, copy))
         for row in rows:
             whole = re.escape(row.problem.case.name) + " +reference .* ok *"
             assert re.search(f"^{whole}$", printed.get(), re.MULTILINE)
@@ -70,8 +71,8 @@ def test_check_reports_what_raises_and_goes_on(monkeypatch):
             raise RuntimeError("out of luck")
         return original(*args, implementation=implementation, **kwargs)
 
-    original = cli.gdn_jax.fused_update
-    monkeypatch.setattr(cli.gdn_jax, "fused_update", update)
+    original = checking.gdn_jax.fused_update
+    monkeypatch.setattr(checking.gdn_jax, "fused_update", update)
     found = _run(*ONE, "-i", "xla", "-i", "reference")
     assert found.exit_code == 1
     assert "RuntimeError: out of luck" in found.output

@@ -25,7 +25,7 @@ def test_every_python_block_runs():
 
     run(generating)
     assert [len(text) for text in names["texts"]] == [40, 40]
-    assert names["tokenizer"].decode(names["texts"][0]).isprintable()
+    assert '"""' in names["tokenizer"].decode(names["texts"][0])
     for block in blocks[:3]:
         run(block)
     assert names["out"].shape == (3, 4, 4, 64) and names["out"].any()

@@ -112,7 +112,7 @@ def test_dropped_weights_keep_their_mean():
 
 
 def test_the_shipped_model_beats_kneser_ney():
-    """On a part of the held-out text; the results file has the baseline on all of it."""
+    """On part of the held-out text; the results file has the baseline on all of it."""
     model, params = models.load(models.SMALL, dtype=jnp.float32)
     assert model.config == SMALL
     assert (models.SMALL / "model.safetensors").stat().st_size < 4e6

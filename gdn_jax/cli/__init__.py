@@ -2,9 +2,9 @@
 
 import typer
 
-from gdn_jax.cli.check import check, info
-from gdn_jax.cli.generate import generate
-from gdn_jax.cli.train import train
+from gdn_jax.cli.checking import check, info
+from gdn_jax.cli.generating import generate
+from gdn_jax.cli.training import train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 for command in (generate, check, info, train):

@@ -1,5 +1,7 @@
 """The public product of rows in groups, each with its group's weights."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -36,7 +36,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed, the same texts.")] = 0,
     batch: Annotated[
-        typer.FileText | None,
+        str | None,
         typer.Option(help="Many prompts: a file with one a line, or - for stdin."),
     ] = None,
     speculative: Annotated[
@@ -100,16 +100,17 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens} tokens, {tokens / seconds:,.0f}/s"
 
 
-def _prompts(prompt: str | None, batch: Any, is_shipped: bool) -> list[str]:
+def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[str]:
     if batch is None:
         if prompt is None and not is_shipped:
             raise ValueError("PROMPT is missing: what shall the text go on from?")
         return [PROMPT if prompt is None else prompt]
     if prompt is not None:
         raise ValueError("PROMPT and --batch exclude each other.")
-    prompts = [line for line in batch.read().splitlines() if line]
+    text = sys.stdin.read() if batch == "-" else pathlib.Path(batch).read_text()
+    prompts = [line for line in text.splitlines() if line]
     if not prompts:
-        raise ValueError(f"--batch {batch.name} has no prompts; it wants one a line.")
+        raise ValueError(f"--batch {batch} has no prompts; it wants one a line.")
     return prompts
 
 

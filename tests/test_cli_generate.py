@@ -1,0 +1,76 @@
+"""`gdn-jax generate`, as a user runs it."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from gdn_jax import cli, models
+
+SHORT = ["--max-tokens", "40", "--temperature", "0"]
+
+
+def generate(*words, text=None):
+    return CliRunner().invoke(cli.app, ["generate", *words], input=text)
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return generate(*SHORT)
+
+
+def test_without_arguments_the_shipped_model_writes_documentation(plain):
+    assert plain.exit_code == 0
+    assert plain.stdout.startswith("def read_") and '"""' in plain.stdout
+    figures = r"prefill 9 tokens, [\d,]+/s, decode 39 tokens, [\d,]+/s, 1\.00 tokens"
+    assert re.search(figures, plain.stderr)
+
+
+def test_drafts_change_the_steps_alone(plain):
+    drafted = generate("def read_", *SHORT, "--speculative", "3")
+    assert drafted.stdout == plain.stdout
+    gained = float(re.findall(r"([\d.]+) tokens a step", drafted.stderr)[0])
+    assert 2 < gained <= 4
+
+
+def test_a_batch_has_the_texts_of_its_prompts(plain):
+    result = generate(*SHORT, "--batch", "-", text="class Lock\n\ndef read_\n")
+    assert result.exit_code == 0
+    first, second = result.stdout.split("-" * 40 + "\n")[1:]
+    assert first.startswith("class Lock")
+    assert second == plain.stdout
+
+
+def test_the_seed_decides():
+    words = ("def read_", "--max-tokens", "40")
+    texts = [generate(*words, "--seed", seed).stdout for seed in "112"]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "nowhere", "hello"], "nowhere"),
+        (["--model", str(models.SMALL)], "PROMPT is missing"),
+        (["hello", "--batch", "-"], "exclude"),
+        (["--batch", "-"], "no prompts"),
+        (["--dtype", "int8"], "dtype"),
+        (["--top-p", "0"], "top_p"),
+        ([""], "one token at least"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(words, said):
+    result = generate(*words)
+    assert result.exit_code == 1
+    assert said in result.stderr.replace("\n", " ")
+    assert not result.stdout
+
+
+def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):
+    model, params = models.load(models.SMALL)
+    params.pop("mtp")
+    config = model.config.to_hf() | dict(num_mtp_layers=0)
+    bare = models.Model(models.Config.from_hf(config), param_dtype=model.param_dtype)
+    models.save(tmp_path, bare, params)
+    result = generate("hello", "--model", str(tmp_path), "--speculative", "2")
+    assert result.exit_code == 1 and "MTP" in result.stderr
