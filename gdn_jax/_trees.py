@@ -99,7 +99,7 @@ def _plain(x: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(x) if _is_key(x) else x, order="C")
 
 
-def _plain_type(x: Any) -> jax.ShapeDtypeStruct:
+def _plain_type(x: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
 
 
