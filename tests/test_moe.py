@@ -38,6 +38,12 @@ def _params():
     return flax.linen.unbox(jax.jit(_layer().init)(jax.random.key(0), _tokens(1)))
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
+        yield
+
+
 def _apply(layer, *given):
     return jax.jit(layer.apply)(_params(), *given)
 
@@ -136,7 +142,8 @@ def test_padding_takes_no_expert_and_its_nan_reaches_nothing(path):
     assert testing.relative_error(y[live], alone) < TOLERANCE
     want, _ = run(_params(), x)
     errors = jax.tree.map(testing.relative_error, gradients, want)
-    assert max(jax.tree.leaves(errors)) == 0
+    # On a GPU gradients of a token's experts are added up in any order.
+    assert max(jax.tree.leaves(errors)) < (1e-6 if path == "triton" else 1e-30)
 
 
 def test_parameters_name_their_axes():
