@@ -1,6 +1,7 @@
 """Runs before JAX is imported: every test of a session sees the same machine."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling ahead of time
 flags = os.environ.get("XLA_FLAGS", "")
@@ -21,6 +22,19 @@ CPU_PATHS = ("reference", "xla", "interpret")
 if jax.default_backend() == "cpu":
     unless = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", unless != "0")
+
+
+# Every compiled program maps some pages, and Linux gives a process 65,530 maps: past
+# them XLA crashes. A worker of the whole suite gets there.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 def pytest_configure(config):

@@ -77,6 +77,8 @@ def whole(case: Case) -> dict[str, float]:
     """One call without a state, module by module."""
     logits, captured = case.call(case.tokens, capture_intermediates=True)
     seen = captured["intermediates"]
+    embedding = case.call(case.tokens, method="_embedded")
+    seen["embed"] = {"__call__": (embedding,)}
     found = {}
     for name in case.record:
         if name.startswith("modules/"):
