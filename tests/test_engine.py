@@ -133,46 +133,61 @@ def test_rows_that_fill_a_batch_are_left_alone():
         assert alone.tokens == request.tokens
 
 
-A, WIDE = 8, dict(num_rows=256, num_positions=24, prefill_tokens=4096)
-CUT = dict(temperature=1.4, top_k=5, top_p=0.95)
+CUT = [  # of each prompt
+    dict(temperature=1.0),
+    dict(temperature=1.0),
+    dict(temperature=1.5),
+    dict(temperature=0.8, top_k=9),
+    dict(temperature=1.5, top_p=0.9),
+    dict(temperature=1.2, top_p=0.95, top_k=20),
+]
 
 
-@pytest.mark.parametrize(
-    ("speculative", "options"), [(0, CUT), (2, CUT), (2, dict(temperature=1.0))]
-)
-def test_samples_are_distributed_as_the_models(speculative, options):
-    """The first three of six tokens, of which two may be drafts."""
-    prompt = [1, 5, 2]
-    model, params = make(A, scale=2.5)
-    kernel = jnp.flip(params["mtp"]["fc"]["kernel"])  # drafts by a chain of its own
-    params = params | dict(mtp=params["mtp"] | dict(fc=dict(kernel=kernel)))
-    engine = Engine(model, params, speculative=speculative, **WIDE)
-    requests = [
-        engine.submit(prompt, max_tokens=6, stop=(), seed=seed, **options)
-        for seed in range(256 * 5)
-    ]
-    finish(engine)
-    pairs = np.stack(np.divmod(np.arange(A * A), A), axis=1)
-    rows = np.concatenate([np.tile(prompt, (A * A, 1)), pairs], axis=1)
-    p = _next_probabilities(model, params, rows, options)  # [A^2, 3, A]
-    first, second, third = p[0, 0], p[::A, 1], p[:, 2].reshape(A, A, A)
-    joint = first[:, None, None] * second[..., None] * third
-    counts = np.zeros((A, A, A))
-    np.add.at(counts, tuple(np.array(tokens(requests))[:, :3].T), 1)
-    for axis in range(3):
-        assert surprise(counts.sum(axis), joint.sum(axis)) < 1
-    if speculative:
-        assert 1.2 < engine.figures.mean_accepted < 2.5
-
-
-def _next_probabilities(model, params, rows, options):
-    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(rows))[:, 2:]
-    of_rows = sampling.Options(
-        jnp.full(len(rows), options["temperature"], jnp.float32),
-        jnp.full(len(rows), options.get("top_p", 1.0), jnp.float32),
-        jnp.full(len(rows), options.get("top_k", 0), jnp.int32),
+@pytest.mark.parametrize("speculative", [0, 2])
+def test_samples_are_distributed_as_the_models(speculative):
+    """Given the text before it, a token's place in the model's running sum of
+    probabilities is uniform, and independent of the places before. Two on end: a
+    chi-squared test of 4 x 4 cells."""
+    engine = Engine(*_another_head(), speculative=speculative, **SIZES)
+    rng, counts = np.random.default_rng(0), np.zeros((4, 4))
+    columns = (
+        jnp.array([options.get(name, off) for options in CUT], dtype)
+        for name, off, dtype in (
+            ("temperature", 0, jnp.float32),
+            ("top_p", 1, jnp.float32),
+            ("top_k", 0, jnp.int32),
+        )
     )
-    return np.asarray(sampling.probabilities(logits, of_rows), np.float64)
+    choose = jax.jit(sampling.probabilities)
+    of_rows = sampling.Options(*columns)
+    for round in range(20):
+        options = [dict(seed=6 * round + i) | each for i, each in enumerate(CUT)]
+        requests = write(engine, PROMPTS, options, max_tokens=44, stop=())
+        every = choose(np.stack(list(_of_whole_texts(requests))), of_rows)
+        drawn = np.array(tokens(requests))[..., None]
+        places = _places(np.asarray(every, np.float64), drawn, rng)
+        pairs = np.minimum(places * 4, 3).astype(int).reshape(-1, 2)
+        np.add.at(counts, tuple(pairs.T), 1)
+    assert surprise(counts, np.full((4, 4), 1 / 16)) < 1
+    assert 1.2 < engine.figures.mean_accepted < 2.5 or not speculative
+
+
+def _another_head():
+    """Drafts by a chain of its own."""
+    model, params = make()
+    kernel = jnp.flip(params["mtp"]["fc"]["kernel"])
+    return model, params | dict(mtp=params["mtp"] | dict(fc=dict(kernel=kernel)))
+
+
+def _places(p, drawn, rng):
+    """Of tokens in the order of their probabilities; within a token's, anywhere."""
+    order = np.argsort(-p, axis=-1)
+    rank = np.argmax(order == drawn, axis=-1)[..., None]
+    p = np.take_along_axis(p, order, axis=-1)
+    up_to = np.take_along_axis(np.cumsum(p, axis=-1), rank, axis=-1)
+    share = np.take_along_axis(p, rank, axis=-1)
+    assert (share > 0).all()
+    return (up_to - rng.uniform(size=share.shape) * share)[..., 0]
 
 
 @pytest.mark.parametrize("speculative", [0, 2])

@@ -1,5 +1,6 @@
 """`gdn-jax generate`."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -156,17 +157,19 @@ def _warm_up(
 
 
 def _run(engine: "Engine", seconds: Seconds) -> "Iterator[list[Request]]":
-    """As `engine.run`, and keeps the time."""
+    """As `engine.run`, and keeps the time; Ctrl-C ends it."""
     begin, steps = time.perf_counter(), 0
-    for changed in engine.run():
-        passed = time.perf_counter() - begin
-        if engine.figures.steps > steps:
-            seconds.decode += passed
-        else:
-            seconds.prefill += passed
-        steps = engine.figures.steps
-        yield changed
-        begin = time.perf_counter()
+    # What came before a Ctrl-C is shown: the engine raises it behind a whole call.
+    with contextlib.suppress(KeyboardInterrupt):
+        for changed in engine.run():
+            passed = time.perf_counter() - begin
+            if engine.figures.steps > steps:
+                seconds.decode += passed
+            else:
+                seconds.prefill += passed
+            steps = engine.figures.steps
+            yield changed
+            begin = time.perf_counter()
 
 
 def _stream(
