@@ -37,6 +37,15 @@ def few_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def exact_products():
+    """Of float32 everywhere: a GPU's own are TF32."""
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")
 

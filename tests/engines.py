@@ -12,6 +12,16 @@ from gdn_jax import Engine, models
 # Prompts are read in pieces of 16: one shape of prefill.
 SIZES = dict(num_rows=4, num_positions=96, steps_per_call=5, prefill_tokens=16)
 
+NEW = 30  # tokens of a text
+MIXED = [  # options of each prompt
+    dict(),
+    dict(temperature=1.0),
+    dict(temperature=1.5, top_k=9, seed=3),
+    dict(temperature=0.7, top_p=0.8, seed=2**64 + 5),
+    dict(temperature=1.0, top_p=0.9, top_k=20, seed=-1, stop=(3, 9)),
+    dict(temperature=2.0, seed=1, max_tokens=11),
+]
+
 
 @functools.cache
 def make(vocab_size=50, scale=6.0, dtype=jnp.float32, **fields):
@@ -56,6 +66,9 @@ def prompts(*lengths):
     return [rng.integers(0, 50, n).tolist() for n in lengths]
 
 
+PROMPTS = prompts(3, 20, 1, 50, 7, 16)
+
+
 def finish(engine):
     for _ in engine.run():
         pass
@@ -73,3 +86,15 @@ def write(engine, prompts, options=None, **shared):
 
 def tokens(requests):
     return [request.tokens for request in requests]
+
+
+@functools.cache
+def greedy(speculative):
+    engine = make_engine(speculative=speculative)
+    return write(engine, PROMPTS, max_tokens=NEW, stop=()), engine.figures
+
+
+@functools.cache
+def mixed(speculative):
+    engine = make_engine(speculative=speculative)
+    return write(engine, PROMPTS, MIXED, **dict(max_tokens=NEW, stop=()))

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -18,13 +17,7 @@ from gdn_jax.generation.api import Result, prompt_seed
 PROMPTS = prompts(3, 16, 1, 7)
 NEW = 40
 
-
-@pytest.fixture(autouse=True, scope="module")
-def exact():
-    before = jax.config.jax_default_matmul_precision
-    jax.config.update("jax_default_matmul_precision", "highest")
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def _generate(prompts=PROMPTS, **options):

@@ -15,6 +15,8 @@ from gdn_jax import nn, testing
 D, E, K, F, SHARED = 24, 6, 2, 10, 12
 TOLERANCE = 2e-6  # four products of float32, one after another
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def _layer(**changed):
     sizes = dict(
@@ -36,12 +38,6 @@ def _tokens(*lead, seed=0, dtype=np.float32):
 @functools.cache
 def _params():
     return flax.linen.unbox(jax.jit(_layer().init)(jax.random.key(0), _tokens(1)))
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):  # a GPU's own is TF32
-        yield
 
 
 def _apply(layer, *given):

@@ -1,7 +1,7 @@
 """`generate`: prompts to texts in one call."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,44 +32,6 @@ class Result(NamedTuple):
     finish_reason: str
 
 
-@overload
-def generate(
-    model: Model,
-    params: Any,
-    prompts: Sequence[TokenIds],
-    *,
-    max_tokens: int,
-    temperature: float = ...,
-    top_p: float = ...,
-    top_k: int = ...,
-    speculative: int = ...,
-    seed: int = ...,
-    stop: TokenIds | None = ...,
-    num_rows: int | None = ...,
-    on_tokens: OnTokens | None = ...,
-    details: Literal[False] = ...,
-) -> list[list[int]]: ...
-
-
-@overload
-def generate(
-    model: Model,
-    params: Any,
-    prompts: Sequence[TokenIds],
-    *,
-    max_tokens: int,
-    temperature: float = ...,
-    top_p: float = ...,
-    top_k: int = ...,
-    speculative: int = ...,
-    seed: int = ...,
-    stop: TokenIds | None = ...,
-    num_rows: int | None = ...,
-    on_tokens: OnTokens | None = ...,
-    details: Literal[True],
-) -> list[Result]: ...
-
-
 def generate(
     model: Model,
     params: Any,
@@ -85,7 +47,7 @@ def generate(
     num_rows: int | None = None,
     on_tokens: OnTokens | None = None,
     details: bool = False,
-) -> Any:
+) -> list[list[int]] | list[Result]:
     """The texts that a model writes behind some prompts.
 
         model, params = models.load(folder)

@@ -1,0 +1,258 @@
+"""Saving, cancelling, interrupting; what fails and what is refused."""
+
+import dataclasses
+import signal
+import threading
+
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from engines import (
+    MIXED,
+    NEW,
+    PROMPTS,
+    finish,
+    greedy,
+    make,
+    make_engine,
+    mixed,
+    tokens,
+)
+from jax.errors import JaxRuntimeError
+
+from gdn_jax import Engine, models
+from gdn_jax.generation import engine as engine_module
+from gdn_jax.generation import steps
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.mark.parametrize("speculative", [0, 2])
+def test_a_saved_engine_goes_on_bit_for_bit(speculative, tmp_path):
+    options = [dict(max_tokens=NEW, stop=()) | each for each in MIXED]
+    engine = make_engine(speculative=speculative)
+    texts = [
+        engine.submit(text, **each) for text, each in zip(PROMPTS, options, strict=True)
+    ]
+    saved, seen = [], set()
+    while engine.requests:
+        unfinished = engine.requests
+        path = tmp_path / f"{len(saved)}.safetensors"
+        engine.save(path)
+        saved.append((path, unfinished))
+        seen |= {
+            "part of a prompt"
+            for request in unfinished
+            if request.prefilled and request.unread
+        }
+        seen |= {"a queue"} if engine.queue else set()
+        seen |= {"a text"} if any(request.tokens for request in unfinished) else set()
+        engine.step()
+    assert seen == {"part of a prompt", "a queue", "a text"}
+    assert tokens(texts) == tokens(mixed(speculative))
+    for path, unfinished in saved[::2]:
+        restored = Engine.restore(path, *make())
+        requests = restored.requests
+        assert [r.number for r in requests] == [r.number for r in unfinished]
+        finish(restored)
+        assert [vars(r) for r in requests] == [vars(r) for r in unfinished]
+        assert restored.figures == engine.figures
+        assert restored.submit([1], max_tokens=1).number == len(PROMPTS)
+
+
+def test_another_model_is_refused(tmp_path):
+    path, (model, params) = tmp_path / "deep" / "engine", make()
+    config = dataclasses.replace(model.config, eos_token_id=(8,))
+    make_engine().save(path)
+    with pytest.raises(ValueError, match=r"eos_token_id is \[8\], was \[48\]"):
+        Engine.restore(path, models.Model(config), params)
+    with pytest.raises(ValueError, match="dtype is 'bfloat16', was 'float32'"):
+        Engine.restore(path, model.clone(dtype=jnp.bfloat16), params)
+    with pytest.raises(FileNotFoundError, match="nothing was saved there"):
+        Engine.restore(tmp_path / "none", *make())
+
+
+def test_cancelling():
+    engine = make_engine()
+    requests = [engine.submit(x, max_tokens=NEW, stop=()) for x in PROMPTS]
+    waiting, reading, growing = requests[4], requests[3], requests[0]
+    engine.cancel(waiting)
+    engine.step()
+    assert reading.prefilled and reading.unread
+    engine.cancel(reading)
+    while not growing.tokens[1:]:
+        engine.step()
+    engine.cancel(growing)
+    finish(engine)
+    engine.cancel(requests[1])
+    reasons = [request.finish_reason for request in requests]
+    assert [i for i, reason in enumerate(reasons) if reason == "cancelled"] == [0, 3, 4]
+    assert not engine.state.is_active.any()
+    for i, (request, want) in enumerate(zip(requests, greedy(0)[0], strict=True)):
+        count = {0: 6, 3: 0, 4: 0}.get(i, NEW)
+        assert request.tokens == want.tokens[:count]
+
+
+def _interrupting(engine, monkeypatch, times=1):
+    step = engine.step
+
+    def interrupted():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+
+
+def test_ctrl_c_waits_for_the_call_at_hand(monkeypatch):
+    engine = make_engine()
+    before = signal.getsignal(signal.SIGINT)
+    request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
+    with monkeypatch.context() as patch:
+        _interrupting(engine, patch)
+        run = engine.run()
+        assert next(run) == [request] and len(request.tokens) == 1
+        assert signal.getsignal(signal.SIGINT) == before
+        with pytest.raises(KeyboardInterrupt):
+            next(run)
+    finish(engine)
+    assert request.tokens == greedy(0)[0][0].tokens
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+    engine = make_engine()
+    engine.submit(PROMPTS[0], max_tokens=NEW)
+    _interrupting(engine, monkeypatch, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        next(engine.run())
+
+
+def test_ctrl_c_goes_to_whom_it_is_for(monkeypatch):
+    engine, came = make_engine(), []
+    engine.submit(PROMPTS[0], max_tokens=2, stop=())
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(1))
+    try:
+        _interrupting(engine, monkeypatch)
+        finish(engine)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert came == [1, 1]
+
+
+def test_other_threads_may_run_an_engine():
+    engine = make_engine()
+    request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
+    thread = threading.Thread(target=finish, args=(engine,))
+    thread.start()
+    thread.join()
+    assert request.tokens == greedy(0)[0][0].tokens
+
+
+def _fail(*_, **__):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+
+def test_out_of_memory_says_what_to_reduce(monkeypatch):
+    engine = make_engine()
+    requests = [engine.submit(x, max_tokens=NEW, stop=()) for x in PROMPTS]
+    for name in ("prefill", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, name, _fail)
+            with pytest.raises(MemoryError, match=r"GB \(num_rows = 4, num_positions"):
+                finish(engine)
+    finish(engine)
+    assert tokens(requests) == tokens(greedy(0)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "init_state", _fail)
+        with pytest.raises(MemoryError, match="prefill_tokens = 16"):
+            make_engine()
+
+
+def test_a_lost_state_is_told(monkeypatch, tmp_path):
+    engine = make_engine()
+    request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
+    engine.step()
+    decode = steps.decode
+
+    def broken(*args):
+        decode(*args)
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "decode", broken)
+        with pytest.raises(JaxRuntimeError, match="something else"):
+            engine.step()
+    for call in (engine.step, lambda: engine.save(tmp_path / "engine")):
+        with pytest.raises(RuntimeError, match="the engine's state was lost"):
+            call()
+    with pytest.raises(RuntimeError, match="the engine's state was lost"):
+        engine.cancel(request)
+    assert engine.requests == [request]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(num_rows=0), "num_rows must be an int >= 1; got 0"),
+        (dict(num_positions=2.5), "num_positions must be an int >= 1; got 2.5"),
+        (dict(max_stop=0), "max_stop must be an int >= 1"),
+        (dict(steps_per_call=None), "steps_per_call must be an int >= 1"),
+        (dict(prefill_tokens=15), "prefill_tokens must be >= 16; got 15"),
+        (dict(speculative=-1), "speculative must be >= 0"),
+        (dict(speculative=1.0), "speculative must be an int"),
+        (dict(recurrent_dtype="int8"), "recurrent_dtype must be one of float32"),
+    ],
+)
+def test_wrong_sizes_are_told(change, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=text):
+        make_engine(**change)
+
+
+def test_a_model_without_a_head_drafts_nothing():
+    with pytest.raises(ValueError, match="0 for a model with 0 MTP layers"):
+        Engine(*make(num_mtp_layers=0), speculative=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(prompt=[]), "prompt must be one token at least"),
+        (dict(prompt="Hello"), "prompt must be a list of token ids; got 'Hello'"),
+        (dict(prompt=5), "prompt must be a list of token ids; got 5"),
+        (dict(prompt=[1.5]), r"prompt must be a list of token ids; got \[1.5\]"),
+        (dict(prompt=[[1], [2, 3]]), "prompt must be a list of token ids"),
+        (dict(prompt=[1, 50, -1]), r"token ids in \[0, 50\); got \[50, -1\]"),
+        (dict(prompt=[1] * 80), r"at most num_positions = 96 in all; got 80 tokens, "),
+        (dict(max_tokens=0), "max_tokens must be an int >= 1; got 0"),
+        (dict(max_tokens=9.0), "max_tokens must be an int >= 1"),
+        (dict(temperature=-1.0), "temperature must be finite, >= 0"),
+        (dict(temperature=float("nan")), "temperature must be finite"),
+        (dict(temperature=float("inf")), "temperature must be finite"),
+        (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
+        (dict(top_p=1.1), r"top_p must be in \(0, 1\]"),
+        (dict(top_k=-1), "top_k must be in"),
+        (dict(top_k=0.5), "top_k must be an int"),
+        (dict(seed="1"), "seed must be an int; got '1'"),
+        (dict(stop=7), "stop must be a list of token ids; got 7"),
+        (dict(stop=[1, 2, 3, 4, 5]), "stop must be at most max_stop = 4; got 5 tokens"),
+        (dict(stop=[50]), r"stop must be token ids in \[0, 50\)"),
+    ],
+)
+def test_a_wrong_request_is_told(change, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    engine = make_engine()
+    with pytest.raises(ValueError, match=text):
+        engine.submit(**dict(prompt=[1], max_tokens=20) | change)
+    assert not engine.queue
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, np.array, jnp.array, lambda x: np.array(x, np.uint8)]
+)
+def test_prompts_of_any_kind(kind):
+    engine = make_engine()
+    request = engine.submit(kind([1, 2]), max_tokens=3, stop=kind([4]))
+    assert (request.prompt, request.stop) == ((1, 2), (4,))
+    assert {type(token) for token in request.prompt + request.stop} == {int}
