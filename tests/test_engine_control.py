@@ -105,7 +105,7 @@ def _interrupting(engine, monkeypatch, times=1):
     monkeypatch.setattr(engine, "step", interrupted)
 
 
-def test_ctrl_c_waits_for_the_call_at_hand(monkeypatch):
+def test_ctrl_c_waits_for_the_call_at_hand(monkeypatch, interruptible):
     engine = make_engine()
     before = signal.getsignal(signal.SIGINT)
     request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
@@ -120,12 +120,22 @@ def test_ctrl_c_waits_for_the_call_at_hand(monkeypatch):
     assert request.tokens == greedy(0)[0][0].tokens
 
 
-def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+def test_a_second_ctrl_c_does_not_wait(monkeypatch, interruptible):
     engine = make_engine()
     engine.submit(PROMPTS[0], max_tokens=NEW)
     _interrupting(engine, monkeypatch, times=2)
     with pytest.raises(KeyboardInterrupt):
         next(engine.run())
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on(monkeypatch, interruptible):
+    engine = make_engine()
+    request = engine.submit(PROMPTS[0], max_tokens=2, stop=())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _interrupting(engine, monkeypatch, times=2)
+    finish(engine)
+    assert len(request.tokens) == 2
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_ctrl_c_goes_to_whom_it_is_for(monkeypatch):

@@ -101,7 +101,7 @@ def test_arrays_are_prompts():
     assert _generate([np.array(x) for x in PROMPTS]) == _generate()
 
 
-def test_ctrl_c_comes_once_what_was_written_is_given():
+def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
     before, given = signal.getsignal(signal.SIGINT), []
     prefill = steps.prefill
 

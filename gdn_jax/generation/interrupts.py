@@ -9,17 +9,19 @@ from typing import Any
 class Interrupts:
     """While entered, the first SIGINT waits for `deliver`; a second interrupts at once.
 
-    Outside of the main thread, where Python delivers no signals, it does nothing.
+    Outside of the main thread, where Python delivers no signals, and in a process that
+    ignores it, as one started in a shell's background, it does nothing.
     """
 
     came: bool = False
     _before: Any = None
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGINT)
-        if self._before is not None:  # None: not Python's, which could not be put back
-            signal.signal(signal.SIGINT, self._note)
+        before = signal.getsignal(signal.SIGINT)
+        in_main = threading.current_thread() is threading.main_thread()
+        # None: not Python's, which could not be put back.
+        if in_main and before not in (None, signal.SIG_IGN):
+            self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(
