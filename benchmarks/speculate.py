@@ -1,7 +1,7 @@
 """Speculative decoding by the shipped model: python benchmarks/speculate.py
 
-Held-out documents are gone on with, plainly and with drafts of the model's own head, by
-engines that take turns. Writes results/<device>/speculate.json; runs on a CPU too.
+Held-out documents are gone on with, plainly and with drafts of the model's own head.
+Writes results/<device>/speculate.json; runs on a CPU too.
 """
 
 import dataclasses
@@ -81,10 +81,13 @@ def main(
     out: pathlib.Path | None = None,
 ) -> None:
     corpus = text.load(saved) if saved else text.corpus()
+    if not corpus.is_pinned:  # another's held-out part may have been trained on
+        raise SystemExit(f"--text: the text of Python {text.PINNED}, saved, is wanted.")
     asked = prompts(corpus)
     on_cpu = jax.default_backend() == "cpu"
     model, params = models.load(models.SMALL, dtype="float32" if on_cpu else None)
     result = header(f"{PROMPT} bytes of 8 held-out documents, {NEW} new bytes", ROUNDS)
+    result["text"] = dict(python=corpus.python, sha256=list(corpus.sha256))
     result["time"] = f"wall clock of decoding, median of {ROUNDS}"
     result["rows"], engines = [], {}
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")

@@ -55,6 +55,7 @@ def test_the_seed_decides():
         (["hello", "--batch", "-"], "exclude"),
         (["--batch", "-"], "no prompts"),
         (["--dtype", "int8"], "dtype"),
+        (["--dtype", "nothing"], "dtype must be one of float32"),
         (["--top-p", "0"], "top_p"),
         ([""], "one token at least"),
     ],

@@ -71,6 +71,21 @@ def test_speculative_greedy_is_plaingreedy(speculative):
     assert 1.3 < figures.mean_accepted < 0.9 * (1 + speculative)
 
 
+def test_attention_alone_takes_tokens_back():
+    """Without a recurrent layer there are no columns to be short of."""
+    model, params = make(layer_types=("full_attention",))
+    texts = [
+        write(
+            Engine(model, params, **SIZES, speculative=speculative),
+            PROMPTS[:2],
+            max_tokens=NEW,
+            stop=(),
+        )
+        for speculative in (0, 2)
+    ]
+    assert tokens(texts[0]) == tokens(texts[1])
+
+
 @pytest.mark.parametrize("speculative", [0, 2])
 def test_log_probabilities_are_the_models_own(speculative):
     requests = mixed(speculative)

@@ -12,6 +12,7 @@ from engines import (
     MIXED,
     NEW,
     PROMPTS,
+    SIZES,
     finish,
     greedy,
     make,
@@ -128,6 +129,21 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch, interruptible):
         next(engine.run())
 
 
+def test_ctrl_c_is_not_lost_where_the_loop_is_left(monkeypatch, interruptible):
+    engine = make_engine()
+    engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
+    _interrupting(engine, monkeypatch)
+    run = engine.run()
+    next(run)
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+
+
+def test_an_engine_keeps_the_parameters_it_was_given():
+    model, params = make()
+    assert Engine(model, params, **SIZES).params is params
+
+
 def test_a_process_that_ignores_ctrl_c_goes_on(monkeypatch, interruptible):
     engine = make_engine()
     request = engine.submit(PROMPTS[0], max_tokens=2, stop=())
@@ -239,6 +255,8 @@ def test_a_model_without_a_head_drafts_nothing():
         (dict(max_tokens=9.0), "max_tokens must be an int >= 1"),
         (dict(temperature=-1.0), "temperature must be finite, >= 0"),
         (dict(temperature=float("nan")), "temperature must be finite"),
+        (dict(temperature=None), "temperature must be a number; got None"),
+        (dict(top_p="abc"), "top_p must be a number; got 'abc'"),
         (dict(temperature=float("inf")), "temperature must be finite"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(top_p=1.1), r"top_p must be in \(0, 1\]"),

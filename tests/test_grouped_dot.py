@@ -178,6 +178,18 @@ def test_vmap_over_rows_and_weights(path):
         assert testing.relative_error(y[i], want) < testing.TOLERANCE["out", "float32"]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_launch_is_not_dropped_in_silence(implementation):
+    (x, weights, sizes), config = (
+        _inputs(*CASES[3]),
+        gdn_jax.GroupedDotConfig(16, 64, 32),
+    )
+    with pytest.raises(ValueError, match="config"):
+        gdn_jax.grouped_dot(
+            x, weights, sizes, implementation=implementation, config=config
+        )
+
+
 @pytest.mark.parametrize("split", ["rows", "columns"])
 def test_shards_equal_the_whole(split, path):
     """Of rows, each device with groups of its own; or of the weights' columns."""

@@ -121,6 +121,18 @@ def test_the_number_of_mtp_layers_has_three_names(key):
     assert read(**{key: 1}, mtp_layer_types=[FULL]).num_mtp_layers == 1
 
 
+def test_a_null_is_as_if_it_were_not_there():
+    nulls = dict(
+        full_attention_interval=None,
+        num_nextn_predict_layers=None,
+        attention_bias=None,
+    )
+    written = CONFIGS[0].to_hf()
+    assert Config.from_hf(written | nulls) == CONFIGS[0]
+    with pytest.raises(ValueError, match="unknown key 'novelty'"):
+        Config.from_hf(written | dict(novelty=None))
+
+
 def test_one_end_of_text_or_several():
     assert read(eos_token_id=4).eos_token_id == (4,)
     assert read(eos_token_id=[4, 6]).eos_token_id == (4, 6)

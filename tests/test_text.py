@@ -4,7 +4,6 @@ import json
 import pathlib
 import pydoc_data.topics
 import sysconfig
-import zipfile
 
 import numpy as np
 import pytest
@@ -196,7 +195,7 @@ def test_another_file_is_told(tmp_path):
         text.load(path)
     text.save(text.Corpus(b"first" * 9, b"second", "3.99.0"), path)
     path.write_bytes(path.read_bytes().replace(b"firstfirst", b"First,last"))
-    with pytest.raises(zipfile.BadZipFile):
+    with pytest.raises(ValueError, match="damaged"):
         text.load(path)
 
 

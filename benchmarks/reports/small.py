@@ -1,4 +1,7 @@
-"""The shipped model: its loss curve, and its bits per byte beside the baseline's."""
+"""The shipped model: its loss curve, and its bits per byte beside the baseline's.
+
+small.json is the curve.json that its run left, with the date and the commit beside.
+"""
 
 import json
 import pathlib
@@ -34,7 +37,8 @@ def small(result: dict, folder: pathlib.Path) -> dict[str, str]:
         "",
         f"Text of Python {result['python']}, {baseline['train']['bytes']:,} bytes to "
         f"train on; {recipe['steps']} steps of {recipe['batch']} windows of "
-        f"{recipe['length']} bytes, seed {recipe['seed']}.",
+        f"{recipe['length']} bytes in {result['dtype']} (`--dtype {result['dtype']}`), "
+        f"seed {recipe['seed']}, on an {result['device']}; held-out text in float32.",
     ]
     return {"small": "\n".join(lines)}
 

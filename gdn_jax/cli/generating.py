@@ -52,18 +52,22 @@ def generate(
     ] = None,
 ) -> None:
     """Writes text behind a prompt, by the shipped model or a checkpoint."""
+    # Here, since Flax takes a second that `check` and `info` need not wait.
+    from gdn_jax.generation.api import prompt_seed
+
     seconds = Seconds()
     try:
         prompts = _prompts(prompt, batch, is_shipped=model is None)
-        with notes.status("loading"):
-            network, params, tokenizer = _load(model, dtype)
-            tokens = [tokenizer.encode(text) for text in prompts]
-            engine = _engine(network, params, tokens, max_tokens, speculative)
+        network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
+        tokens = [tokenizer.encode(text) for text in prompts]
+        engine = _engine(network, params, tokens, max_tokens, speculative)
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
         with notes.status("compiling"):
             _warm_up(engine, tokens, max_tokens, asked)
         requests = [
-            engine.submit(prompt, max_tokens=max_tokens, seed=seed + i, **asked)
+            engine.submit(
+                prompt, max_tokens=max_tokens, seed=prompt_seed(seed, i), **asked
+            )
             for i, prompt in enumerate(tokens)
         ]
         if len(requests) == 1:
@@ -118,7 +122,6 @@ def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[st
 def _load(
     folder: pathlib.Path | None, dtype: str | None
 ) -> "tuple[Any, Any, Tokenizer]":
-    # Here, since Flax takes a second that no other command needs.
     import jax
 
     from gdn_jax import models
@@ -148,7 +151,8 @@ def _engine(
 def _warm_up(
     engine: "Engine", prompts: list[list[int]], max_tokens: int, asked: dict[str, Any]
 ) -> None:
-    """Compiles what the texts need, so that the figures are of their work alone."""
+    """Compiles what prompts that are read at once need, so that the figures are of
+    their work alone; of more, other lengths may still be compiled on the way."""
     for prompt in prompts[: engine.sizes.num_rows]:
         engine.submit(prompt, max_tokens=min(2, max_tokens), stop=(), **asked)
     for _ in engine.run():

@@ -22,7 +22,7 @@ def train(
             help="A text saved by gdn_jax.training.text.save. Default: this Python's."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=2)] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows of a step.")] = None,
     length: Annotated[
         int | None, typer.Option(min=1, help="Bytes of a window.")
@@ -35,7 +35,7 @@ def train(
     ] = 500,
 ) -> None:
     """Trains the small byte-level model that `gdn-jax generate` uses by default."""
-    # Here, since they bring Flax and optax, which no other command needs.
+    # Here, since Flax and optax take seconds that `check` and `info` need not wait.
     from gdn_jax.training import kneser_ney, run
     from gdn_jax.training import text as texts
     from gdn_jax.training.recipe import SMALL, Recipe
@@ -70,7 +70,7 @@ def train(
                 save_every=save_every,
                 dtype=dtype,
             )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     baseline = kneser_ney.bits_per_byte(corpus.train, corpus.held_out)

@@ -94,7 +94,7 @@ class Engine:
             self.state: EngineState = init_state(model, sizes)
 
     def _begin(self, model: Model, params: Any, sizes: Sizes) -> None:
-        self.model, self.params, self.sizes = model, {"params": params}, sizes
+        self.model, self.params, self.sizes = model, params, sizes
         self.queue: collections.deque[Request] = collections.deque()
         self.running: dict[int, Request] = {}
         self.figures = Figures()
@@ -183,8 +183,10 @@ class Engine:
         while self.queue or self.running:
             with Interrupts() as interrupts:
                 changed = self.step()
-            yield changed
-            interrupts.deliver()
+            try:
+                yield changed
+            finally:  # also where the caller leaves its loop here
+                interrupts.deliver()
 
     def step(self) -> list[Request]:
         """One call of the device: a piece of prompts if any is unread, else a block.
@@ -300,7 +302,8 @@ class Engine:
         """Nothing on the host changes before the call is known to have succeeded."""
         self._check_state()
         with self._memory_errors():
-            state, emitted = function(self.model, self.params, self.state, *args)
+            variables = {"params": self.params}
+            state, emitted = function(self.model, variables, self.state, *args)
             emitted = jax.device_get(emitted)
         self.state = state
         return emitted

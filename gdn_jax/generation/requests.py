@@ -99,6 +99,14 @@ def token_ids(name: str, tokens: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids.tolist())
 
 
+def _number(name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        checks.fail(name, repr(x), "a number", "Convert it first.")
+        raise
+
+
 def check_request(
     number: int,
     prompt: Any,
@@ -116,8 +124,8 @@ def check_request(
         number,
         token_ids("prompt", prompt, vocab_size),
         integer("max_tokens", max_tokens),
-        float(temperature),
-        float(top_p),
+        _number("temperature", temperature),
+        _number("top_p", top_p),
         integer("top_k", top_k),
         integer("seed", seed),
         tuple(dict.fromkeys(token_ids("stop", stop, vocab_size))),

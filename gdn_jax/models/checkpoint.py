@@ -207,12 +207,7 @@ def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
             rules.canonical(x.name): files.DTYPES.get(x.dtype) for x in folder.tensors
         }
         dtype = names.get("model.embed_tokens.weight") or "float32"
-    dtype = np.dtype(dtype)
-    if dtype.name not in checks.FLOATS:
-        checks.fail(
-            "dtype", dtype, f"one of {', '.join(checks.FLOATS)}", "None: as saved."
-        )
-    return dtype
+    return checks.float_dtype("dtype", dtype, "None: as saved.")
 
 
 def _eos_token_id(path: pathlib.Path) -> tuple[int, ...]:

@@ -58,6 +58,13 @@ HINTS = dict(
     quantization_config="quantised weights are not read, take them in bfloat16"
 )
 ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
+# Read besides Config's own fields.
+OTHER_KEYS = (
+    "num_hidden_layers",
+    "full_attention_interval",
+    "mtp_layer_types",
+    "rope_parameters",
+)
 # Rope over a picture's axes; for text the three positions are one.
 ROPE_INERT = frozenset(("mrope_section", "mrope_interleaved"))
 
@@ -184,12 +191,16 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     if text is None:
         return outer
     outer.pop("model_type", None)
-    return dict(text) | outer
+    return dict(text) | {k: v for k, v in outer.items() if v is not None}
 
 
 def _fields(config: dict[str, Any]) -> dict[str, Any]:
     """A Config's fields; every fault of the file is in one error."""
+    known = {field.name: field for field in dataclasses.fields(Config)}
     config = {k: v for k, v in config.items() if k not in INERT}
+    # A null says what leaving the key out says, but where no key is known.
+    read = {*known, *FIXED, *MTP_KEYS, *ROPE_KEYS, *OTHER_KEYS}
+    config = {k: v for k, v in config.items() if v is not None or k not in read}
     faults = []
     for key, allowed in FIXED.items():
         if (value := config.pop(key, allowed[0])) not in allowed:
@@ -207,12 +218,11 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     mtp = {config.pop(key) for key in MTP_KEYS if key in config}
     if len(mtp) > 1:
         faults.append(f"{' and '.join(MTP_KEYS)} differ: {sorted(mtp)}")
-    fields["num_mtp_layers"] = max(mtp, default=0) or 0
-    known = {field.name: field for field in dataclasses.fields(Config)}
+    fields["num_mtp_layers"] = max(mtp, default=0)
     for key, value in config.items():
         if key not in known:
             faults.append(f"unknown key {key!r} ({HINTS.get(key, repr(value))})")
-        elif value is not None:
+        else:
             fields[key] = as_tuple(value) if "tuple" in str(known[key].type) else value
     missing = [
         name

@@ -190,8 +190,8 @@ class Model(nn.Module):
 
     def _embedded(self, tokens: Array) -> Array:
         """Rows of the table in its own dtype, cast afterwards: so gradients are added
-        up in that dtype, and in bfloat16, where many tokens are the same, a GPU takes
-        a hundred times as long."""
+        up in that dtype, which in bfloat16, where many tokens are the same, costs a
+        GPU far more than all the rest."""
         table = self.embed.embedding
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
 

@@ -29,12 +29,13 @@ class ModelState(NamedTuple):
     length: Array
 
     @property
-    def columns(self) -> int:
-        """S: recurrent states a sequence."""
+    def columns(self) -> int | None:
+        """S: recurrent states a sequence; None without a recurrent layer, where any
+        number of tokens can be taken back."""
         for layer in self.layers:
             if isinstance(layer, GatedDeltaNetState):
                 return layer.recurrent.shape[0] // self.length.shape[0]
-        return 1
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,7 @@ def find_tokens(
         if state is None:
             checks.fail("state", "None", f"given with {name}", "See model.init_state.")
         if name == "has_state":
-            table = jnp.asarray(table)
-            if table.dtype != jnp.bool_:
-                checks.fail(name, table.dtype, "bool", "Compare it first, as in x > 0.")
+            table = checks.booleans(name, table)
         else:
             table = checks.integers(name, table)
         if table.shape != (N,):
@@ -105,7 +104,7 @@ def find_tokens(
     if rows is None and N != P:
         remedy = "Give rows, which say which of the state's each is."
         checks.fail("tokens", f"{N} sequences", f"{P}, as the state has", remedy)
-    if num_accepted is not None and T > S:
+    if num_accepted is not None and S is not None and T > S:
         remedy = "Make the state with init_state(.., drafts=T - 1)."
         checks.fail("tokens", f"T = {T}", f"at most S = {S} with num_accepted", remedy)
     start = state.length if rows is None else state.length[tables["rows"]]

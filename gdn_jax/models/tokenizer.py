@@ -20,7 +20,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Special tokens are left out; bytes that are no character become U+FFFD."""
+        """Special tokens of a tokenizer.json are left out; bytes that are no character
+        become U+FFFD."""
         ...
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:

@@ -65,8 +65,7 @@ class GatedAttention(nn.Module):
 
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                checks.fail(name, getattr(self, name), ">= 1", "It is an axis.")
+            checks.count(name, getattr(self, name), "It is an axis.")
         if self.num_heads % self.num_kv_heads:
             wanted = f"a multiple of num_kv_heads = {self.num_kv_heads}"
             remedy = "Each head of k and v serves as many heads of q."
@@ -117,6 +116,11 @@ class GatedAttention(nn.Module):
           y: like x, in `dtype`.
           cache: with the tokens' keys and values; None if that was None.
         """
+        if cache is None:
+            for name, table in (("rows", rows), ("num_tokens", num_tokens)):
+                if table is not None:
+                    remedy = "Make one with init_cache."
+                    checks.fail("cache", "None", f"given with {name}", remedy)
         N, T, _ = x.shape
         first = jnp.zeros((1,), jnp.int32) if start is None else start
         positions = first[:, None] + jnp.arange(T, dtype=jnp.int32)

@@ -164,8 +164,7 @@ def _check_fields(layer: MixtureOfExperts) -> None:
         "expert_size",
         "shared_size",
     ):
-        if getattr(layer, name) < 1:
-            checks.fail(name, getattr(layer, name), ">= 1", "It is a size.")
+        checks.count(name, getattr(layer, name), "It is a size.")
     if layer.experts_per_token > layer.num_experts:
         wanted = f"at most num_experts = {layer.num_experts}"
         remedy = "A token takes an expert once."
@@ -179,9 +178,7 @@ def _check_tokens(x: Any, live: Any, hidden_size: int) -> tuple[Array, Array | N
         checks.fail("x", x.shape, f"[..., {hidden_size}]", remedy)
     if live is None:
         return x, None
-    live = jnp.asarray(live)
-    if live.dtype != jnp.bool_:
-        checks.fail("live", live.dtype, "bool", "Compare it first, as in x > 0.")
+    live = checks.booleans("live", live)
     if live.shape != x.shape[:-1]:
         checks.fail("live", live.shape, f"{x.shape[:-1]}", "One entry a token.")
     return x, live

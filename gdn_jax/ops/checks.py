@@ -40,6 +40,13 @@ def integers(name: str, x: Any) -> Array:
     return jnp.asarray(x)
 
 
+def booleans(name: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if x.dtype != jnp.bool_:
+        fail(name, x.dtype, "bool", "Compare it first, as in x > 0.")
+    return x
+
+
 def _integers_of_list(x: Any) -> np.ndarray | Array:
     """int32 where that holds every number, whatever width JAX's own default has."""
     try:
@@ -111,10 +118,7 @@ def tables(slots: Any, cu_seqlens: Any, num_accepted: Any, has_state: Any) -> Ba
         return None if x is None else integers(name, x)
 
     if has_state is not None:
-        has_state = jnp.asarray(has_state)
-        if has_state.dtype != jnp.bool_:
-            remedy = "Compare it first, as in x > 0."
-            fail("has_state", has_state.dtype, "bool", remedy)
+        has_state = booleans("has_state", has_state)
     return Batch(
         table("slots", slots),
         table("cu_seqlens", cu_seqlens),

@@ -38,8 +38,8 @@ class Recipe:
       learning_rate: the highest, behind a linear warmup and before a cosine to zero.
       warmup: share of the steps.
       weight_decay: of matrices.
-      weight_drop: share of each matrix's entries that a step leaves out (Wan et al.,
-        "DropConnect", ICML 2013): the text is small enough to be learned by heart.
+      weight_drop: share of each projection's entries that a step leaves out (Wan et
+        al., "DropConnect", ICML 2013): the text is small enough to be learned by heart.
       averaging: share of the running average of parameters that a step keeps.
       drafts: how many tokens ahead the multi-token prediction head learns.
       draft_weight: of its losses, each step's half of the one's before.

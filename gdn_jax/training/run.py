@@ -12,6 +12,7 @@ import numpy as np
 
 from gdn_jax import _trees, models
 from gdn_jax.models import Config, Model
+from gdn_jax.ops import checks
 from gdn_jax.training import train
 from gdn_jax.training.recipe import Recipe
 from gdn_jax.training.text import Corpus
@@ -51,8 +52,15 @@ def run(
       per byte, and the bits per byte of the held-out text by the model as saved.
 
     Raises:
-      ValueError: the folder has a run of another recipe, text or model.
+      ValueError: the folder has a run of another recipe, text or model; or the text is
+        shorter than a window.
     """
+    checks.float_dtype("dtype", dtype, "It is the activations'.")
+    window = recipe.length + 1 + recipe.drafts
+    if len(corpus.train) < window:
+        remedy = "Take a longer text or shorter windows."
+        got, wanted = f"{len(corpus.train)} bytes", f"at least a window, {window} bytes"
+        checks.fail("corpus.train", got, wanted, remedy)
     model = Model(config, dtype=dtype)
     state = train.init(model, recipe)
     curve: dict[str, Any] = dict(
@@ -104,7 +112,7 @@ def finish(
     folder: pathlib.Path,
     curve: dict[str, Any],
 ) -> dict[str, Any]:
-    """Saves the averaged parameters and measures them as a user will load them."""
+    """Saves the averaged parameters, and measures them as saved, in float32."""
     half = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, state.average
     )

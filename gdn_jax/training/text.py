@@ -144,8 +144,7 @@ def load(path: str | os.PathLike[str]) -> Corpus:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not one of `save`'s.
-      zipfile.BadZipFile: it is damaged.
+      ValueError: it is not one of `save`'s, or damaged.
     """
     wanted = "text that gdn_jax.training.text.save wrote"
     remedy = "Write it anew."
@@ -153,14 +152,17 @@ def load(path: str | os.PathLike[str]) -> Corpus:
         if not zipfile.is_zipfile(file):
             checks.fail(str(path), "another kind of file", wanted, remedy)
         file.seek(0)
-        archive = np.load(file)
-        if {"train", "held_out", "python"} - set(archive):
-            checks.fail(str(path), f"arrays {list(archive)}", wanted, remedy)
-        return Corpus(
-            archive["train"].tobytes(),
-            archive["held_out"].tobytes(),
-            str(archive["python"]),
-        )
+        try:
+            archive = np.load(file)
+            if {"train", "held_out", "python"} - set(archive):
+                checks.fail(str(path), f"arrays {list(archive)}", wanted, remedy)
+            return Corpus(
+                archive["train"].tobytes(),
+                archive["held_out"].tobytes(),
+                str(archive["python"]),
+            )
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is damaged ({error}). {remedy}") from None
 
 
 def _sections() -> Iterator[Document]:

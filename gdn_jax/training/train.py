@@ -15,7 +15,9 @@ import optax
 from jax import Array
 
 from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
 from gdn_jax.training.recipe import Recipe
+from gdn_jax.training.text import SEPARATOR
 
 
 class TrainState(NamedTuple):
@@ -148,7 +150,10 @@ def losses_of(
 
 
 def drop_weights(params: Any, share: float, key: Array) -> Any:
-    """Matrices with a share of their entries at zero, the rest larger for it."""
+    """Kernels of projections with a share of their entries at zero, the rest larger for
+    it."""
+    if not share:
+        return params
     named, structure = jax.tree_util.tree_flatten_with_path(params)
 
     def drop(number: int, path: Any, x: Array) -> Array:
@@ -160,19 +165,21 @@ def drop_weights(params: Any, share: float, key: Array) -> Any:
         return jnp.where(kept, x / (1 - share), 0)
 
     dropped = [drop(i, path, x) for i, (path, x) in enumerate(named)]
-    return jax.tree.unflatten(structure, dropped) if share else params
+    return jax.tree.unflatten(structure, dropped)
 
 
 def bits_per_byte(
-    model: Model, params: Any, text: bytes, *, length: int = 2048, batch: int = 8
+    model: Model, params: Any, text: bytes, *, stride: int = 1024, batch: int = 8
 ) -> float:
     """Bits per byte of a text that begins behind a separator.
 
-    Windows of `length` bytes overlap by half: a byte is predicted from length / 2 bytes
-    at least, but near the text's beginning, where from all before it.
+    Windows of two strides overlap by one: a byte is predicted from `stride` bytes at
+    least, but near the text's beginning, where from all before it.
     """
-    separated = jnp.frombuffer(b"\0" + text, jnp.uint8).astype(jnp.int32)
-    stride = length // 2
+    if not text:
+        checks.fail("text", "nothing", "one byte at least", "It is a mean over them.")
+    separated = jnp.frombuffer(SEPARATOR + text, jnp.uint8).astype(jnp.int32)
+    length = 2 * stride
     count = max(1, -(-(len(text) - stride) // stride))
     count = -(-count // batch) * batch
     padded = jnp.pad(separated, (0, (count + 1) * stride + 1 - separated.shape[0]))

@@ -75,9 +75,8 @@ def grouped_dot(
         [[0.0, 1.0], [2.0, 3.0], [40.0, 50.0]]
     """
     _dispatch.check_name(implementation)
+    _dispatch.check_config(config, GroupedDotConfig, implementation)
     inputs, options = _pack(x, weights, group_sizes, out_dtype)
-    if config is not None and not isinstance(config, GroupedDotConfig):
-        raise ValueError(f"config must be a GroupedDotConfig or None; got {config!r}.")
     # whatever one input is split over by shard_map, gradients of all come back over
     inputs = Inputs(*(_triton.varying_like(array, inputs) for array in inputs))
     return _dispatch.run(_paths(inputs, options, config), implementation)
