@@ -71,28 +71,30 @@ class Problem:
         return max(2, -(-4 * L2_BYTES // self.moved_bytes))
 
 
-class Unfused(nn.GatedDeltaNet):
-    """The layer with its gates in a launch of their own."""
+def unfused_update(layer, state, channels, a, b, tables, path, implementation):
+    """A layer's update with its gates in a launch of their own."""
+    del path
+    log_decay, beta = gdn_jax.gates(
+        layer.A_log,
+        a,
+        b,
+        layer.dt_bias,
+        allow_neg_eigval=layer.allow_neg_eigval,
+        gate_lower_bound=layer.gate_lower_bound,
+        implementation=implementation,
+    )
+    return gdn_jax.recurrent_update(
+        state,
+        *layer.heads.split(channels),
+        log_decay,
+        beta,
+        implementation=implementation,
+        **tables.recurrent,
+    )
 
-    def update(self, state, channels, a, b, tables, path, implementation):
-        del path
-        log_decay, beta = gdn_jax.gates(
-            self.A_log,
-            a,
-            b,
-            self.dt_bias,
-            allow_neg_eigval=self.allow_neg_eigval,
-            gate_lower_bound=self.gate_lower_bound,
-            implementation=implementation,
-        )
-        return gdn_jax.recurrent_update(
-            state,
-            *self.heads.split(channels),
-            log_decay,
-            beta,
-            implementation=implementation,
-            **tables.recurrent,
-        )
+
+class Unfused(nn.GatedDeltaNet):
+    update = unfused_update
 
 
 def make_layer(problem: Problem, cls: type = nn.GatedDeltaNet, dtype: Any = None):

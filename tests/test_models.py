@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gdn_jax import models, testing
+from gdn_jax.nn.attention import KVCache
 
 SIZES = dict(
     vocab_size=50,
@@ -70,7 +71,7 @@ class Kind:
     def poisoned(self):
         """A state that nothing may read."""
         state = self.model.init_state(P, M, drafts=S - 1)
-        layers = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.layers)
+        layers = tuple(poison(layer) for layer in state.layers)
         return models.ModelState(layers, state.length + 7)
 
     def prefill(self, **options):
@@ -98,6 +99,14 @@ make = functools.cache(Kind)
 @pytest.fixture(params=CONFIGS)
 def kind(request):
     return make(request.param)
+
+
+def poison(layer):
+    """Values of a cache are finite, whatever a sequence was; see `KVCache`."""
+    spoiled = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), layer)
+    if isinstance(layer, KVCache):
+        spoiled = spoiled._replace(v=jnp.full_like(layer.v, 1e30))
+    return spoiled
 
 
 def bits(state, rows):
@@ -191,7 +200,7 @@ def test_drafts_in_rows_are_those_of_whole_sequences():
     hidden, _ = kind.call(kind.tokens, method="hidden")
     want, _ = kind.call(kind.tokens[:, 1:], hidden[:, :-1], method="draft")
     cache = kind.model.init_draft_cache(P, M)
-    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    cache = tuple(poison(layer) for layer in cache)
     start = jnp.zeros(N, jnp.int32)
     for counted in (LENGTHS, np.array([7, 0, 12])):
         at = start[:, None] + jnp.arange(T)

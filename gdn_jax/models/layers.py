@@ -62,6 +62,7 @@ class DecoderLayer(nn.Module):
                 start=tokens.start,
                 rows=tokens.rows,
                 num_tokens=tokens.num_tokens,
+                implementation=self.implementation,
             )
         if state is None:
             return self.mixer(x, implementation=self.implementation)[0], None

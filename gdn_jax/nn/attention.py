@@ -13,14 +13,17 @@ from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.projections import Matrices, flat
 from gdn_jax.nn.rope import rotate
 from gdn_jax.ops import checks
+from gdn_jax.ops.cached_attention.api import cached_attention, why_not
+from gdn_jax.ops.cached_attention.call import Inputs
 
 
 class KVCache(NamedTuple):
     """Keys and values of earlier tokens, a row for each sequence.
 
     Attributes:
-      k, v: [P, M, heads, head_dim]; M positions, of which a row's tokens fill the
-        first.
+      k, v: [P, heads, M, head_dim]; M positions, of which a row's tokens fill the
+        first. v is finite: a value that is not is kept as 0, and its key as NaN, which
+        reaches those that attend to it and no others.
     """
 
     k: Array
@@ -47,8 +50,9 @@ class GatedAttention(nn.Module):
       dtype: of everything but norms, rope and softmax, which are float32 inside.
       param_dtype: of parameters.
       kernel_init: of the projections.
-      attention: `implementation` of `jax.nn.dot_product_attention`, None, "xla" or
-        "cudnn".
+      attention: `implementation` of `jax.nn.dot_product_attention`, "xla" or "cudnn";
+        then it is also what attends to a cache. None: its own choice, and a kernel that
+        reads no more of a cache than is filled.
     """
 
     hidden_size: int
@@ -95,6 +99,7 @@ class GatedAttention(nn.Module):
         start: Array | None = None,
         rows: Array | None = None,
         num_tokens: Array | None = None,
+        implementation: str | None = None,
     ) -> tuple[t.Hidden, KVCache | None]:
         """Each token attends to itself and to those before it: (y, cache).
 
@@ -109,6 +114,8 @@ class GatedAttention(nn.Module):
             n.
           num_tokens: [N] int32, how many of the T tokens count; the others are not kept
             and their y means nothing. None: all.
+          implementation: of attention to a cache, as in `fused_update`. The kernel is
+            for a few tokens of a 16-bit dtype; other calls are XLA's whatever it says.
 
         A token past the cache's M positions is not kept.
 
@@ -126,23 +133,19 @@ class GatedAttention(nn.Module):
         positions = first[:, None] + jnp.arange(T, dtype=jnp.int32)
         q, k, v, gate = self._project(x, positions)
         if cache is None:
-            out = self._attend(q, k, v, is_causal=True)
+            out = jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=self.attention
+            )
         else:
             positions = jnp.broadcast_to(positions, (N, T))
             cache = _write(cache, k, v, positions, rows, num_tokens)
-            k, v = cache if rows is None else (side[rows] for side in cache)
-            entries = jnp.arange(k.shape[1], dtype=jnp.int32)
-            # a weight of zero does not keep out a NaN that a former sequence left
-            end = first + (T if num_tokens is None else num_tokens)
-            v = jnp.where((entries < end[:, None])[..., None, None], v, 0)
-            reached = entries <= positions[..., None]
-            out = self._attend(q, k, v, mask=reached[:, None])
+            out = self._attend_to(cache, q, rows, positions[:, 0], implementation)
         return self.out(flat(out * jax.nn.sigmoid(gate))), cache
 
     @nn.nowrap
     def init_cache(self, num_rows: int, num_positions: int) -> KVCache:
         """An empty cache: P rows with room for M positions each."""
-        shape = (num_rows, num_positions, self.num_kv_heads, self.head_dim)
+        shape = (num_rows, self.num_kv_heads, num_positions, self.head_dim)
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, ...]:
@@ -154,9 +157,20 @@ class GatedAttention(nn.Module):
         q = rotate(self.q_norm(q), positions, **rope)
         return q, rotate(self.k_norm(k), positions, **rope), v, gate
 
-    def _attend(self, q: Array, k: Array, v: Array, **masking: Any) -> Array:
-        return jax.nn.dot_product_attention(
-            q, k, v, implementation=self.attention, **masking
+    def _attend_to(
+        self,
+        cache: KVCache,
+        q: Array,
+        rows: Array | None,
+        start: Array,
+        implementation: str | None,
+    ) -> Array:
+        call = Inputs(q, *cache, rows, start)
+        wants_kernel = implementation in ("triton", "interpret")
+        if wants_kernel and why_not(call, self.attention) is not None:
+            implementation = None
+        return cached_attention(
+            call, attention=self.attention, implementation=implementation
         )
 
 
@@ -168,14 +182,18 @@ def _write(
     rows: Array | None,
     num_tokens: Array | None,
 ) -> KVCache:
+    """Heads before positions, as products over a head read them."""
     N, T = positions.shape
     if rows is None:
         rows = jnp.arange(N, dtype=jnp.int32)
     if num_tokens is not None:
         kept = jnp.arange(T, dtype=jnp.int32) < num_tokens[:, None]
-        positions = jnp.where(kept, positions, cache.k.shape[1])  # out of it: dropped
-    where = rows[:, None], positions
+        positions = jnp.where(kept, positions, cache.k.shape[2])  # out of it: dropped
+    where = rows[:, None], slice(None), positions
+    # A weight of zero does not keep out a NaN that a former sequence left; a mask does.
+    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    is_finite = jnp.isfinite(v)
+    k, v = jnp.where(is_finite, k, jnp.nan), jnp.where(is_finite, v, 0)
     return KVCache(
-        cache.k.at[where].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[where].set(v.astype(cache.v.dtype), mode="drop"),
+        cache.k.at[where].set(k, mode="drop"), cache.v.at[where].set(v, mode="drop")
     )

@@ -1,0 +1,384 @@
+"""Decoding by whole models: python benchmarks/generate.py [--model M]
+
+A block of steps of `gdn_jax.Engine`, plain and speculative, of models in the geometry of
+Qwen3.5 and of as many layers of Qwen3-Next as fit one GPU: fused against unfused update
+in turns, beside the time that reading and writing the least bytes takes. Weights are
+random, so which drafts stand is a pattern that no weights have a say in.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import typer
+from common import RESULTS, console, header, need_gpu
+from flax.linen import meta
+from layer import unfused_update
+from rich.progress import track
+from rich.table import Table
+
+from gdn_jax import models, timing
+from gdn_jax.generation import speculative, steps
+from gdn_jax.generation.sizes import Sizes
+from gdn_jax.generation.state import EngineState, init_state
+from gdn_jax.nn import GatedDeltaNet
+
+CONTEXT, ROOM = 1024, 2048  # tokens that each row has read, positions it has room for
+STEPS, ROUNDS = 16, 7  # of a block; blocks that are timed
+SPARE = 0.97  # of the device's memory, what may be taken
+BATCHES = (1, 8, 64, 256)
+DRAFTS = (0, 1, 3)
+STATES = ("float32", "bfloat16")
+INPUTS = (
+    f"normal weights, states and caches; {CONTEXT} tokens read, room for {ROOM}; "
+    "greedy; of the tokens of a speculative step 1, 2, .. 1 + drafts stand in turn"
+)
+
+
+def geometry(hidden: int, layers: int, heads: int, kv_heads: int, **others: Any):
+    kinds = ("linear_attention",) * 3 + ("full_attention",)
+    return models.Config(
+        hidden_size=hidden,
+        layer_types=kinds * (layers // 4),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rope_theta=1e7,
+        num_mtp_layers=1,
+        **others,
+    )
+
+
+dense = functools.partial(geometry, model_type="qwen3_5_text", vocab_size=248320)
+MODELS = {
+    "Qwen3.5-4B": dense(
+        2560, 32, 16, 4, intermediate_size=9216, tie_word_embeddings=True
+    ),
+    "Qwen3.5-9B": dense(4096, 32, 16, 4, intermediate_size=12288),
+    "Qwen3.5-27B": dense(
+        5120, 64, 24, 4, intermediate_size=17408, linear_num_value_heads=48
+    ),
+    "Qwen3-Next-80B-A3B, 36 of 48 layers": geometry(
+        2048,
+        36,
+        16,
+        2,
+        model_type="qwen3_next",
+        vocab_size=151936,
+        num_experts=512,
+        num_experts_per_tok=10,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    model: str
+    rows: int
+    drafts: int
+    state_dtype: str
+
+    @property
+    def config(self) -> models.Config:
+        return MODELS[self.model]
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.rows, ROOM, self.drafts, STEPS, ROOM, 1, self.state_dtype)
+
+    @property
+    def tokens_a_step(self) -> float:
+        return 1 + self.drafts / 2
+
+    @property
+    def num_linear(self) -> int:
+        return self.config.layer_types.count("linear_attention")
+
+
+def make_model(config: models.Config) -> models.Model:
+    return models.Model(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+
+@functools.cache
+def param_shapes(config: models.Config) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(make_model(config).init, jax.random.key(0), tokens)
+    return meta.unbox(shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def random_like(tree: Any, seed: int) -> Any:
+    """Normal numbers in every floating leaf, an array at a time; the rest as it is."""
+    key = jax.random.key(seed, impl="unsafe_rbg")
+    leaves, structure = jax.tree.flatten(tree)
+    made = [
+        _normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, made)
+
+
+def num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def state_shapes(point: Point) -> EngineState:
+    return jax.eval_shape(lambda: init_state(make_model(point.config), point.sizes))
+
+
+def make_state(point: Point) -> EngineState:
+    """Every row has read CONTEXT tokens and goes on for ever."""
+    state = jax.jit(lambda: init_state(make_model(point.config), point.sizes))()
+    state = state._replace(
+        model=random_like(state.model, 1),
+        token=jnp.arange(point.rows, dtype=jnp.int32),
+        is_active=jnp.ones_like(state.is_active),
+        rows=state.rows._replace(limit=jnp.full_like(state.rows.limit, 2**30)),
+        num_accepted=1 + jnp.arange(point.rows, dtype=jnp.int32) % (1 + point.drafts),
+    )
+    if state.drafts is not None:
+        cache = random_like(state.drafts.cache, 2)
+        state = state._replace(drafts=state.drafts._replace(cache=cache))
+    return rewind(state)
+
+
+def rewind(state: EngineState) -> EngineState:
+    """To where every row has CONTEXT tokens, so that each block reads as many."""
+    length = jnp.full_like(state.position, CONTEXT)
+    return state._replace(
+        model=state.model._replace(length=length), position=length + 1
+    )
+
+
+def least_bytes(point: Point) -> dict[str, float]:
+    """Of a step, by what they are: each weight that is used once a pass, keys and values
+    of the tokens read, states in and out. Experts: those that tokens which choose evenly
+    choose, on average."""
+    config, N, T = point.config, point.rows, 1 + point.drafts
+    params = param_shapes(config)["params"]
+    state = state_shapes(point)
+
+    def used(tree: Any, tokens: int) -> float:
+        """Bytes of a part of the model that reads so many tokens."""
+        total = 0.0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            share = 1.0
+            if "experts" in jax.tree_util.keystr(path):
+                unused = 1 - config.num_experts_per_tok / config.num_experts
+                share = 1 - unused**tokens
+            total += share * leaf.size * leaf.dtype.itemsize
+        return total
+
+    head = num_bytes(params["embed" if config.tie_word_embeddings else "head"])
+    weights = used({k: v for k, v in params.items() if k.startswith("layers")}, N * T)
+    weights += head
+    kv = recurrent = 0.0
+    for kind, layer in zip(config.layer_types, state.model.layers, strict=True):
+        if kind == "full_attention":
+            kv += num_bytes(layer) * CONTEXT / ROOM
+        else:
+            # of T states one is read and T are written; so are the inputs of filters
+            recurrent += num_bytes(layer.recurrent) * (1 + T) / T
+            recurrent += 2 * num_bytes(layer.conv.buffer)
+    if state.drafts is not None:
+        weights += used(params["mtp"], N * T) + head
+        weights += (point.drafts - 1) * (used(params["mtp"], N) + head)
+        kv += point.drafts * num_bytes(state.drafts.cache) * CONTEXT / ROOM
+    return {"weights": weights, "kv": kv, "state": recurrent}
+
+
+def unfused(call, args, keywords, context):
+    """The layers' update in two launches."""
+    if isinstance(context.module, GatedDeltaNet) and context.method_name == "update":
+        return unfused_update(context.module, *args, **keywords)
+    return call(*args, **keywords)
+
+
+def in_turn(model, params, state, emitted):
+    """A speculative step after which as many tokens stand as the pattern says."""
+    stand = state.num_accepted % (1 + state.drafts.tokens.shape[1]) + 1
+
+    def accept(*args, **keywords):
+        return stand, speculative_accept(*args, **keywords)[1]
+
+    with mock.patch.object(speculative, "accept", accept):
+        return speculative.speculative_step(model, params, state, emitted)
+
+
+speculative_accept = speculative.accept
+
+
+def block_of(update: str):
+    """`steps.decode`, traced anew with the update and the pattern."""
+
+    def decode(model, params, state):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(steps, "speculative_step", in_turn))
+            if update == "unfused":
+                stack.enter_context(nn.intercept_methods(unfused))
+            return steps.decode.__wrapped__(model, params, state, STEPS)
+
+    return jax.jit(decode, static_argnums=0, donate_argnums=2)
+
+
+def measure(point: Point, params: Any, copy_tb_per_s: float) -> list[dict[str, Any]]:
+    """A row for each update; they take turns on one state."""
+    model, state = make_model(point.config), make_state(point)
+    blocks, compile_s = {}, {}
+    for update in ("fused", "unfused"):
+        begin = time.perf_counter()
+        blocks[update] = block_of(update).lower(model, params, state).compile()
+        compile_s[update] = time.perf_counter() - begin
+
+    def run(update: str) -> float:
+        nonlocal state
+        state = jax.block_until_ready(rewind(state))
+        begin = time.perf_counter()
+        state, emitted = blocks[update](params, state)
+        jax.block_until_ready(emitted)
+        return time.perf_counter() - begin
+
+    for update in blocks:
+        run(update)
+    seconds: dict[str, list[float]] = {update: [] for update in blocks}
+    for i in range(ROUNDS):
+        for update in list(blocks)[:: 1 if i % 2 else -1]:
+            seconds[update].append(run(update))
+    floor = least_bytes(point)
+    floor_ms = sum(floor.values()) / copy_tb_per_s / 1e9
+    rows = []
+    for update in blocks:
+        with timing.record() as kernels:
+            run(update)
+        ms = 1e3 * statistics.median(seconds[update]) / STEPS
+        totals: dict[str, list[float]] = {}
+        for kernel in kernels:
+            totals.setdefault(kernel.name, []).append(kernel.duration_us)
+        by_name = sorted(totals.items(), key=lambda item: -sum(item[1]))
+        of_update = sum(
+            sum(found) for name, found in totals.items() if is_of_update(name)
+        )
+        busy = sum(kernel.duration_us for kernel in kernels)
+        rows.append(
+            dataclasses.asdict(point)
+            | {
+                "update": update,
+                "ms_a_step": ms,
+                "min_ms": 1e3 * min(seconds[update]) / STEPS,
+                "max_ms": 1e3 * max(seconds[update]) / STEPS,
+                "ms_a_token": ms / point.tokens_a_step,
+                "tokens_per_s": 1e3 * point.rows * point.tokens_a_step / ms,
+                "kernels_ms_a_step": busy / 1e3 / STEPS,
+                "kernels_a_step": len(kernels) / STEPS,
+                "update_share": of_update / busy if busy else 0.0,
+                "floor_ms": floor_ms,
+                "gigabytes": {name: size / 1e9 for name, size in floor.items()},
+                "compile_s": compile_s[update],
+                "longest": [
+                    [name[:80], sum(found) / STEPS, len(found) / STEPS]
+                    for name, found in by_name[:40]
+                ],
+            }
+        )
+    return rows
+
+
+def is_of_update(name: str) -> bool:
+    """Of the fused kernel, and of the pair."""
+    return "gated_delta" in name or "gates" in name
+
+
+def absent(point: Point, reason: str) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(point) | {"update": "fused", "absent": reason}]
+
+
+def measure_if_fits(point: Point, params: Any, copy_tb_per_s: float):
+    room = jax.devices()[0].memory_stats()["bytes_limit"]
+    needed = num_bytes(param_shapes(point.config)) + num_bytes(state_shapes(point))
+    if needed > SPARE * room:
+        return absent(point, f"{needed / 1e9:.0f} of {room / 1e9:.0f} GB")
+    try:
+        return measure(point, params, copy_tb_per_s)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = f"{needed / 1e9:.0f} of {room / 1e9:.0f} GB, and a step's own arrays"
+        return absent(point, reason)
+
+
+def points(model: str, quick: bool) -> list[Point]:
+    kinds = [(N, D, dtype) for dtype in STATES for D in DRAFTS for N in BATCHES]
+    if quick:
+        kinds = [(N, 0, "bfloat16") for N in (1, 8, 64)] + [(8, 3, "bfloat16")]
+    return [Point(model, *kind) for kind in kinds]
+
+
+def main(
+    model: list[str] = typer.Option(list(MODELS)),  # noqa: B008
+    quick: bool = False,
+    out: pathlib.Path | None = None,
+) -> None:
+    need_gpu()
+    result = header(INPUTS, ROUNDS)
+    result["time"] = f"wall clock of a block of {STEPS} steps, median of {ROUNDS}"
+    result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
+    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in model:
+        params = random_like(param_shapes(MODELS[name]), 0)
+        for point in track(points(name, quick), description=name, console=console):
+            rows = measure_if_fits(point, params, result["copy_tb_per_s"])
+            console.print(table(rows))
+            result["rows"] += rows
+            (folder / "generate.json").write_text(json.dumps(result, indent=1) + "\n")
+        del params
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    shown = Table(
+        "update",
+        "ms a step",
+        "kernels ms",
+        "kernels",
+        "share",
+        "floor",
+        "tokens/s",
+        title=f"{first['model']} N={first['rows']} drafts={first['drafts']} "
+        f"state {first['state_dtype']}",
+        title_justify="left",
+    )
+    for row in rows:
+        if "absent" in row:
+            shown.add_row(row["update"], row["absent"])
+            continue
+        shown.add_row(
+            row["update"],
+            f"{row['ms_a_step']:.3f}",
+            f"{row['kernels_ms_a_step']:.3f}",
+            f"{row['kernels_a_step']:.0f}",
+            f"{row['update_share']:.1%}",
+            f"{row['floor_ms']:.3f} ({row['ms_a_step'] / row['floor_ms']:.2f})",
+            f"{row['tokens_per_s']:,.0f}",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
