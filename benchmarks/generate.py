@@ -1,8 +1,8 @@
 """Decoding by whole models: python benchmarks/generate.py [--model M]
 
-A block of steps of `gdn_jax.Engine`, plain and speculative, of models in the geometry of
-Qwen3.5 and of as many layers of Qwen3-Next as fit one GPU: fused against unfused update
-in turns, beside the time that reading and writing the least bytes takes. Weights are
+A block of steps of `gdn_jax.Engine`, plain and speculative, in the geometry of Qwen3.5
+and of as many layers of Qwen3-Next as fit one GPU: fused against unfused update, taking
+turns, beside the time that reading and writing the least bytes takes. Weights are
 random, so which drafts stand is a pattern that no weights have a say in.
 """
 
@@ -167,9 +167,9 @@ def rewind(state: EngineState) -> EngineState:
 
 
 def least_bytes(point: Point) -> dict[str, float]:
-    """Of a step, by what they are: each weight that is used once a pass, keys and values
-    of the tokens read, states in and out. Experts: those that tokens which choose evenly
-    choose, on average."""
+    """Of a step, by what they are: each weight that is used once a pass, keys and
+    values of the tokens read, states in and out. Experts: those that tokens which
+    choose evenly choose, on average."""
     config, N, T = point.config, point.rows, 1 + point.drafts
     params = param_shapes(config)["params"]
     state = state_shapes(point)
@@ -210,18 +210,20 @@ def unfused(call, args, keywords, context):
     return call(*args, **keywords)
 
 
-def in_turn(model, params, state, emitted):
+def in_turn(model, params, state, emitted, *, greedy):
     """A speculative step after which as many tokens stand as the pattern says."""
     stand = state.num_accepted % (1 + state.drafts.tokens.shape[1]) + 1
 
-    def accept(*args, **keywords):
-        return stand, speculative_accept(*args, **keywords)[1]
+    def accept(*args):
+        return stand, accept_most_likely(*args)[1]
 
-    with mock.patch.object(speculative, "accept", accept):
-        return speculative.speculative_step(model, params, state, emitted)
+    with mock.patch.object(speculative, "accept_most_likely", accept):
+        return speculative.speculative_step(
+            model, params, state, emitted, greedy=greedy
+        )
 
 
-speculative_accept = speculative.accept
+accept_most_likely = speculative.accept_most_likely
 
 
 def block_of(update: str):
@@ -232,7 +234,7 @@ def block_of(update: str):
             stack.enter_context(mock.patch.object(steps, "speculative_step", in_turn))
             if update == "unfused":
                 stack.enter_context(nn.intercept_methods(unfused))
-            return steps.decode.__wrapped__(model, params, state, STEPS)
+            return steps.decode.__wrapped__(model, params, state, STEPS, True)
 
     return jax.jit(decode, static_argnums=0, donate_argnums=2)
 

@@ -291,7 +291,8 @@ class Engine:
         return self._take(emitted)
 
     def _decode(self) -> list[Request]:
-        emitted = self._call(steps.decode, self.sizes.steps_per_call)
+        greedy = all(request.is_greedy for request in self.running.values())
+        emitted = self._call(steps.decode, self.sizes.steps_per_call, greedy)
         self.figures.decoded += int(emitted.num_tokens.sum())
         self.figures.steps += int(emitted.steps)
         self.figures.accepted += int(emitted.accepted.sum())

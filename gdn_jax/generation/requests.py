@@ -44,6 +44,10 @@ class Request:
     row: int | None = None
 
     @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
     def limit(self) -> int:
         """Tokens of prompt and text at most."""
         return len(self.prompt) + self.max_tokens

@@ -207,6 +207,25 @@ def accept(
     return first + 1, token
 
 
+def most_likely(logits: Float[Array, "*T A"]) -> Int32[Array, "*T"]:
+    """What `sample` draws at temperature 0, in one pass: the lowest token of a tie."""
+    x = checks.floating("logits", logits).astype(jnp.float32)
+    return lax.argmax(x, x.ndim - 1, jnp.int32)
+
+
+def accept_most_likely(
+    draft_tokens: Int32[Array, "P D"], logits: Float[Array, "P D_plus_1 A"]
+) -> tuple[Int32[Array, " P"], Int32[Array, " P"]]:
+    """`accept` where every row's temperature is 0: drafts stand while each is the most
+    likely token, and the most likely one follows."""
+    best = most_likely(logits)
+    falls = jnp.pad(
+        draft_tokens != best[:, :-1], ((0, 0), (0, 1)), constant_values=True
+    )
+    first = lax.argmax(falls, 1, jnp.int32)
+    return first + 1, jnp.take_along_axis(best, first[:, None], axis=1)[:, 0]
+
+
 def log_probability(
     logits: Float[Array, "*T A"], tokens: Int32[Array, "*T"]
 ) -> Float32[Array, "*T"]:

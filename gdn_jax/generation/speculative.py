@@ -11,13 +11,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.generation.parts import call, emit, put_rows
-from gdn_jax.generation.sampling import accept, position_keys, probabilities, sample
+from gdn_jax.generation.sampling import (
+    accept,
+    accept_most_likely,
+    most_likely,
+    position_keys,
+    probabilities,
+    sample,
+)
 from gdn_jax.generation.state import Drafts, Emitted, EngineState, Row
 from gdn_jax.models.model import Model
 
 
 def speculative_step(
-    model: Model, params: Any, state: EngineState, emitted: Emitted
+    model: Model, params: Any, state: EngineState, emitted: Emitted, *, greedy: bool
 ) -> tuple[EngineState, Emitted]:
     drafts = state.drafts
     assert drafts is not None
@@ -34,13 +41,16 @@ def speculative_step(
         num_accepted=state.num_accepted,
     )
     logits = call(model, "logits", params, hidden)
-    places = state.position[:, None] + jnp.arange(D + 1, dtype=jnp.int32)
-    num_accepted, token = accept(
-        position_keys(state.rows.seed, places),
-        drafts.tokens,
-        drafts.probabilities,
-        probabilities(logits, state.rows.options),
-    )
+    if greedy:
+        num_accepted, token = accept_most_likely(drafts.tokens, logits)
+    else:
+        places = state.position[:, None] + jnp.arange(D + 1, dtype=jnp.int32)
+        num_accepted, token = accept(
+            position_keys(state.rows.seed, places),
+            drafts.tokens,
+            drafts.probabilities,
+            probabilities(logits, state.rows.options),
+        )
     # What stands: the drafts accepted, then the new token in its place behind them.
     columns = jnp.arange(D + 1, dtype=jnp.int32)
     texts = jnp.where(
@@ -59,6 +69,7 @@ def speculative_step(
         num_tokens=counted,
         asked=state.rows,
         rows=None,
+        greedy=greedy,
     )
     state = state._replace(
         model=model_state,
@@ -79,8 +90,13 @@ def draft(
     num_tokens: Array,
     asked: Row,
     rows: Array | None,
+    greedy: bool = False,
 ) -> Drafts:
-    """The head reads `num_tokens` of the tokens, then drafts D behind the last."""
+    """The head reads `num_tokens` of the tokens, then drafts D behind the last.
+
+    greedy: as in `steps.decode`; probabilities are left as they are, which greedy rows
+    accept the same drafts by, whatever they are.
+    """
     D = drafts.tokens.shape[1]
     live = num_tokens > 0
     n = jnp.arange(num_tokens.shape[0], dtype=jnp.int32)
@@ -101,10 +117,12 @@ def draft(
     tokens, distributions = [], []
     for i in range(D):
         logits = call(model, "logits", params, hidden[:, 0])
-        distribution = probabilities(logits, asked.options)
-        keys = position_keys(asked.seed, places + i)
-        tokens.append(sample(keys.draft, distribution))
-        distributions.append(distribution)
+        if greedy:
+            tokens.append(most_likely(logits))
+        else:
+            distributions.append(probabilities(logits, asked.options))
+            keys = position_keys(asked.seed, places + i)
+            tokens.append(sample(keys.draft, distributions[-1]))
         if i + 1 < D:
             hidden, cache = call(
                 model,
@@ -118,7 +136,13 @@ def draft(
                 step=i + 1,
                 rows=rows,
             )
-    new = jnp.stack(tokens, axis=1), jnp.stack(distributions, axis=1)
-    old = drafts.tokens, drafts.probabilities
-    new_tokens, new_probabilities = put_rows(rows, live, new, old)
-    return Drafts(new_tokens, new_probabilities, cache)
+    drafts = drafts._replace(
+        tokens=put_rows(rows, live, jnp.stack(tokens, axis=1), drafts.tokens),
+        cache=cache,
+    )
+    if greedy:
+        return drafts
+    new = jnp.stack(distributions, axis=1)
+    return drafts._replace(
+        probabilities=put_rows(rows, live, new, drafts.probabilities)
+    )

@@ -15,6 +15,7 @@ from jax import Array, lax
 from gdn_jax.generation.parts import call, emit, init_emitted, is_stop, put_rows
 from gdn_jax.generation.sampling import (
     log_probability,
+    most_likely,
     position_keys,
     probabilities,
     sample,
@@ -105,11 +106,18 @@ def prefill(
     return state, emitted
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "steps", "greedy"), donate_argnames="state"
+)
 def decode(
-    model: Model, params: Any, state: EngineState, steps: int
+    model: Model, params: Any, state: EngineState, steps: int, greedy: bool = False
 ) -> tuple[EngineState, Emitted]:
-    """Up to `steps` steps, fewer once no row is active."""
+    """Up to `steps` steps, fewer once no row is active.
+
+    greedy: that every active row's temperature is 0. The tokens are the same, but that
+    distributions over the whole vocabulary are not made, which costs more than some
+    layers, and that no step waits for its host to learn which options are in use.
+    """
     step, width = _plain_step, 1
     if state.drafts is not None:
         step, width = speculative_step, 1 + state.drafts.tokens.shape[1]
@@ -120,20 +128,23 @@ def decode(
         return (emitted.steps < steps) & jnp.any(state.is_active)
 
     def body(carry):
-        return step(model, params, *carry)
+        return step(model, params, *carry, greedy=greedy)
 
     return lax.while_loop(goes_on, body, (state, emitted))
 
 
 def _plain_step(
-    model: Model, params: Any, state: EngineState, emitted: Emitted
+    model: Model, params: Any, state: EngineState, emitted: Emitted, *, greedy: bool
 ) -> tuple[EngineState, Emitted]:
     active = state.is_active.astype(jnp.int32)
     logits, model_state = call(
         model, "__call__", params, state.token[:, None], state.model, num_tokens=active
     )
-    keys = position_keys(state.rows.seed, state.position)
-    token = sample(keys.next, probabilities(logits[:, 0], state.rows.options))
+    if greedy:
+        token = most_likely(logits[:, 0])
+    else:
+        keys = position_keys(state.rows.seed, state.position)
+        token = sample(keys.next, probabilities(logits[:, 0], state.rows.options))
     state, emitted = emit(state, emitted, token[:, None], active, logits)
     return state._replace(model=model_state), emitted
 

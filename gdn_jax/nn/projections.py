@@ -1,11 +1,12 @@
 """The projections of a token, laid out as checkpoints have them: one module each."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from gdn_jax import _types as t
 from gdn_jax.nn.initializers import Initializer
@@ -72,7 +73,32 @@ class Matrices:
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=nn.with_logical_partitioning(self.kernel_init, axes),
+            dot_general=multiply,
         )
+
+
+# Values of a matrix: below the first they are not worth a launch more, from the second
+# on XLA multiplies one row as well as two.
+FEW_VALUES, MANY_VALUES = 2**20, 10 * 2**20
+
+
+def multiply(x: Array, matrix: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """`lax.dot_general`, some single rows of x with another of zeros.
+
+    On a GPU XLA takes one row and such a matrix for a sum of products, which it writes
+    to memory first: 32 us instead of 6 for [4096 1024] (JAX 0.11.2, H100).
+    """
+    dot = functools.partial(
+        lax.dot_general, dimension_numbers=dimension_numbers, **options
+    )
+    is_row = x.ndim >= 2 and x.size == x.shape[-1]
+    if not is_row or not FEW_VALUES <= matrix.size < MANY_VALUES:
+        return dot(x, matrix)
+
+    def of_two_rows(x: Array, matrix: Array) -> Array:
+        return dot(jnp.pad(x, [(0, 1), *[(0, 0)] * (x.ndim - 1)]), matrix)[:1]
+
+    return lax.platform_dependent(x, matrix, cuda=of_two_rows, default=dot)
 
 
 class LowRank(nn.Module):
