@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -34,10 +35,14 @@ from gdn_jax.nn import GatedDeltaNet
 
 CONTEXT, ROOM = 1024, 2048  # tokens that each row has read, positions it has room for
 STEPS, ROUNDS = 16, 7  # of a block; blocks that are timed
-SPARE = 0.97  # of the device's memory, what may be taken
+SPARE = 0.96  # of the device's memory, what may be taken
 BATCHES = (1, 8, 64, 256)
 DRAFTS = (0, 1, 3)
 STATES = ("float32", "bfloat16")
+UPDATES = ("fused", "unfused")
+UPDATE_KERNELS = ("fused_update_kernel", "gates_kernel")
+LONGEST = 12  # kernels of a step that a row names
+COMPILERS = 8
 INPUTS = (
     f"normal weights, states and caches; {CONTEXT} tokens read, room for {ROOM}; "
     "greedy; of the tokens of a speculative step 1, 2, .. 1 + drafts stand in turn"
@@ -239,14 +244,25 @@ def block_of(update: str):
     return jax.jit(decode, static_argnums=0, donate_argnums=2)
 
 
-def measure(point: Point, params: Any, copy_tb_per_s: float) -> list[dict[str, Any]]:
+Blocks = dict[str, Future]
+
+
+def begin_compiling(point: Point, pool: ThreadPoolExecutor) -> Blocks:
+    """Traced here, since what is traced depends on contexts; compiled in threads."""
+    model = make_model(point.config)
+    shapes = param_shapes(point.config), state_shapes(point)
+    return {
+        update: pool.submit(block_of(update).lower(model, *shapes).compile)
+        for update in UPDATES
+    }
+
+
+def measure(
+    point: Point, compiled: Blocks, params: Any, copy_tb_per_s: float
+) -> list[dict[str, Any]]:
     """A row for each update; they take turns on one state."""
-    model, state = make_model(point.config), make_state(point)
-    blocks, compile_s = {}, {}
-    for update in ("fused", "unfused"):
-        begin = time.perf_counter()
-        blocks[update] = block_of(update).lower(model, params, state).compile()
-        compile_s[update] = time.perf_counter() - begin
+    blocks = {update: each.result() for update, each in compiled.items()}
+    state = make_state(point)
 
     def run(update: str) -> float:
         nonlocal state
@@ -254,81 +270,107 @@ def measure(point: Point, params: Any, copy_tb_per_s: float) -> list[dict[str, A
         begin = time.perf_counter()
         state, emitted = blocks[update](params, state)
         jax.block_until_ready(emitted)
-        return time.perf_counter() - begin
+        return 1e3 * (time.perf_counter() - begin) / STEPS
 
-    for update in blocks:
+    for update in UPDATES:
         run(update)
-    seconds: dict[str, list[float]] = {update: [] for update in blocks}
+    ms: dict[str, list[float]] = {update: [] for update in UPDATES}
     for i in range(ROUNDS):
-        for update in list(blocks)[:: 1 if i % 2 else -1]:
-            seconds[update].append(run(update))
+        for update in UPDATES if i % 2 else UPDATES[::-1]:
+            ms[update].append(run(update))
     floor = least_bytes(point)
     floor_ms = sum(floor.values()) / copy_tb_per_s / 1e9
     rows = []
-    for update in blocks:
+    for update in UPDATES:
         with timing.record() as kernels:
             run(update)
-        ms = 1e3 * statistics.median(seconds[update]) / STEPS
-        totals: dict[str, list[float]] = {}
-        for kernel in kernels:
-            totals.setdefault(kernel.name, []).append(kernel.duration_us)
-        by_name = sorted(totals.items(), key=lambda item: -sum(item[1]))
-        of_update = sum(
-            sum(found) for name, found in totals.items() if is_of_update(name)
-        )
-        busy = sum(kernel.duration_us for kernel in kernels)
+        step = statistics.median(ms[update])
         rows.append(
             dataclasses.asdict(point)
             | {
                 "update": update,
-                "ms_a_step": ms,
-                "min_ms": 1e3 * min(seconds[update]) / STEPS,
-                "max_ms": 1e3 * max(seconds[update]) / STEPS,
-                "ms_a_token": ms / point.tokens_a_step,
-                "tokens_per_s": 1e3 * point.rows * point.tokens_a_step / ms,
-                "kernels_ms_a_step": busy / 1e3 / STEPS,
-                "kernels_a_step": len(kernels) / STEPS,
-                "update_share": of_update / busy if busy else 0.0,
+                "ms_a_step": step,
+                "min_ms": min(ms[update]),
+                "max_ms": max(ms[update]),
+                "ms_a_token": step / point.tokens_a_step,
+                "tokens_per_s": 1e3 * point.rows * point.tokens_a_step / step,
                 "floor_ms": floor_ms,
                 "gigabytes": {name: size / 1e9 for name, size in floor.items()},
-                "compile_s": compile_s[update],
-                "longest": [
-                    [name[:80], sum(found) / STEPS, len(found) / STEPS]
-                    for name, found in by_name[:40]
-                ],
             }
+            | profile(kernels)
         )
+    rows[0]["saved_us_a_layer"] = statistics.median(
+        1e3 * (unfused - fused) / point.num_linear
+        for fused, unfused in zip(ms["fused"], ms["unfused"], strict=True)
+    )
     return rows
 
 
-def is_of_update(name: str) -> bool:
-    """Of the fused kernel, and of the pair."""
-    return "gated_delta" in name or "gates" in name
+def profile(kernels: list[timing.Kernel]) -> dict[str, Any]:
+    """Where the time of a block goes; a step's part of it."""
+    by_name: dict[str, list[float]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, []).append(kernel.duration_us / STEPS)
+    busy = sum(map(sum, by_name.values()))
+    of_update = sum(
+        sum(us) for name, us in by_name.items() if name.startswith(UPDATE_KERNELS)
+    )
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    return {
+        "kernels_ms_a_step": busy / 1e3,
+        "kernels_a_step": len(kernels) / STEPS,
+        "update_share": of_update / busy,
+        "longest_us": {name: [sum(us), len(us) / STEPS] for name, us in longest},
+    }
 
 
 def absent(point: Point, reason: str) -> list[dict[str, Any]]:
     return [dataclasses.asdict(point) | {"update": "fused", "absent": reason}]
 
 
-def measure_if_fits(point: Point, params: Any, copy_tb_per_s: float):
-    room = jax.devices()[0].memory_stats()["bytes_limit"]
+def memory(point: Point) -> tuple[int, int]:
+    """Bytes that weights and state take, and that the device has."""
     needed = num_bytes(param_shapes(point.config)) + num_bytes(state_shapes(point))
-    if needed > SPARE * room:
-        return absent(point, f"{needed / 1e9:.0f} of {room / 1e9:.0f} GB")
-    try:
-        return measure(point, params, copy_tb_per_s)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = f"{needed / 1e9:.0f} of {room / 1e9:.0f} GB, and a step's own arrays"
-        return absent(point, reason)
+    return needed, jax.devices()[0].memory_stats()["bytes_limit"]
 
 
 def points(model: str, quick: bool) -> list[Point]:
-    kinds = [(N, D, dtype) for dtype in STATES for D in DRAFTS for N in BATCHES]
     if quick:
-        kinds = [(N, 0, "bfloat16") for N in (1, 8, 64)] + [(8, 3, "bfloat16")]
-    return [Point(model, *kind) for kind in kinds]
+        return [Point(model, *kind) for kind in ((8, 0, "float32"), (8, 3, "bfloat16"))]
+    return [
+        Point(model, N, drafts, dtype)
+        for dtype in STATES
+        for drafts in DRAFTS
+        for N in BATCHES
+    ]
+
+
+def run_model(name: str, quick: bool, result: dict[str, Any], path: pathlib.Path):
+    """Programs are compiled first, so that nothing else runs while one is timed."""
+    needed = {point: memory(point) for point in points(name, quick)}
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        compiled = {
+            point: begin_compiling(point, pool)
+            for point, (size, room) in track(
+                needed.items(), description=f"compile {name}", console=console
+            )
+            if size <= SPARE * room
+        }
+    params = random_like(param_shapes(MODELS[name]), 0)
+    for point, (size, room) in needed.items():
+        reason = f"{size / 1e9:.0f} of {room / 1e9:.0f} GB"
+        if point in compiled:
+            try:
+                rows = measure(point, compiled[point], params, result["copy_tb_per_s"])
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                rows = absent(point, f"{reason}, and a step's own arrays")
+        else:
+            rows = absent(point, reason)
+        console.print(table(rows))
+        result["rows"] += rows
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(
@@ -339,37 +381,28 @@ def main(
     need_gpu()
     result = header(INPUTS, ROUNDS)
     result["time"] = f"wall clock of a block of {STEPS} steps, median of {ROUNDS}"
-    result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
+    result["copy_tb_per_s"] = timing.copy_bandwidth()
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     for name in model:
-        params = random_like(param_shapes(MODELS[name]), 0)
-        for point in track(points(name, quick), description=name, console=console):
-            rows = measure_if_fits(point, params, result["copy_tb_per_s"])
-            console.print(table(rows))
-            result["rows"] += rows
-            (folder / "generate.json").write_text(json.dumps(result, indent=1) + "\n")
-        del params
+        path = folder / f"generate_{name.split(',')[0].lower()}.json"
+        run_model(name, quick, result | {"rows": []}, path)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     shown = Table(
-        "update",
-        "ms a step",
-        "kernels ms",
-        "kernels",
-        "share",
-        "floor",
-        "tokens/s",
+        *("update", "ms a step", "kernels ms", "kernels", "share", "floor", "tokens/s"),
+        "us saved a layer",
         title=f"{first['model']} N={first['rows']} drafts={first['drafts']} "
         f"state {first['state_dtype']}",
         title_justify="left",
     )
     for row in rows:
         if "absent" in row:
-            shown.add_row(row["update"], row["absent"])
+            shown.add_row(row["update"], f"needs {row['absent']}")
             continue
+        saved = row.get("saved_us_a_layer")
         shown.add_row(
             row["update"],
             f"{row['ms_a_step']:.3f}",
@@ -378,6 +411,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['update_share']:.1%}",
             f"{row['floor_ms']:.3f} ({row['ms_a_step'] / row['floor_ms']:.2f})",
             f"{row['tokens_per_s']:,.0f}",
+            "" if saved is None else f"{saved:.2f}",
         )
     return shown
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+from jax.sharding import AxisType
 
 load = pltriton.load
 store = pltriton.store
@@ -78,6 +79,13 @@ def device_kind(arrays: Any) -> str:
             f"{device.compute_capability}. Use implementation='xla'."
         )
     return device.device_kind
+
+
+def is_whole() -> bool:
+    """Whether no array under `jit` can be a part's of one that XLA shards."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_manual = not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}
+    return is_manual or mesh.abstract_device is not None or jax.device_count() == 1
 
 
 def need_shared_memory(arrays: Any, op: str) -> None:

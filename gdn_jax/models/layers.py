@@ -51,7 +51,10 @@ class DecoderLayer(nn.Module):
         y, state = self.mix(self.mixer_norm(x), state, tokens)
         x = x + y
         y = self.mlp_norm(x)
-        y = self.mlp(y, live=tokens.live) if self.is_sparse else self.mlp(y)
+        if self.is_sparse:
+            y = self.mlp(y, live=tokens.live)
+        else:
+            y = self.mlp(y, self.implementation)
         return x + y, state
 
     def mix(self, x: Array, state: Any, tokens: Tokens) -> tuple[Array, Any]:

@@ -63,7 +63,7 @@ class MultiTokenPrediction(nn.Module):
     ) -> tuple[Array, tuple[KVCache, ...] | None]:
         """See `Model.draft`."""
         parts = self.embedding_norm(embedded), self.hidden_norm(hidden)
-        x = self.fc(jnp.concatenate(parts, axis=-1))
+        x = self.fc(jnp.concatenate(parts, axis=-1), self.implementation)
         call = Tokens((x.shape[0], x.shape[1]), rows, num_tokens, start)
         number = step % len(self.layers)
         if self.is_initializing():

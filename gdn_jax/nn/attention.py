@@ -10,7 +10,7 @@ from jax import Array
 from gdn_jax import _types as t
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.norm import RMSNorm
-from gdn_jax.nn.projections import Matrices, flat
+from gdn_jax.nn.projections import Matrices, flat, multiply
 from gdn_jax.nn.rope import rotate
 from gdn_jax.ops import checks
 from gdn_jax.ops.cached_attention.api import cached_attention, why_not
@@ -114,8 +114,9 @@ class GatedAttention(nn.Module):
             n.
           num_tokens: [N] int32, how many of the T tokens count; the others are not kept
             and their y means nothing. None: all.
-          implementation: of attention to a cache, as in `fused_update`. The kernel is
-            for a few tokens of a 16-bit dtype; other calls are XLA's whatever it says.
+          implementation: of projections and of attention to a cache, as in
+            `fused_update`. Their kernels are for a few tokens of a 16-bit dtype; what
+            they cannot take is XLA's.
 
         A token past the cache's M positions is not kept.
 
@@ -131,7 +132,7 @@ class GatedAttention(nn.Module):
         N, T, _ = x.shape
         first = jnp.zeros((1,), jnp.int32) if start is None else start
         positions = first[:, None] + jnp.arange(T, dtype=jnp.int32)
-        q, k, v, gate = self._project(x, positions)
+        q, k, v, gate = self._project(x, positions, implementation)
         if cache is None:
             out = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=self.attention
@@ -140,7 +141,7 @@ class GatedAttention(nn.Module):
             positions = jnp.broadcast_to(positions, (N, T))
             cache = _write(cache, k, v, positions, rows, num_tokens)
             out = self._attend_to(cache, q, rows, positions[:, 0], implementation)
-        return self.out(flat(out * jax.nn.sigmoid(gate))), cache
+        return self.out(flat(out * jax.nn.sigmoid(gate)), implementation), cache
 
     @nn.nowrap
     def init_cache(self, num_rows: int, num_positions: int) -> KVCache:
@@ -148,11 +149,13 @@ class GatedAttention(nn.Module):
         shape = (num_rows, self.num_kv_heads, num_positions, self.head_dim)
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, ...]:
+    def _project(
+        self, x: Array, positions: Array, implementation: str | None
+    ) -> tuple[Array, ...]:
         N, T, _ = x.shape
-        q, gate = jnp.split(self.q(x).reshape(N, T, self.num_heads, -1), 2, axis=-1)
-        k = self.k(x).reshape(N, T, self.num_kv_heads, -1)
-        v = self.v(x).reshape(N, T, self.num_kv_heads, -1)
+        q, k, v = multiply(x, self.q, self.k, self.v, implementation=implementation)
+        q, gate = jnp.split(q.reshape(N, T, self.num_heads, -1), 2, axis=-1)
+        k, v = (y.reshape(N, T, self.num_kv_heads, -1) for y in (k, v))
         rope: dict[str, Any] = dict(size=self.rotary_dim, theta=self.rope_theta)
         q = rotate(self.q_norm(q), positions, **rope)
         return q, rotate(self.k_norm(k), positions, **rope), v, gate

@@ -164,8 +164,9 @@ class GatedDeltaNet(nn.Module):
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
             to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
             Per-K decays (KDA) in chunks are XLA's.
-          implementation: of convolution, rule and norm, as in `fused_update`; the norm
-            has no kernel and is XLA's beside those of the others.
+          implementation: of projections, convolution, rule and norm, as in
+            `fused_update`; beside the kernels of others XLA's is the norm, which has
+            none, and projections of more than 64 tokens or in float32.
 
         Null rule: as in `fused_update`, for both states; a row is null also where its
         convolution's slot is. Its y is exactly zero, and so is that of tokens of no
@@ -187,12 +188,12 @@ class GatedDeltaNet(nn.Module):
         pools = pools_of(state, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
-        channels, z, a, b = self.in_proj(tables.select(x))
+        channels, z, a, b = self.in_proj(tables.select(x), implementation)
         conv, channels = self.convolve(state.conv, channels, tables, implementation)
         recurrent, out = self.update(
             state.recurrent, channels, a, b, tables, path, implementation
         )
-        y = self.out_proj(flat(self.norm(out, z, implementation)))
+        y = self.out_proj(flat(self.norm(out, z, implementation)), implementation)
         return y, GatedDeltaNetState(conv, recurrent)
 
     def convolve(

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 import gdn_jax
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.mlp import GatedMLP
-from gdn_jax.nn.projections import Matrices
+from gdn_jax.nn.projections import Matrices, multiply
 from gdn_jax.ops import checks
 
 
@@ -45,7 +45,7 @@ class MixtureOfExperts(nn.Module):
       param_dtype: of parameters. Experts of another dtype than `dtype` are cast at
         every call, which reads and writes all of them.
       kernel_init: of all matrices.
-      implementation: of the experts' products, as in `grouped_dot`.
+      implementation: of the products, as in `grouped_dot`.
 
     Parameters: `router` [D, E], `experts_gate_up` [E, D, 2 F] (gate first),
     `experts_down` [E, F, D], `shared` (a `GatedMLP`), `shared_gate` [D, 1]; their
@@ -99,13 +99,22 @@ class MixtureOfExperts(nn.Module):
         x = x.astype(self.dtype)
         tokens = x.reshape(-1, self.hidden_size)
         live = None if live is None else live.reshape(-1)
-        y = self.mix(tokens, live)
-        y = y + jax.nn.sigmoid(self.shared_gate(tokens)) * self.shared(tokens)
+        scores, gate, up, share = multiply(
+            tokens,
+            self.router,
+            self.shared.gate,
+            self.shared.up,
+            self.shared_gate,
+            implementation=self.implementation,
+        )
+        y = self.mix(tokens, scores, live)
+        shared = self.shared.down(jax.nn.silu(gate) * up, self.implementation)
+        y = y + jax.nn.sigmoid(share) * shared
         return y.astype(self.dtype).reshape(x.shape)
 
-    def mix(self, x: Array, live: Array | None) -> Array:
+    def mix(self, x: Array, scores: Array, live: Array | None) -> Array:
         """[L D] float32: the experts' part."""
-        weights, experts = self.choose(x)
+        weights, experts = self.choose(scores)
         routes = Routes.of(experts, live, self.num_experts)
         rows = x[routes.token]
         gate, up = jnp.split(self.multiply(rows, self.experts_gate_up, routes), 2, -1)
@@ -113,9 +122,9 @@ class MixtureOfExperts(nn.Module):
         each = y[routes.place].astype(jnp.float32)  # [L k D]
         return jnp.sum(weights[..., None] * each, axis=1)
 
-    def choose(self, x: Array) -> tuple[Array, Array]:
+    def choose(self, scores: Array) -> tuple[Array, Array]:
         """[L k] each: the weights of a token's experts, and which they are."""
-        scores = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        scores = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         weights, experts = lax.top_k(scores, self.experts_per_token)
         if self.norm_topk:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

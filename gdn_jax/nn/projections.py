@@ -1,15 +1,15 @@
 """The projections of a token, laid out as checkpoints have them: one module each."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from gdn_jax import _types as t
 from gdn_jax.nn.initializers import Initializer
+from gdn_jax.ops.few_rows.api import products, why_not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,39 +66,52 @@ class Matrices:
     param_dtype: Any
     kernel_init: Initializer
 
-    def dense(self, features: int, *axes: str | None) -> nn.Dense:
-        return nn.Dense(
-            features,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.with_logical_partitioning(self.kernel_init, axes),
-            dot_general=multiply,
-        )
+    def dense(self, features: int, *axes: str | None) -> "Matrix":
+        return Matrix(features, axes, self)
 
 
-# Values of a matrix: below the first they are not worth a launch more, from the second
-# on XLA multiplies one row as well as two.
-FEW_VALUES, MANY_VALUES = 2**20, 10 * 2**20
+class Matrix(nn.Module):
+    """x @ kernel, [.. D] to [.. features].
 
+    As `nn.Dense` without a bias, parameter and all, but that several can be applied
+    together; see `multiply`.
 
-def multiply(x: Array, matrix: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """`lax.dot_general`, some single rows of x with another of zeros.
-
-    On a GPU XLA takes one row and such a matrix for a sum of products, which it writes
-    to memory first: 32 us instead of 6 for [4096 1024] (JAX 0.11.2, H100).
+    Attributes:
+      features: of y.
+      axes: the kernel's logical axis names.
+      matrices: how it is made.
     """
-    dot = functools.partial(
-        lax.dot_general, dimension_numbers=dimension_numbers, **options
-    )
-    is_row = x.ndim >= 2 and x.size == x.shape[-1]
-    if not is_row or not FEW_VALUES <= matrix.size < MANY_VALUES:
-        return dot(x, matrix)
 
-    def of_two_rows(x: Array, matrix: Array) -> Array:
-        return dot(jnp.pad(x, [(0, 1), *[(0, 0)] * (x.ndim - 1)]), matrix)[:1]
+    features: int
+    axes: tuple[str | None, ...]
+    matrices: Matrices
 
-    return lax.platform_dependent(x, matrix, cuda=of_two_rows, default=dot)
+    def __call__(self, x: Array, implementation: str | None = None) -> Array:
+        [y] = multiply(x, self, implementation=implementation)
+        return y
+
+    @nn.compact
+    def kernel(self, size: int) -> Array:
+        """[size features], in the dtype that is multiplied in."""
+        made = self.matrices
+        init = nn.with_logical_partitioning(made.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (size, self.features), made.param_dtype)
+        return jnp.asarray(kernel, made.dtype)
+
+
+def multiply(
+    x: Array, *matrices: Matrix, gated: bool = False, implementation: str | None = None
+) -> tuple[Array, ...]:
+    """x by several matrices; in decoding, by one launch. See `products`.
+
+    implementation: of the product. What a kernel cannot take is XLA's.
+    """
+    kernels = [matrix.kernel(x.shape[-1]) for matrix in matrices]
+    x = jnp.asarray(x, kernels[0].dtype)
+    wants_kernel = implementation in ("triton", "interpret")
+    if wants_kernel and why_not(x, kernels) is not None:
+        implementation = None
+    return products(x, kernels, gated=gated, implementation=implementation)
 
 
 class LowRank(nn.Module):
@@ -112,8 +125,8 @@ class LowRank(nn.Module):
         self.down = self.matrices.dense(self.rank, "embed", None)
         self.up = self.matrices.dense(self.features, None, "gdn_value_heads")
 
-    def __call__(self, x: Array) -> Array:
-        return self.up(self.down(x))
+    def __call__(self, x: Array, implementation: str | None) -> Array:
+        return self.up(self.down(x, implementation), implementation)
 
 
 class Layout(nn.Module):
@@ -131,22 +144,32 @@ class Layout(nn.Module):
     per_key_decay: bool
     gate_rank: int | None
 
-    def gate(self, features: int) -> nn.Module:
+    def gate(self, features: int) -> "Matrix | LowRank":
         if self.gate_rank is None:
             return self.matrices.dense(features, "embed", "gdn_value_heads")
         return LowRank(features, self.gate_rank, self.matrices)
 
-    def gates_and_beta(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def gates_and_beta(self) -> tuple[Any, Any, Matrix]:
         """The projections of z, a and b, where they are matrices of their own."""
         HV, K, V = self.heads.HV, self.heads.K, self.heads.V
         z = self.gate(HV * V)
         a = self.gate(HV * K if self.per_key_decay else HV)
         return z, a, self.matrices.dense(HV, "embed", "gdn_value_heads")
 
-    def project_gates(self, x: Array) -> tuple[Array, Array, Array]:
-        z = _per_head(self.z(x), self.heads.HV)
-        a = self.a(x)
-        return z, _per_head(a, self.heads.HV) if self.per_key_decay else a, self.b(x)
+    def project(
+        self, x: Array, *before: Matrix, implementation: str | None
+    ) -> tuple[Array, ...]:
+        """x by these matrices, then z, a and b; in one call where each is a matrix."""
+        HV = self.heads.HV
+        if self.gate_rank is None:
+            *found, z, a, b = multiply(
+                x, *before, self.z, self.a, self.b, implementation=implementation
+            )
+        else:
+            *found, b = multiply(x, *before, self.b, implementation=implementation)
+            z, a = (low(x, implementation) for low in (self.z, self.a))
+        a = _per_head(a, HV) if self.per_key_decay else a
+        return *found, _per_head(z, HV), a, b
 
 
 class Interleaved(Layout):
@@ -158,11 +181,12 @@ class Interleaved(Layout):
         self.qkvz = self.matrices.dense(H * per_key_head, "embed", "gdn_key_heads")
         self.ba = self.matrices.dense(H * 2 * group, "embed", "gdn_key_heads")
 
-    def __call__(self, x: t.Hidden) -> Projected:
+    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
         H, HV, K, V = dataclasses.astuple(self.heads)
+        qkvz, ba = multiply(x, self.qkvz, self.ba, implementation=implementation)
         ends = [K, 2 * K, 2 * K + self.heads.group * V]
-        *qkv, z = jnp.split(_per_head(self.qkvz(x), H), ends, axis=-1)
-        b, a = jnp.split(_per_head(self.ba(x), H), 2, axis=-1)
+        *qkv, z = jnp.split(_per_head(qkvz, H), ends, axis=-1)
+        b, a = jnp.split(_per_head(ba, H), 2, axis=-1)
         channels = jnp.concatenate([flat(part) for part in qkv], axis=-1)
         return Projected(channels, _per_head(flat(z), HV), flat(a), flat(b))
 
@@ -174,8 +198,8 @@ class Flat(Layout):
         self.qkv = self.matrices.dense(self.heads.channels, "embed", "gdn_channels")
         self.z, self.a, self.b = self.gates_and_beta()
 
-    def __call__(self, x: t.Hidden) -> Projected:
-        return Projected(self.qkv(x), *self.project_gates(x))
+    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
+        return Projected(*self.project(x, self.qkv, implementation=implementation))
 
 
 class Separate(Layout):
@@ -188,9 +212,10 @@ class Separate(Layout):
         self.v = self.matrices.dense(HV * V, "embed", "gdn_value_heads")
         self.z, self.a, self.b = self.gates_and_beta()
 
-    def __call__(self, x: t.Hidden) -> Projected:
-        channels = jnp.concatenate([self.q(x), self.k(x), self.v(x)], axis=-1)
-        return Projected(channels, *self.project_gates(x))
+    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
+        qkv = self.q, self.k, self.v
+        *qkv, z, a, b = self.project(x, *qkv, implementation=implementation)
+        return Projected(jnp.concatenate(qkv, axis=-1), z, a, b)
 
 
 LAYOUTS = {"interleaved": Interleaved, "flat": Flat, "separate": Separate}

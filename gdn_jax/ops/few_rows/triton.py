@@ -1,0 +1,121 @@
+"""Products of few rows as one Pallas kernel (Triton lowering).
+
+So few rows are multiplied in the time that reading the matrices takes. A program has
+some columns of one matrix, or the same of a gate's and its partner's, and all rows.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from gdn_jax import _triton
+from gdn_jax.ops.few_rows.call import Inputs, Options
+from gdn_jax.ops.few_rows.tuning import FewRowsConfig
+from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
+
+
+def kernel(inputs: Any, *outputs: Any, config: FewRowsConfig, gated: bool) -> None:
+    """Grid: (tiles of columns of all matrices, parts of the sum)."""
+    x, matrices = inputs
+    tile, part = pl.program_id(0), pl.program_id(1)
+    groups = [matrices] if gated else [(matrix,) for matrix in matrices]
+    first = 0
+    for group, out in zip(groups, outputs, strict=True):
+        count = pl.cdiv(group[0].shape[1], config.block_f)
+
+        @pl.when((tile >= first) & (tile < first + count))
+        def _(group=group, out=out, first=first):
+            multiply(x, group, out, tile - np.int32(first), part, config)
+
+        first += count
+
+
+def multiply(
+    x: Any, group: Sequence[Any], out: Any, tile: Array, part: Array, config: Any
+) -> None:
+    num_rows, D = x.shape
+    row = _range(padded_rows(num_rows))
+    column = tile * np.int32(config.block_f) + _range(config.block_f)
+    steps = pl.cdiv(D, config.block_d * config.splits)
+    begin = part * np.int32(steps * config.block_d)
+
+    def add(step, totals):
+        summed = begin + step * np.int32(config.block_d) + _range(config.block_d)
+        is_summed = _inside(summed, D, config.splits)
+        left = _load(x, row, summed, _inside(row, num_rows), is_summed)
+        rights = (
+            _load(matrix, summed, column, is_summed, _inside(column, matrix.shape[1]))
+            for matrix in group
+        )
+        return tuple(
+            total + _triton.dot(left, right)
+            for total, right in zip(totals, rights, strict=True)
+        )
+
+    total = jnp.zeros((row.size, config.block_f), jnp.float32)
+    totals = (total,) * len(group)
+    totals = lax.fori_loop(np.int32(0), np.int32(steps), add, totals)
+    y = totals[0]
+    if len(group) == 2:
+        gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in totals)
+        y = (gate * jax.nn.sigmoid(gate)).astype(x.dtype).astype(jnp.float32) * up
+    mask = (row < num_rows)[:, None] & (column < group[0].shape[1])[None, :]
+    lead = () if config.splits == 1 else (part,)
+    place = out.at[(*lead, row[:, None], column[None, :])]
+    _triton.store(place, y.astype(out.dtype), mask=mask)
+
+
+def padded_rows(num_rows: int) -> int:
+    return max(MIN_DOT, pl.next_power_of_2(num_rows))
+
+
+def _load(ref: Any, row: Array, column: Array, *inside: Array | None) -> Array:
+    """[rows columns], 0 where it is not inside; None: all are."""
+    place = ref.at[row[:, None], column[None, :]]
+    shape = row.size, column.size
+    masks = [
+        jnp.broadcast_to(mask[:, None] if axis == 0 else mask[None, :], shape)
+        for axis, mask in enumerate(inside)
+        if mask is not None
+    ]
+    if not masks:
+        return _triton.load(place)
+    mask = functools.reduce(jnp.logical_and, masks)
+    return _triton.load(place, mask=mask, other=0)
+
+
+def _inside(index: Array, size: int, splits: int = 1) -> Array | None:
+    """None where tiles fit: a mask that says nothing would be computed all the same."""
+    return None if size % (index.size * splits) == 0 else index < size
+
+
+def _range(n: int) -> Array:
+    return jnp.arange(n, dtype=jnp.int32)
+
+
+def triton(
+    x: Inputs, options: Options, config: FewRowsConfig, *, interpret: bool = False
+) -> tuple[Array, ...]:
+    num_rows = x.x.shape[0]
+    columns = [matrix.shape[1] for matrix in x.matrices][: 1 if options.gated else None]
+    splits = config.splits
+    lead, dtype = ((), x.x.dtype) if splits == 1 else ((splits,), jnp.float32)
+    found = _triton.launch(
+        functools.partial(kernel, config=config, gated=options.gated),
+        x,
+        [((*lead, num_rows, F), dtype) for F in columns],
+        grid=(sum(pl.cdiv(F, config.block_f) for F in columns), splits),
+        aliases={},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+    if splits == 1:
+        return tuple(found)
+    return tuple(jnp.sum(parts, axis=0).astype(x.x.dtype) for parts in found)
