@@ -126,14 +126,14 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def random_like(tree: Any, seed: int) -> Any:
-    """Normal numbers in every floating leaf, an array at a time; the rest as it is."""
+def random_of(shapes: Any, seed: int) -> Any:
+    """Normal numbers in floating leaves, an array at a time; zeros in the others."""
     key = jax.random.key(seed, impl="unsafe_rbg")
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten(shapes)
     made = [
         _normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         if jnp.issubdtype(x.dtype, jnp.floating)
-        else x
+        else jnp.zeros(x.shape, x.dtype)
         for i, x in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, made)
@@ -149,17 +149,18 @@ def state_shapes(point: Point) -> EngineState:
 
 def make_state(point: Point) -> EngineState:
     """Every row has read CONTEXT tokens and goes on for ever."""
-    state = jax.jit(lambda: init_state(make_model(point.config), point.sizes))()
+    # made without a second copy, which there may be no room for
+    small = dataclasses.replace(point, rows=1)
+    one = init_state(make_model(point.config), small.sizes).rows
+    shapes = state_shapes(point)
+    state = random_of(shapes._replace(rows=None), 1)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, point.rows, axis=0), one)
     state = state._replace(
-        model=random_like(state.model, 1),
         token=jnp.arange(point.rows, dtype=jnp.int32),
         is_active=jnp.ones_like(state.is_active),
-        rows=state.rows._replace(limit=jnp.full_like(state.rows.limit, 2**30)),
+        rows=rows._replace(limit=jnp.full_like(rows.limit, 2**30)),
         num_accepted=1 + jnp.arange(point.rows, dtype=jnp.int32) % (1 + point.drafts),
     )
-    if state.drafts is not None:
-        cache = random_like(state.drafts.cache, 2)
-        state = state._replace(drafts=state.drafts._replace(cache=cache))
     return rewind(state)
 
 
@@ -356,7 +357,7 @@ def run_model(name: str, quick: bool, result: dict[str, Any], path: pathlib.Path
             )
             if size <= SPARE * room
         }
-    params = random_like(param_shapes(MODELS[name]), 0)
+    params = random_of(param_shapes(MODELS[name]), 0)
     for point, (size, room) in needed.items():
         reason = f"{size / 1e9:.0f} of {room / 1e9:.0f} GB"
         if point in compiled:

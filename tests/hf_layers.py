@@ -154,4 +154,7 @@ def _run(model, layer, params, x, state, rule):
             module = module.get(step, {})
         if "__call__" in module:
             [found[f"projections/{name}"]] = module["__call__"]
+        elif "parts" in module:
+            [parts] = module["parts"]
+            found[f"projections/{name}"] = jnp.sum(parts, axis=0)
     return found, state

@@ -75,18 +75,34 @@ def read(folder: pathlib.Path) -> Case:
 
 def whole(case: Case) -> dict[str, float]:
     """One call without a state, module by module."""
-    logits, captured = case.call(case.tokens, capture_intermediates=True)
+    logits, captured = case.call(case.tokens, capture_intermediates=is_output)
     seen = captured["intermediates"]
     embedding = case.call(case.tokens, method="_embedded")
     seen["embed"] = {"__call__": (embedding,)}
     found = {}
     for name in case.record:
         if name.startswith("modules/"):
-            [out] = seen[name.removeprefix("modules/")]["__call__"]
-            out = out[0] if isinstance(out, tuple) else out
+            out = outputs(seen[name.removeprefix("modules/")])
             kept = case.record[name].shape[1]
             found[name] = case.error(out[:, case.prompt - kept : case.prompt], name)
     return found | dict(logits=case.error(logits))
+
+
+def is_output(module: Any, method: str) -> bool:
+    del module
+    return method in ("__call__", "add")
+
+
+def outputs(module: dict) -> jax.Array:
+    """What a module gave: an array, a layer's stream, or a norm behind an addition."""
+    if "add" in module:
+        [(_, out)] = module["add"]
+        return out
+    [out] = module["__call__"]
+    if not isinstance(out, tuple):
+        return out
+    stream, _ = out
+    return stream.x + jnp.sum(stream.parts, axis=0)
 
 
 def greedy(case: Case) -> tuple[dict[str, float], list[int]]:

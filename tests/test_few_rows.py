@@ -84,6 +84,26 @@ def test_leading_axes_and_rows_of_their_own(path):
     np.testing.assert_array_equal(y[others], np.asarray(flat, np.float32)[others])
 
 
+def test_rows_that_do_not_count_are_zeros(path):
+    """NaN in them reaches nothing, gradients included."""
+    x, matrices = make(6, 64, (32, 16))
+    live = np.array([True, False, True, True, False, True])
+    spoiled = jnp.where(live[:, None], x, jnp.nan)
+
+    def run(x, live):
+        f = functools.partial(products, live=live, implementation=path)
+        y, pull = jax.vjp(f, x, matrices)
+        dx, dmatrices = pull(jax.tree.map(jnp.ones_like, y))
+        return dx, [*y, *dmatrices]
+
+    want_dx, wanted = run(jnp.where(live[:, None], x, 0), None)
+    dx, found = run(spoiled, jnp.asarray(live))
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(dx[live], want_dx[live])
+    assert not np.asarray(dx[~live], np.float32).any()
+
+
 def test_gradients_are_xlas():
     x, matrices = make(4, 64, (32, 16))
     seeds = products(x, matrices, implementation="xla")

@@ -1,6 +1,6 @@
 """A decoder layer, and how each kind of mixer is called."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,6 +14,24 @@ from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
 from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.state import GatedDeltaNetState
+
+
+class Stream(NamedTuple):
+    """A residual stream whose last addition is made with the next norm.
+
+    Attributes:
+      x: [N, T, D].
+      parts: [S, N, T, D], whose sum is to be added; None: nothing is.
+    """
+
+    x: Array
+    parts: Array | None
+
+    def add(self, norm: RMSNorm, implementation: str | None) -> tuple[Array, Array]:
+        """(x, norm(x)), the addition made."""
+        if self.parts is None:
+            return self.x, norm(self.x)
+        return norm.add(self.x, self.parts, implementation)
 
 
 class DecoderLayer(nn.Module):
@@ -46,20 +64,21 @@ class DecoderLayer(nn.Module):
         self.mlp = make_mlp(config, self.is_sparse, self.implementation, **dtypes)
 
     def __call__(
-        self, x: Array, state: LayerState | None, tokens: Tokens
-    ) -> tuple[Array, Any]:
-        y, state = self.mix(self.mixer_norm(x), state, tokens)
-        x = x + y
-        y = self.mlp_norm(x)
+        self, stream: Stream, state: LayerState | None, tokens: Tokens
+    ) -> tuple[Stream, Any]:
+        x, y = stream.add(self.mixer_norm, self.implementation)
+        parts, state = self.mix(y, state, tokens)
+        x, y = Stream(x, parts).add(self.mlp_norm, self.implementation)
         if self.is_sparse:
-            y = self.mlp(y, live=tokens.live)
+            parts = self.mlp(y, live=tokens.live)[None]
         else:
-            y = self.mlp(y, self.implementation)
-        return x + y, state
+            parts = self.mlp.parts(y, self.implementation)
+        return Stream(x, parts), state
 
     def mix(self, x: Array, state: Any, tokens: Tokens) -> tuple[Array, Any]:
+        """The mixer's parts [S, N, T, D], and its state."""
         if self.mixer_type == "full_attention":
-            return self.mixer(
+            return self.mixer.parts(
                 x,
                 state,
                 start=tokens.start,
@@ -68,10 +87,12 @@ class DecoderLayer(nn.Module):
                 implementation=self.implementation,
             )
         if state is None:
-            return self.mixer(x, implementation=self.implementation)[0], None
+            return self.mixer.parts(x, implementation=self.implementation)[0], None
         x, keywords = as_rows(x, state, tokens)
-        y, state = self.mixer(x, state, implementation=self.implementation, **keywords)
-        return y.reshape(*tokens.lead, -1), state
+        parts, state = self.mixer.parts(
+            x, state, implementation=self.implementation, **keywords
+        )
+        return parts.reshape(-1, *tokens.lead, x.shape[-1]), state
 
 
 def make_mixer(

@@ -8,7 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax.models.config import Config
-from gdn_jax.models.layers import DecoderLayer, init_layer_state, make_mixer
+from gdn_jax.models.layers import (
+    DecoderLayer,
+    Stream,
+    init_layer_state,
+    make_mixer,
+)
 from gdn_jax.models.mtp import MultiTokenPrediction
 from gdn_jax.models.state import ModelState, find_tokens, new_length
 from gdn_jax.nn.attention import KVCache
@@ -134,15 +139,15 @@ class Model(nn.Module):
         call = find_tokens(
             tokens.shape, state, rows, num_tokens, has_state, num_accepted
         )
-        x = self._embedded(tokens)
+        stream = Stream(self._embedded(tokens), None)
         layers: list[Any] = [None] * len(self.layers)
         if state is not None:
             layers = list(state.layers)
         for i, layer in enumerate(self.layers):
-            x, layers[i] = layer(x, layers[i], call)
+            stream, layers[i] = layer(stream, layers[i], call)
         if state is not None:
             state = ModelState(tuple(layers), new_length(state, call))
-        return self.norm(x), state
+        return stream.add(self.norm, self.implementation)[1], state
 
     def logits(self, hidden: Array) -> Array:
         """[..., vocab_size] of [..., D]."""

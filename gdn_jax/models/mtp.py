@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.models.config import Config
-from gdn_jax.models.layers import DecoderLayer
+from gdn_jax.models.layers import DecoderLayer, Stream
 from gdn_jax.models.state import Tokens
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.norm import RMSNorm
@@ -68,8 +68,9 @@ class MultiTokenPrediction(nn.Module):
         number = step % len(self.layers)
         if self.is_initializing():
             for layer in self.layers:
-                layer(x, None, call)
-        x, new = self.layers[number](x, None if cache is None else cache[number], call)
+                layer(Stream(x, None), None, call)
+        own = None if cache is None else cache[number]
+        stream, new = self.layers[number](Stream(x, None), own, call)
         if cache is not None:
             cache = (*cache[:number], new, *cache[number + 1 :])
-        return self.norm(x), cache
+        return stream.add(self.norm, self.implementation)[1], cache

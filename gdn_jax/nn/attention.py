@@ -15,6 +15,7 @@ from gdn_jax.nn.rope import rotate
 from gdn_jax.ops import checks
 from gdn_jax.ops.cached_attention.api import cached_attention, why_not
 from gdn_jax.ops.cached_attention.call import Inputs
+from gdn_jax.ops.few_rows.call import total
 
 
 class KVCache(NamedTuple):
@@ -124,6 +125,27 @@ class GatedAttention(nn.Module):
           y: like x, in `dtype`.
           cache: with the tokens' keys and values; None if that was None.
         """
+        parts, cache = self.parts(
+            x,
+            cache,
+            start=start,
+            rows=rows,
+            num_tokens=num_tokens,
+            implementation=implementation,
+        )
+        return total(parts, self.dtype), cache
+
+    def parts(
+        self,
+        x: t.Hidden,
+        cache: KVCache | None = None,
+        *,
+        start: Array | None = None,
+        rows: Array | None = None,
+        num_tokens: Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """As the call, but y in parts [S ..] whose sum it is, for what sums anyway."""
         if cache is None:
             for name, table in (("rows", rows), ("num_tokens", num_tokens)):
                 if table is not None:
@@ -141,7 +163,8 @@ class GatedAttention(nn.Module):
             positions = jnp.broadcast_to(positions, (N, T))
             cache = _write(cache, k, v, positions, rows, num_tokens)
             out = self._attend_to(cache, q, rows, positions[:, 0], implementation)
-        return self.out(flat(out * jax.nn.sigmoid(gate)), implementation), cache
+        y = flat(out * jax.nn.sigmoid(gate))
+        return self.out.parts(y, implementation), cache
 
     @nn.nowrap
     def init_cache(self, num_rows: int, num_positions: int) -> KVCache:

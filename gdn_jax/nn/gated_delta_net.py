@@ -19,6 +19,7 @@ from gdn_jax.nn.tables import Tables, find_tables
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
+from gdn_jax.ops.few_rows.call import total
 
 
 class GatedDeltaNet(nn.Module):
@@ -181,6 +182,35 @@ class GatedDeltaNet(nn.Module):
           ValueError: the call is wrong; the text names the argument and the remedy.
           NotImplementedError: the implementation asked for cannot run this call here.
         """
+        parts, state = self.parts(
+            x,
+            state,
+            slots=slots,
+            conv_slots=conv_slots,
+            cu_seqlens=cu_seqlens,
+            num_accepted=num_accepted,
+            has_state=has_state,
+            null_slot=null_slot,
+            path=path,
+            implementation=implementation,
+        )
+        return total(parts, self.dtype), state
+
+    def parts(
+        self,
+        x: t.Hidden,
+        state: GatedDeltaNetState | None = None,
+        *,
+        slots: ArrayLike | None = None,
+        conv_slots: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
+        num_accepted: ArrayLike | None = None,
+        has_state: ArrayLike | None = None,
+        null_slot: int | None = None,
+        path: str | None = None,
+        implementation: str | None = None,
+    ) -> tuple[Array, GatedDeltaNetState]:
+        """As the call, but y in parts [S ..] whose sum it is, for what sums anyway."""
         arguments.check_tokens(x, self.hidden_size)
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
         path = arguments.choose_path(path, x, given)
@@ -188,13 +218,14 @@ class GatedDeltaNet(nn.Module):
         pools = pools_of(state, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
-        channels, z, a, b = self.in_proj(tables.select(x), implementation)
+        channels, z, a, b = self.in_proj(x, tables.live, implementation)
         conv, channels = self.convolve(state.conv, channels, tables, implementation)
         recurrent, out = self.update(
             state.recurrent, channels, a, b, tables, path, implementation
         )
-        y = self.out_proj(flat(self.norm(out, z, implementation)), implementation)
-        return y, GatedDeltaNetState(conv, recurrent)
+        y = flat(self.norm(out, z, implementation))
+        parts = self.out_proj.parts(y, implementation)
+        return parts, GatedDeltaNetState(conv, recurrent)
 
     def convolve(
         self,

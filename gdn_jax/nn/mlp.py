@@ -8,6 +8,7 @@ from jax import Array
 
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import Matrices, multiply
+from gdn_jax.ops.few_rows.call import total
 
 
 class GatedMLP(nn.Module):
@@ -40,7 +41,11 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Array, implementation: str | None = None) -> Array:
         """implementation: of the products, as in `fused_update`; the kernel takes up to
         64 tokens of a 16-bit dtype, and the others are XLA's."""
+        return total(self.parts(x, implementation), self.dtype)
+
+    def parts(self, x: Array, implementation: str | None = None) -> Array:
+        """As the call, but y in parts [S ..] whose sum it is, for what sums anyway."""
         [hidden] = multiply(
             x, self.gate, self.up, gated=True, implementation=implementation
         )
-        return self.down(hidden, implementation)
+        return self.down.parts(hidden, implementation)

@@ -95,7 +95,6 @@ class MixtureOfExperts(nn.Module):
           NotImplementedError: `implementation` cannot run here.
         """
         x, live = _check_tokens(x, live, self.hidden_size)
-        x = x if live is None else jnp.where(live[..., None], x, 0)
         x = x.astype(self.dtype)
         tokens = x.reshape(-1, self.hidden_size)
         live = None if live is None else live.reshape(-1)
@@ -105,6 +104,7 @@ class MixtureOfExperts(nn.Module):
             self.shared.gate,
             self.shared.up,
             self.shared_gate,
+            live=live,
             implementation=self.implementation,
         )
         y = self.mix(tokens, scores, live)

@@ -3,9 +3,11 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from gdn_jax.ops.add_norm.api import add_norm, why_not
+from gdn_jax.ops.add_norm.xla import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -26,11 +28,27 @@ class RMSNorm(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        weight = self.param("weight", init, (self.size,), self.param_dtype)
-        x = x.astype(jnp.float32)
-        squares = jnp.mean(x * x, axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(squares + self.eps)
-        return (y * (1 + jnp.asarray(weight, jnp.float32))).astype(self.dtype)
+        self.weight: Any = self.param("weight", init, (self.size,), self.param_dtype)
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, jnp.asarray(self.weight), self.eps).astype(self.dtype)
+
+    def add(
+        self, x: Array, parts: Array, implementation: str | None = None
+    ) -> tuple[Array, Array]:
+        """(x + y, the norm of that) of y's parts [S ..]; in decoding, by one launch.
+
+        implementation: as in `fused_update`. What the kernel cannot take is XLA's.
+        """
+        wants_kernel = implementation in ("triton", "interpret")
+        if wants_kernel and why_not(x) is not None:
+            implementation = None
+        return add_norm(
+            x.astype(self.dtype),
+            parts,
+            jnp.asarray(self.weight),
+            eps=self.eps,
+            implementation=implementation,
+        )

@@ -90,6 +90,11 @@ class Matrix(nn.Module):
         [y] = multiply(x, self, implementation=implementation)
         return y
 
+    def parts(self, x: Array, implementation: str | None = None) -> Array:
+        """[S ..] whose sum over S the call gives; for what sums anyway."""
+        [y] = multiply(x, self, parts=True, implementation=implementation)
+        return y
+
     @nn.compact
     def kernel(self, size: int) -> Array:
         """[size features], in the dtype that is multiplied in."""
@@ -100,7 +105,12 @@ class Matrix(nn.Module):
 
 
 def multiply(
-    x: Array, *matrices: Matrix, gated: bool = False, implementation: str | None = None
+    x: Array,
+    *matrices: Matrix,
+    live: Array | None = None,
+    gated: bool = False,
+    parts: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Array, ...]:
     """x by several matrices; in decoding, by one launch. See `products`.
 
@@ -111,7 +121,14 @@ def multiply(
     wants_kernel = implementation in ("triton", "interpret")
     if wants_kernel and why_not(x, kernels) is not None:
         implementation = None
-    return products(x, kernels, gated=gated, implementation=implementation)
+    return products(
+        x,
+        kernels,
+        live=live,
+        gated=gated,
+        parts=parts,
+        implementation=implementation,
+    )
 
 
 class LowRank(nn.Module):
@@ -125,12 +142,9 @@ class LowRank(nn.Module):
         self.down = self.matrices.dense(self.rank, "embed", None)
         self.up = self.matrices.dense(self.features, None, "gdn_value_heads")
 
-    def __call__(self, x: Array, implementation: str | None) -> Array:
-        return self.up(self.down(x, implementation), implementation)
-
 
 class Layout(nn.Module):
-    """What the layouts share.
+    """What the layouts share. Their call's `live` is as in `products`.
 
     Attributes:
       heads: numbers and dims of heads.
@@ -157,17 +171,17 @@ class Layout(nn.Module):
         return z, a, self.matrices.dense(HV, "embed", "gdn_value_heads")
 
     def project(
-        self, x: Array, *before: Matrix, implementation: str | None
+        self, x: Array, *before: Matrix, live: Array | None, implementation: str | None
     ) -> tuple[Array, ...]:
         """x by these matrices, then z, a and b; in one call where each is a matrix."""
         HV = self.heads.HV
+        call: dict[str, Any] = dict(live=live, implementation=implementation)
         if self.gate_rank is None:
-            *found, z, a, b = multiply(
-                x, *before, self.z, self.a, self.b, implementation=implementation
-            )
+            *found, z, a, b = multiply(x, *before, self.z, self.a, self.b, **call)
         else:
-            *found, b = multiply(x, *before, self.b, implementation=implementation)
-            z, a = (low(x, implementation) for low in (self.z, self.a))
+            downs = self.z.down, self.a.down
+            *found, b, z, a = multiply(x, *before, self.b, *downs, **call)
+            z, a = self.z.up(z, implementation), self.a.up(a, implementation)
         a = _per_head(a, HV) if self.per_key_decay else a
         return *found, _per_head(z, HV), a, b
 
@@ -181,9 +195,13 @@ class Interleaved(Layout):
         self.qkvz = self.matrices.dense(H * per_key_head, "embed", "gdn_key_heads")
         self.ba = self.matrices.dense(H * 2 * group, "embed", "gdn_key_heads")
 
-    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
+    def __call__(
+        self, x: t.Hidden, live: Array | None, implementation: str | None
+    ) -> Projected:
         H, HV, K, V = dataclasses.astuple(self.heads)
-        qkvz, ba = multiply(x, self.qkvz, self.ba, implementation=implementation)
+        qkvz, ba = multiply(
+            x, self.qkvz, self.ba, live=live, implementation=implementation
+        )
         ends = [K, 2 * K, 2 * K + self.heads.group * V]
         *qkv, z = jnp.split(_per_head(qkvz, H), ends, axis=-1)
         b, a = jnp.split(_per_head(ba, H), 2, axis=-1)
@@ -198,8 +216,11 @@ class Flat(Layout):
         self.qkv = self.matrices.dense(self.heads.channels, "embed", "gdn_channels")
         self.z, self.a, self.b = self.gates_and_beta()
 
-    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
-        return Projected(*self.project(x, self.qkv, implementation=implementation))
+    def __call__(
+        self, x: t.Hidden, live: Array | None, implementation: str | None
+    ) -> Projected:
+        call: dict[str, Any] = dict(live=live, implementation=implementation)
+        return Projected(*self.project(x, self.qkv, **call))
 
 
 class Separate(Layout):
@@ -212,9 +233,11 @@ class Separate(Layout):
         self.v = self.matrices.dense(HV * V, "embed", "gdn_value_heads")
         self.z, self.a, self.b = self.gates_and_beta()
 
-    def __call__(self, x: t.Hidden, implementation: str | None) -> Projected:
-        qkv = self.q, self.k, self.v
-        *qkv, z, a, b = self.project(x, *qkv, implementation=implementation)
+    def __call__(
+        self, x: t.Hidden, live: Array | None, implementation: str | None
+    ) -> Projected:
+        call: dict[str, Any] = dict(live=live, implementation=implementation)
+        *qkv, z, a, b = self.project(x, self.q, self.k, self.v, **call)
         return Projected(jnp.concatenate(qkv, axis=-1), z, a, b)
 
 

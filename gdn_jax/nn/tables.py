@@ -32,10 +32,6 @@ class Tables(NamedTuple):
     recurrent: dict[str, Any]
     live: Array | None
 
-    def select(self, x: Array) -> Array:
-        """Zeros in place of what must not be read, NaN included."""
-        return x if self.live is None else jnp.where(self.live[..., None], x, 0)
-
 
 def find_tables(
     given: Batch, conv_slots: ArrayLike | None, lead: tuple[int, ...], pools: Pools

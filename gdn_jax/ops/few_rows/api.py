@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import Array
 
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import vjp
-from gdn_jax.ops.few_rows.call import Inputs, Options
+from gdn_jax.ops.few_rows.call import Inputs, Options, total
 from gdn_jax.ops.few_rows.triton import triton
 from gdn_jax.ops.few_rows.tuning import MAX_ROWS, FewRowsConfig, heuristic
 from gdn_jax.ops.few_rows.xla import xla
@@ -22,7 +23,9 @@ def products(
     x: Array,
     matrices: Sequence[Array],
     *,
+    live: Array | None = None,
     gated: bool = False,
+    parts: bool = False,
     implementation: str | None = None,
     config: FewRowsConfig | None = None,
 ) -> tuple[Array, ...]:
@@ -36,7 +39,10 @@ def products(
     Args:
       x: [..., D].
       matrices: [D, F_i], of x's dtype; on one device.
+      live: bool, of x's leading axes, or to be broadcast to them; rows where it is
+        False are zeros, and NaN there reaches nothing. None: all count.
       gated: of two matrices, gate and up.
+      parts: leave sums in the parts that the launch gives.
       implementation: "triton" (up to 64 rows of a 16-bit dtype), "interpret", "xla" or
         "reference" (both `jnp.dot`); None: triton where it can run, else xla. Where a
         process has several devices, None is xla: XLA shards matrices and does not tell,
@@ -44,13 +50,18 @@ def products(
       config: the kernel's launch; None takes a heuristic of the sizes.
 
     Returns:
-      y_i [..., F_i] of x's dtype, one with `gated`. Sums are float32.
+      y_i [..., F_i] of x's dtype, one with `gated`. Sums are float32. With `parts`
+      [S, ..., F_i], float32 if S > 1, whose sum over S y_i is.
 
     Raises:
       NotImplementedError: the implementation asked for cannot run this call here.
     """
-    whole, options = Inputs(x, tuple(matrices)), Options(gated)
-    inputs = whole._replace(x=x.reshape(-1, x.shape[-1]))
+    if live is not None:
+        live = jnp.broadcast_to(live, x.shape[:-1]).astype(jnp.int32)
+    whole, options = Inputs(x, tuple(matrices), live), Options(gated)
+    inputs = whole._replace(
+        x=x.reshape(-1, x.shape[-1]), live=None if live is None else live.ravel()
+    )
     columns = tuple(matrix.shape[1] for matrix in matrices)
     if implementation is None and not _triton.is_whole():
         implementation = "xla"
@@ -65,15 +76,20 @@ def products(
             raise NotImplementedError(f"the kernel of few rows cannot run: {reason}.")
         launch = config or heuristic(x.shape[-1], columns, gated=gated)
         found = _launched(path, options, launch, inputs)
-        return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in found)
+        return tuple(y.reshape(-1, *x.shape[:-1], y.shape[-1]) for y in found)
 
     paths: dict[str, Callable[[], tuple[Array, ...]]] = {
         "triton": run_triton,
         "interpret": lambda: run_kernel(INTERPRETED),
-        "xla": lambda: xla(whole, options),
-        "reference": lambda: xla(whole, options),
+        "xla": lambda: in_one_part(xla(whole, options)),
+        "reference": lambda: in_one_part(xla(whole, options)),
     }
-    return _dispatch.run(paths, implementation)
+    found = _dispatch.run(paths, implementation)
+    return found if parts else tuple(total(y, x.dtype) for y in found)
+
+
+def in_one_part(found: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(y[None] for y in found)
 
 
 def why_not(x: Array, matrices: Sequence[Array]) -> str | None:
@@ -89,7 +105,13 @@ def why_not(x: Array, matrices: Sequence[Array]) -> str | None:
     return None
 
 
-COMPILED = vjp.Path(triton, vjp.backward_of(xla))
+def _backward(x: Inputs, options: Options, config: Any, cotangents: Any) -> Inputs:
+    """Of parts whose sum alone is used, so that all have its cotangent."""
+    of_sums = tuple(parts[0].astype(x.x.dtype) for parts in cotangents)
+    return vjp.backward_of(xla)(x, options, config, of_sums)
+
+
+COMPILED = vjp.Path(triton, _backward)
 INTERPRETED = vjp.Path(functools.partial(triton, interpret=True), COMPILED.backward)
 
 _launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))

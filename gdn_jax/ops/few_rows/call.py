@@ -1,9 +1,10 @@
 """One call of products of few rows in the form every implementation takes."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 
 class Inputs(NamedTuple):
@@ -12,10 +13,13 @@ class Inputs(NamedTuple):
     Attributes:
       x: [..., D]; [L, D] for a kernel.
       matrices: [D, F], of one dtype with x; F may differ.
+      live: [...], not 0 where a row counts; the others are zeros, whatever x has there.
+        None: all count.
     """
 
     x: Float[Array, "*L D"]
     matrices: tuple[Float[Array, "D _"], ...]
+    live: Int32[Array, "*L"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,3 +27,10 @@ class Options:
     """gated: silu(first product) * second, instead of both."""
 
     gated: bool = False
+
+
+def total(parts: Array, dtype: Any) -> Array:
+    """What parts [S, ...] are of."""
+    if parts.shape[0] == 1:
+        return parts[0].astype(dtype)
+    return jnp.sum(parts, axis=0).astype(dtype)

@@ -22,7 +22,7 @@ from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
 def kernel(inputs: Any, *outputs: Any, config: FewRowsConfig, gated: bool) -> None:
     """Grid: (tiles of columns of all matrices, parts of the sum)."""
-    x, matrices = inputs
+    x, matrices, live = inputs
     tile, part = pl.program_id(0), pl.program_id(1)
     groups = [matrices] if gated else [(matrix,) for matrix in matrices]
     first = 0
@@ -31,16 +31,25 @@ def kernel(inputs: Any, *outputs: Any, config: FewRowsConfig, gated: bool) -> No
 
         @pl.when((tile >= first) & (tile < first + count))
         def _(group=group, out=out, first=first):
-            multiply(x, group, out, tile - np.int32(first), part, config)
+            multiply(x, live, group, out, tile - np.int32(first), part, config)
 
         first += count
 
 
 def multiply(
-    x: Any, group: Sequence[Any], out: Any, tile: Array, part: Array, config: Any
+    x: Any,
+    live: Any,
+    group: Sequence[Any],
+    out: Any,
+    tile: Array,
+    part: Array,
+    config: FewRowsConfig,
 ) -> None:
     num_rows, D = x.shape
     row = _range(padded_rows(num_rows))
+    is_read = _inside(row, num_rows)
+    if live is not None:
+        is_read = _triton.load(live.at[row], mask=row < num_rows, other=0) != 0
     column = tile * np.int32(config.block_f) + _range(config.block_f)
     steps = pl.cdiv(D, config.block_d * config.splits)
     begin = part * np.int32(steps * config.block_d)
@@ -48,7 +57,7 @@ def multiply(
     def add(step, totals):
         summed = begin + step * np.int32(config.block_d) + _range(config.block_d)
         is_summed = _inside(summed, D, config.splits)
-        left = _load(x, row, summed, _inside(row, num_rows), is_summed)
+        left = _load(x, row, summed, is_read, is_summed)
         rights = (
             _load(matrix, summed, column, is_summed, _inside(column, matrix.shape[1]))
             for matrix in group
@@ -102,6 +111,7 @@ def _range(n: int) -> Array:
 def triton(
     x: Inputs, options: Options, config: FewRowsConfig, *, interpret: bool = False
 ) -> tuple[Array, ...]:
+    """[S, L, F] of each product."""
     num_rows = x.x.shape[0]
     columns = [matrix.shape[1] for matrix in x.matrices][: 1 if options.gated else None]
     splits = config.splits
@@ -116,6 +126,4 @@ def triton(
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    if splits == 1:
-        return tuple(found)
-    return tuple(jnp.sum(parts, axis=0).astype(x.x.dtype) for parts in found)
+    return tuple(parts.reshape(splits, num_rows, -1) for parts in found)

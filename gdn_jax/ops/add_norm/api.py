@@ -1,0 +1,88 @@
+"""What a layer adds, and the norm before the next: which implementation runs."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from gdn_jax import _dispatch, _triton
+from gdn_jax.ops import vjp
+from gdn_jax.ops.add_norm.call import Inputs, Options
+from gdn_jax.ops.add_norm.triton import triton
+from gdn_jax.ops.add_norm.xla import xla
+
+MAX_ROWS = 256  # from where on XLA's launches are no longer what costs
+MAX_SIZE = 16384  # values of a program
+
+
+def add_norm(
+    x: Array,
+    parts: Array,
+    weight: Array,
+    *,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """(x + y, norm of it), y the sum of parts.
+
+        y = parts[0] + parts[1] + ..                  rounded to x's dtype, as x + y is
+        norm(x) = x / sqrt(mean(x^2) + eps) * (1 + weight)           in float32
+
+    Args:
+      x: [..., D].
+      parts: [S, ..., D], float32 or of x's dtype.
+      weight: [D].
+      eps: inside the root.
+      implementation: "triton" (one launch, up to 256 rows), "interpret", "xla" or
+        "reference" (one and the same); None: as in `products`.
+
+    Returns:
+      both of x's shape and dtype.
+
+    Raises:
+      NotImplementedError: the implementation asked for cannot run this call here.
+    """
+    whole, options = Inputs(x, parts, weight), Options(float(eps))
+    D = x.shape[-1]
+    if implementation is None and not _triton.is_whole():
+        implementation = "xla"
+
+    def run_triton() -> tuple[Array, Array]:
+        _triton.device_kind(whole)
+        return run_kernel(COMPILED)
+
+    def run_kernel(path: vjp.Path) -> tuple[Array, Array]:
+        reason = why_not(x)
+        if reason is not None:
+            raise NotImplementedError(f"sum and norm's kernel cannot run: {reason}.")
+        rows = whole._replace(
+            x=x.reshape(-1, D), parts=parts.reshape(parts.shape[0], -1, D)
+        )
+        summed, normed = _launched(path, options, None, rows)
+        return summed.reshape(x.shape), normed.reshape(x.shape)
+
+    paths: dict[str, Callable[[], tuple[Array, Array]]] = {
+        "triton": run_triton,
+        "interpret": lambda: run_kernel(INTERPRETED),
+        "xla": lambda: xla(whole, options),
+        "reference": lambda: xla(whole, options),
+    }
+    return _dispatch.run(paths, implementation)
+
+
+def why_not(x: Array) -> str | None:
+    """Why the kernel cannot run a call, whatever the device; None where it can."""
+    num_rows = math.prod(x.shape[:-1])
+    if not 1 <= num_rows <= MAX_ROWS:
+        return f"it takes 1 to {MAX_ROWS} rows; got {num_rows}"
+    if not 1 <= x.shape[-1] <= MAX_SIZE:
+        return f"it takes 1 to {MAX_SIZE} values a row; got {x.shape[-1]}"
+    return None
+
+
+COMPILED = vjp.Path(triton, vjp.backward_of(xla))
+INTERPRETED = vjp.Path(functools.partial(triton, interpret=True), COMPILED.backward)
+
+_launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
