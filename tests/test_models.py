@@ -148,7 +148,7 @@ def test_idle_rows_are_left_as_they_are(kind):
     position = LENGTHS.copy()
     for live in ([1, 1, 1], [1, 0, 1], [1, 1, 1]):
         token = in_rows(kind.tokens[np.arange(N), position][:, None])
-        logits, new = kind.call(token, state, num_tokens=in_rows(live))
+        logits, new = kind.call(token, state, takes_part=in_rows(live) > 0)
         for n in np.flatnonzero(live):
             assert kind.agrees(logits[ROWS[n]], n, position[n])
         idle = np.setdiff1d(np.arange(P), ROWS[np.flatnonzero(live)])
@@ -277,6 +277,11 @@ WRONG = {
     "rows that are floats": (dict(rows=np.zeros(2)), "rows must be int32"),
     "num_tokens of two axes": (dict(num_tokens=integers(2, 1)), "num_tokens must be"),
     "has_state of numbers": (dict(has_state=integers(2)), "has_state must be bool"),
+    "takes_part of numbers": (dict(takes_part=integers(2)), "takes_part must be bool"),
+    "both counts": (
+        dict(num_tokens=integers(2), takes_part=np.ones(2, bool)),
+        "one of the two",
+    ),
     "tables without a state": (dict(state=None, rows=integers(2)), "init_state"),
     "num_accepted without a state": (
         dict(state=None, num_accepted=integers(2)),
@@ -291,6 +296,25 @@ WRONG = {
         "num_mtp_layers",
     ),
 }
+
+
+def test_taking_part_is_having_all_tokens(kind):
+    """Speculative steps, dense and in rows."""
+    _, state = kind.prefill()
+    tokens = in_rows(kind.tokens[:, 20 : 20 + S])
+    live, last = in_rows([1, 0, 1]), in_rows([1, 1, 1], rest=1)
+    counted = dict(num_tokens=live * S), dict(takes_part=live > 0)
+    (want, want_state), (got, got_state) = (
+        kind.call(tokens, state, num_accepted=last, **each) for each in counted
+    )
+    rows = np.asarray(ROWS)[[0, 2]]
+    assert testing.relative_error(got[rows], want[rows]) < TOLERANCE
+    leaves = map(jax.tree.leaves, (got_state, want_state))
+    for each, wanted in zip(*leaves, strict=True):
+        each, wanted = (np.asarray(x).reshape(P, -1)[rows] for x in (each, wanted))
+        each, wanted = (np.nan_to_num(x) for x in (each, wanted))
+        assert testing.relative_error(each, wanted) < TOLERANCE
+    assert same(bits(got_state, ROWS[1:2]), bits(state, ROWS[1:2]))
 
 
 @pytest.mark.parametrize(("change", "told"), WRONG.values(), ids=WRONG)

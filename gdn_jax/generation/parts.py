@@ -51,7 +51,7 @@ def emit(
         emitted.tokens.at[rows, places].set(texts, mode="drop"),
         emitted.log_probabilities.at[rows, places].set(log_probabilities, mode="drop"),
         emitted.num_tokens + taken,
-        emitted.steps + 1,
+        emitted.steps + jnp.any(state.is_active),
         emitted.accepted + jnp.where(is_whole, taken, 0),
         emitted.row_steps + is_whole,
     )

@@ -37,7 +37,7 @@ def speculative_step(
         params,
         fed,
         state.model,
-        num_tokens=jnp.where(state.is_active, D + 1, 0),
+        takes_part=state.is_active,
         num_accepted=state.num_accepted,
     )
     logits = call(model, "logits", params, hidden)

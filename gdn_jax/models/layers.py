@@ -168,8 +168,8 @@ def as_rows(
 ) -> tuple[Array, dict[str, Array | None]]:
     """x and the keywords of a GatedDeltaNet's call.
 
-    Where rows have tokens that do not count, x is packed and these are rows of their
-    own, in no slot: two rows for each sequence.
+    Where rows have some tokens that do not count, x is packed and these are rows of
+    their own, in no slot: two rows for each sequence.
     """
     N, T = tokens.lead
     columns = state.recurrent.shape[0] // state.conv.buffer.shape[0]
@@ -186,7 +186,7 @@ def as_rows(
     if tokens.num_tokens is None:
         return x, tables
     counted = tokens.num_tokens
-    if T == 1:
+    if T == 1 or tokens.takes_part is not None:
         is_live = counted > 0
         live = is_live if num_accepted is None else is_live[:, None]
         return x, tables | dict(

@@ -88,6 +88,7 @@ class Model(nn.Module):
         num_tokens: ArrayLike | None = None,
         has_state: ArrayLike | None = None,
         num_accepted: ArrayLike | None = None,
+        takes_part: ArrayLike | None = None,
     ) -> Any:
         """Logits of each next token.
 
@@ -104,6 +105,8 @@ class Model(nn.Module):
             sequence's last speculative step stand (1 after any other call), as in
             `fused_update`. The call's own tokens, at most 1 + drafts, wait for the next
             call's `num_accepted` to say how many stand.
+          takes_part: [N] bool, instead of num_tokens where all the T tokens count or
+            none, which is faster.
 
         Returns:
           logits [N, T, vocab_size] in `dtype`, and with a state (logits, state).
@@ -118,6 +121,7 @@ class Model(nn.Module):
             num_tokens=num_tokens,
             has_state=has_state,
             num_accepted=num_accepted,
+            takes_part=takes_part,
         )
         if self.is_initializing() and self.config.num_mtp_layers:
             self.mtp(self._embedded(jnp.asarray(tokens)), hidden)
@@ -133,11 +137,12 @@ class Model(nn.Module):
         num_tokens: ArrayLike | None = None,
         has_state: ArrayLike | None = None,
         num_accepted: ArrayLike | None = None,
+        takes_part: ArrayLike | None = None,
     ) -> tuple[Array, ModelState | None]:
         """As the call, but what `logits` takes, [N, T, D], behind the last norm."""
         tokens = checks.integers("tokens", tokens)
         call = find_tokens(
-            tokens.shape, state, rows, num_tokens, has_state, num_accepted
+            tokens.shape, state, rows, num_tokens, has_state, num_accepted, takes_part
         )
         stream = Stream(self._embedded(tokens), None)
         layers: list[Any] = [None] * len(self.layers)

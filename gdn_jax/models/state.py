@@ -46,6 +46,8 @@ class Tokens:
       lead: N and T.
       rows: [N], each sequence's row of the state; None: n.
       num_tokens: [N], how many of the T count; None: all.
+      takes_part: [N] bool, where num_tokens are all of the T or none; None: where they
+        may be some.
       start: [N], how many tokens are before each sequence's first; None: 0 everywhere,
         and there is no state.
       has_state, num_accepted: [N] or None, as in `fused_update`.
@@ -57,6 +59,7 @@ class Tokens:
     start: Array | None = None
     has_state: Array | None = None
     num_accepted: Array | None = None
+    takes_part: Array | None = None
 
     @property
     def live(self) -> Array | None:
@@ -78,20 +81,28 @@ def find_tokens(
     num_tokens: ArrayLike | None,
     has_state: ArrayLike | None,
     num_accepted: ArrayLike | None,
+    takes_part: ArrayLike | None,
 ) -> Tokens:
     """Checks a call's tables."""
     if len(shape) != 2:
         checks.fail("tokens", shape, "[N, T]", "One row for each sequence.")
     N, T = shape
     tables: dict[str, Any] = dict(
-        rows=rows, num_tokens=num_tokens, has_state=has_state, num_accepted=num_accepted
+        rows=rows,
+        num_tokens=num_tokens,
+        has_state=has_state,
+        num_accepted=num_accepted,
+        takes_part=takes_part,
     )
+    if num_tokens is not None and takes_part is not None:
+        remedy = "takes_part is for calls of all the T tokens or none."
+        checks.fail("takes_part", "given with num_tokens", "one of the two", remedy)
     for name, table in tables.items():
         if table is None:
             continue
         if state is None:
             checks.fail("state", "None", f"given with {name}", "See model.init_state.")
-        if name == "has_state":
+        if name in ("has_state", "takes_part"):
             table = checks.booleans(name, table)
         else:
             table = checks.integers(name, table)
@@ -100,6 +111,8 @@ def find_tokens(
         tables[name] = table
     if state is None:
         return Tokens((N, T))
+    if takes_part is not None:
+        tables["num_tokens"] = jnp.where(tables["takes_part"], jnp.int32(T), 0)
     P, S = state.length.shape[0], state.columns
     if rows is None and N != P:
         remedy = "Give rows, which say which of the state's each is."
