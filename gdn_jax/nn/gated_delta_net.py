@@ -167,7 +167,7 @@ class GatedDeltaNet(nn.Module):
             Per-K decays (KDA) in chunks are XLA's.
           implementation: of projections, convolution, rule and norm, as in
             `fused_update`; beside the kernels of others XLA's is the norm, which has
-            none, and projections of more than 64 tokens or in float32.
+            none, and projections of more than 128 tokens or in float32.
 
         Null rule: as in `fused_update`, for both states; a row is null also where its
         convolution's slot is. Its y is exactly zero, and so is that of tokens of no

@@ -40,7 +40,7 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Array, implementation: str | None = None) -> Array:
         """implementation: of the products, as in `fused_update`; the kernel takes up to
-        64 tokens of a 16-bit dtype, and the others are XLA's."""
+        128 tokens of a 16-bit dtype, and the others are XLA's."""
         return total(self.parts(x, implementation), self.dtype)
 
     def parts(self, x: Array, implementation: str | None = None) -> Array:

@@ -1,5 +1,6 @@
 """The sum and its norm as one Pallas kernel (Triton lowering), a row a program."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from gdn_jax.ops.add_norm.call import Inputs, Options
 VALUES_OF_A_LANE = 16
 
 
-def kernel(inputs: Any, x_ref: Any, y_ref: Any, *, eps: float) -> None:
+def add_norm_kernel(inputs: Any, x_ref: Any, y_ref: Any, *, eps: float) -> None:
     given, parts, weight = inputs
     D, row = given.shape[1], pl.program_id(0)
     column = jnp.arange(pl.next_power_of_2(D), dtype=jnp.int32)
@@ -45,7 +46,7 @@ def triton(
     lanes = pl.next_power_of_2(D) // VALUES_OF_A_LANE
     shape = ((num_rows, D), x.x.dtype)
     found = _triton.launch(
-        lambda *refs: kernel(*refs, eps=options.eps),
+        functools.partial(add_norm_kernel, eps=options.eps),
         x,
         (shape, shape),
         grid=(num_rows,),

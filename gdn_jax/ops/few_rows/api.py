@@ -43,7 +43,7 @@ def products(
         False are zeros, and NaN there reaches nothing. None: all count.
       gated: of two matrices, gate and up.
       parts: leave sums in the parts that the launch gives.
-      implementation: "triton" (up to 64 rows of a 16-bit dtype), "interpret", "xla" or
+      implementation: "triton" (up to 128 rows of a 16-bit dtype), "interpret", "xla" or
         "reference" (both `jnp.dot`); None: triton where it can run, else xla. Where a
         process has several devices, None is xla: XLA shards matrices and does not tell,
         and would gather them for a kernel. Inside of `shard_map` they are whole.
@@ -74,7 +74,9 @@ def products(
         reason = why_not(x, matrices)
         if reason is not None:
             raise NotImplementedError(f"the kernel of few rows cannot run: {reason}.")
-        launch = config or heuristic(x.shape[-1], columns, gated=gated)
+        launch = config or heuristic(
+            inputs.x.shape[0], x.shape[-1], columns, gated=gated
+        )
         found = _launched(path, options, launch, inputs)
         return tuple(y.reshape(-1, *x.shape[:-1], y.shape[-1]) for y in found)
 

@@ -20,7 +20,9 @@ from gdn_jax.ops.few_rows.tuning import FewRowsConfig
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
 
-def kernel(inputs: Any, *outputs: Any, config: FewRowsConfig, gated: bool) -> None:
+def few_rows_kernel(
+    inputs: Any, *outputs: Any, config: FewRowsConfig, gated: bool
+) -> None:
     """Grid: (tiles of columns of all matrices, parts of the sum)."""
     x, matrices, live = inputs
     tile, part = pl.program_id(0), pl.program_id(1)
@@ -117,7 +119,7 @@ def triton(
     splits = config.splits
     lead, dtype = ((), x.x.dtype) if splits == 1 else ((splits,), jnp.float32)
     found = _triton.launch(
-        functools.partial(kernel, config=config, gated=options.gated),
+        functools.partial(few_rows_kernel, config=config, gated=options.gated),
         x,
         [((*lead, num_rows, F), dtype) for F in columns],
         grid=(sum(pl.cdiv(F, config.block_f) for F in columns), splits),
