@@ -1,12 +1,11 @@
 """The mixture-of-experts layer of Qwen3-Next and Qwen3.5-MoE."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 import gdn_jax
@@ -14,6 +13,8 @@ from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.projections import Matrices, multiply
 from gdn_jax.ops import checks
+from gdn_jax.ops.routing.api import route, why_not
+from gdn_jax.ops.routing.call import Routes
 
 
 class MixtureOfExperts(nn.Module):
@@ -107,62 +108,39 @@ class MixtureOfExperts(nn.Module):
             live=live,
             implementation=self.implementation,
         )
-        y = self.mix(tokens, scores, live)
+        y = self.mix(tokens, self.route(scores, live))
         shared = self.shared.down(jax.nn.silu(gate) * up, self.implementation)
         y = y + jax.nn.sigmoid(share) * shared
         return y.astype(self.dtype).reshape(x.shape)
 
-    def mix(self, x: Array, scores: Array, live: Array | None) -> Array:
+    def route(self, scores: Array, live: Array | None) -> Routes:
+        implementation = self.implementation
+        wants_kernel = implementation in ("triton", "interpret")
+        if wants_kernel and why_not(scores) is not None:
+            implementation = None
+        return route(
+            scores,
+            live,
+            k=self.experts_per_token,
+            normalize=self.norm_topk,
+            implementation=implementation,
+        )
+
+    def mix(self, x: Array, routes: Routes) -> Array:
         """[L D] float32: the experts' part."""
-        weights, experts = self.choose(scores)
-        routes = Routes.of(experts, live, self.num_experts)
         rows = x[routes.token]
         gate, up = jnp.split(self.multiply(rows, self.experts_gate_up, routes), 2, -1)
         y = self.multiply(jax.nn.silu(gate) * up, self.experts_down, routes)
         each = y[routes.place].astype(jnp.float32)  # [L k D]
-        return jnp.sum(weights[..., None] * each, axis=1)
+        return jnp.sum(routes.weights[..., None] * each, axis=1)
 
-    def choose(self, scores: Array) -> tuple[Array, Array]:
-        """[L k] each: the weights of a token's experts, and which they are."""
-        scores = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
-        weights, experts = lax.top_k(scores, self.experts_per_token)
-        if self.norm_topk:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return weights, experts
-
-    def multiply(self, rows: Array, weights: ArrayLike, routes: "Routes") -> Array:
+    def multiply(self, rows: Array, weights: ArrayLike, routes: Routes) -> Array:
         return gdn_jax.grouped_dot(
             rows,
             jnp.asarray(weights, self.dtype),
             routes.group_sizes,
             implementation=self.implementation,
         )
-
-
-class Routes(NamedTuple):
-    """The pairs of a token and one of its experts, sorted by experts.
-
-    Attributes:
-      token: [L k], whose x a sorted row is.
-      place: [L k] as [L, k], the sorted row of each pair.
-      group_sizes: [E], rows of each expert; those of padding are of none, and last.
-    """
-
-    token: Array
-    place: Array
-    group_sizes: Array
-
-    @classmethod
-    def of(cls, experts: Array, live: Array | None, num_experts: int) -> "Routes":
-        if live is not None:
-            experts = jnp.where(live[:, None], experts, num_experts)
-        chosen = experts.ravel()
-        pair = jnp.arange(chosen.size, dtype=jnp.int32)
-        _, order = lax.sort_key_val(chosen, pair)  # stable: a token's place is its own
-        place = jnp.zeros_like(pair).at[order].set(pair, unique_indices=True)
-        sizes = jnp.zeros(num_experts, jnp.int32).at[chosen].add(1, mode="drop")
-        token = order // np.int32(experts.shape[1])
-        return cls(token, place.reshape(experts.shape), sizes)
 
 
 def _check_fields(layer: MixtureOfExperts) -> None:

@@ -1,0 +1,82 @@
+"""Which experts tokens go to: which implementation runs."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from gdn_jax import _dispatch, _triton
+from gdn_jax.ops import vjp
+from gdn_jax.ops.routing.call import Inputs, Options, Routes
+from gdn_jax.ops.routing.triton import triton
+from gdn_jax.ops.routing.xla import xla
+
+MAX_TOKENS = 128  # of pairs every one is compared with every other
+MAX_EXPERTS = 1024
+
+
+def route(
+    scores: Array,
+    live: Array | None,
+    *,
+    k: int,
+    normalize: bool,
+    implementation: str | None = None,
+) -> Routes:
+    """Chooses each token's experts, and sorts the pairs of both by experts.
+
+        p = softmax(scores);  weights, experts = top_k(p)        in float32
+
+    Args:
+      scores: [L, E], of the router.
+      live: [L] bool; False: a token of padding, whose pairs are of no expert, behind
+        all others. None: all count.
+      k: experts of a token.
+      normalize: divide a token's weights by their sum.
+      implementation: "triton" (two launches, up to 128 tokens), "interpret", "xla" or
+        "reference" (one and the same, of a dozen launches); None: as in `products`.
+
+    Returns:
+      `Routes`. Pairs of one expert stay in the order of their tokens.
+
+    Raises:
+      NotImplementedError: the implementation asked for cannot run this call here.
+    """
+    inputs, options = Inputs(scores, live), Options(k, normalize)
+    if implementation is None and not _triton.is_whole():
+        implementation = "xla"
+
+    def run_triton() -> Routes:
+        _triton.device_kind(inputs)
+        return run_kernel(COMPILED)
+
+    def run_kernel(path: vjp.Path) -> Routes:
+        reason = why_not(scores)
+        if reason is not None:
+            raise NotImplementedError(f"the router's kernels cannot run: {reason}.")
+        return _launched(path, options, None, inputs)
+
+    paths: dict[str, Callable[[], Routes]] = {
+        "triton": run_triton,
+        "interpret": lambda: run_kernel(INTERPRETED),
+        "xla": lambda: xla(inputs, options),
+        "reference": lambda: xla(inputs, options),
+    }
+    return _dispatch.run(paths, implementation)
+
+
+def why_not(scores: Array) -> str | None:
+    """Why the kernels cannot run a call, whatever the device; None where they can."""
+    num_tokens, num_experts = scores.shape
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        return f"they take 1 to {MAX_TOKENS} tokens; got {num_tokens}"
+    if num_experts > MAX_EXPERTS:
+        return f"they take up to {MAX_EXPERTS} experts; got {num_experts}"
+    return None
+
+
+COMPILED = vjp.Path(triton, vjp.backward_of(xla))
+INTERPRETED = vjp.Path(functools.partial(triton, interpret=True), COMPILED.backward)
+
+_launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
