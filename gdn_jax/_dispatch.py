@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from gdn_jax import _triton
 from gdn_jax.ops import checks
 
 Result = TypeVar("Result")
@@ -35,6 +36,50 @@ def check_config(config: Any, kind: type, implementation: str | None) -> None:
         got = f"{config!r} with implementation={implementation!r}"
         remedy = "Leave one of the two out: it has no launch to pin."
         checks.fail("config", got, "None there", remedy)
+
+
+def run_kernel_or_xla(
+    implementation: str | None,
+    *,
+    arrays: Any,
+    why_not: str | None,
+    kernel: Callable[[bool], Result],
+    xla: Callable[[], Result],
+) -> Result:
+    """Of an op whose `reference` is its `xla` and whose kernel is for some calls alone.
+
+    Where a process has several devices, None is xla: XLA shards arrays and does not
+    tell, and would gather them for a kernel. Inside of `shard_map` they are whole.
+
+    Args:
+      arrays: the call's.
+      why_not: why the kernel cannot take the call; None where it can.
+      kernel: runs it, given whether in the interpreter.
+    """
+    if implementation is None and not _triton.is_whole():
+        implementation = "xla"
+
+    def run_kernel(interpret: bool) -> Result:
+        if not interpret:
+            _triton.device_kind(arrays)
+        if why_not is not None:
+            raise NotImplementedError(f"the kernel cannot run here: {why_not}.")
+        return kernel(interpret)
+
+    paths = {
+        "triton": lambda: run_kernel(False),
+        "interpret": lambda: run_kernel(True),
+        "xla": xla,
+        "reference": xla,
+    }
+    return run(paths, implementation)
+
+
+def where_it_can(implementation: str | None, why_not: str | None) -> str | None:
+    """What a layer's op runs: of many ops of one `implementation`, those whose kernel
+    cannot take their call run XLA's."""
+    asks_for_kernel = implementation in ("triton", "interpret")
+    return None if asks_for_kernel and why_not is not None else implementation
 
 
 def run(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax import _types as t
+from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.projections import Matrices, flat, multiply
@@ -192,11 +193,11 @@ class GatedAttention(nn.Module):
         implementation: str | None,
     ) -> Array:
         call = Inputs(q, *cache, rows, start)
-        wants_kernel = implementation in ("triton", "interpret")
-        if wants_kernel and why_not(call, self.attention) is not None:
-            implementation = None
+        reason = why_not(call, self.attention)
         return cached_attention(
-            call, attention=self.attention, implementation=implementation
+            call,
+            attention=self.attention,
+            implementation=where_it_can(implementation, reason),
         )
 
 

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 import gdn_jax
+from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.projections import Matrices, multiply
@@ -114,16 +115,12 @@ class MixtureOfExperts(nn.Module):
         return y.astype(self.dtype).reshape(x.shape)
 
     def route(self, scores: Array, live: Array | None) -> Routes:
-        implementation = self.implementation
-        wants_kernel = implementation in ("triton", "interpret")
-        if wants_kernel and why_not(scores) is not None:
-            implementation = None
         return route(
             scores,
             live,
             k=self.experts_per_token,
             normalize=self.norm_topk,
-            implementation=implementation,
+            implementation=where_it_can(self.implementation, why_not(scores)),
         )
 
     def mix(self, x: Array, routes: Routes) -> Array:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from gdn_jax._dispatch import where_it_can
 from gdn_jax.ops.add_norm.api import add_norm, why_not
 from gdn_jax.ops.add_norm.xla import rms_norm
 
@@ -42,13 +43,10 @@ class RMSNorm(nn.Module):
 
         implementation: as in `fused_update`. What the kernel cannot take is XLA's.
         """
-        wants_kernel = implementation in ("triton", "interpret")
-        if wants_kernel and why_not(x) is not None:
-            implementation = None
         return add_norm(
             x.astype(self.dtype),
             parts,
             jnp.asarray(self.weight),
             eps=self.eps,
-            implementation=implementation,
+            implementation=where_it_can(implementation, why_not(x)),
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax import _types as t
+from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.ops.few_rows.api import products, why_not
 
@@ -118,16 +119,13 @@ def multiply(
     """
     kernels = [matrix.kernel(x.shape[-1]) for matrix in matrices]
     x = jnp.asarray(x, kernels[0].dtype)
-    wants_kernel = implementation in ("triton", "interpret")
-    if wants_kernel and why_not(x, kernels) is not None:
-        implementation = None
     return products(
         x,
         kernels,
         live=live,
         gated=gated,
         parts=parts,
-        implementation=implementation,
+        implementation=where_it_can(implementation, why_not(x, kernels)),
     )
 
 

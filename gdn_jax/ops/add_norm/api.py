@@ -2,12 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 from jax import Array
 
-from gdn_jax import _dispatch, _triton
+from gdn_jax import _dispatch
 from gdn_jax.ops import vjp
 from gdn_jax.ops.add_norm.call import Inputs, Options
 from gdn_jax.ops.add_norm.triton import triton
@@ -45,31 +44,23 @@ def add_norm(
       NotImplementedError: the implementation asked for cannot run this call here.
     """
     whole, options = Inputs(x, parts, weight), Options(float(eps))
-    D = x.shape[-1]
-    if implementation is None and not _triton.is_whole():
-        implementation = "xla"
 
-    def run_triton() -> tuple[Array, Array]:
-        _triton.device_kind(whole)
-        return run_kernel(COMPILED)
-
-    def run_kernel(path: vjp.Path) -> tuple[Array, Array]:
-        reason = why_not(x)
-        if reason is not None:
-            raise NotImplementedError(f"sum and norm's kernel cannot run: {reason}.")
+    def kernel(interpret: bool) -> tuple[Array, Array]:
+        D = x.shape[-1]
         rows = whole._replace(
             x=x.reshape(-1, D), parts=parts.reshape(parts.shape[0], -1, D)
         )
+        path = INTERPRETED if interpret else COMPILED
         summed, normed = _launched(path, options, None, rows)
         return summed.reshape(x.shape), normed.reshape(x.shape)
 
-    paths: dict[str, Callable[[], tuple[Array, Array]]] = {
-        "triton": run_triton,
-        "interpret": lambda: run_kernel(INTERPRETED),
-        "xla": lambda: xla(whole, options),
-        "reference": lambda: xla(whole, options),
-    }
-    return _dispatch.run(paths, implementation)
+    return _dispatch.run_kernel_or_xla(
+        implementation,
+        arrays=whole,
+        why_not=why_not(x),
+        kernel=kernel,
+        xla=lambda: xla(whole, options),
+    )
 
 
 def why_not(x: Array) -> str | None:

@@ -1,14 +1,13 @@
 """Attention of new tokens to a cache: which implementation runs."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from gdn_jax import _dispatch, _triton
+from gdn_jax import _dispatch
 from gdn_jax.ops import vjp
 from gdn_jax.ops.cached_attention.call import Inputs, Options
 from gdn_jax.ops.cached_attention.triton import triton
@@ -43,7 +42,8 @@ def cached_attention(
       implementation: "triton" (reads the positions that there are; a few tokens of a
         16-bit dtype), "interpret", "xla" or "reference" (both
         `jax.nn.dot_product_attention`, which reads all of the cache); None: triton
-        where it can run and `attention` does not ask for another, else xla.
+        where it can run, `attention` does not ask for another and a process has one
+        device, else xla.
       config: the kernel's launch; None takes a heuristic of the sizes.
 
     Returns:
@@ -53,25 +53,18 @@ def cached_attention(
       NotImplementedError: the implementation asked for cannot run this call here.
     """
     options = Options(attention)
-    launch = config or heuristic(x.q.shape[0], *x.k.shape[1:3])
 
-    def run_triton() -> Array:
-        _triton.device_kind(x)
-        return run_kernel(COMPILED)
+    def kernel(interpret: bool) -> Array:
+        launch = config or heuristic(x.q.shape[0], *x.k.shape[1:3])
+        return _launched(INTERPRETED if interpret else COMPILED, options, launch, x)
 
-    def run_kernel(path: vjp.Path) -> Array:
-        reason = why_not(x, attention)
-        if reason is not None:
-            raise NotImplementedError(f"attention's kernel cannot run: {reason}.")
-        return _launched(path, options, launch, x)
-
-    paths: dict[str, Callable[[], Array]] = {
-        "triton": run_triton,
-        "interpret": lambda: run_kernel(INTERPRETED),
-        "xla": lambda: xla(x, options),
-        "reference": lambda: xla(x, options),
-    }
-    return _dispatch.run(paths, implementation)
+    return _dispatch.run_kernel_or_xla(
+        implementation,
+        arrays=x,
+        why_not=why_not(x, attention),
+        kernel=kernel,
+        xla=lambda: xla(x, options),
+    )
 
 
 def why_not(x: Inputs, attention: str | None = None) -> str | None:

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import indices
 from gdn_jax.ops.cached_attention.call import Inputs, Options
 from gdn_jax.ops.cached_attention.tuning import AttentionConfig
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
@@ -38,8 +39,8 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
     row = n if rows is None else jnp.clip(_triton.load(rows.at[n]), 0, last)
     start = _triton.load(starts.at[n])
     group = num_heads // num_kv_heads
-    query = _range(padded_queries(T * group))
-    token, features = query // np.int32(group), _range(dim)
+    query = indices(padded_queries(T * group))
+    token, features = query // np.int32(group), indices(dim)
     is_query = jnp.broadcast_to((token < T)[:, None], (query.size, dim))
 
     def of_queries(ref: Any) -> Any:
@@ -60,7 +61,7 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
         return _triton.load(place, mask=mask, other=0)
 
     def step(i: Array, sums: Sums) -> Sums:
-        position = begin + i * size + _range(config.block_m)
+        position = begin + i * size + indices(config.block_m)
         logits = _triton.dot(q, load(k_ref, position), trans_b=True)
         logits = logits * np.float32(math.log2(math.e) / math.sqrt(dim))
         reached = position[None, :] <= (start + token)[:, None]
@@ -101,7 +102,7 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
 def combine_kernel(sums: Any, out_ref: Any) -> None:
     """Grid: (queries of a key head, key heads, sequences)."""
     query, head, n = (pl.program_id(axis) for axis in range(3))
-    parts, features = _range(sums.m.shape[2]), _range(sums.acc.shape[4])
+    parts, features = indices(sums.m.shape[2]), indices(sums.acc.shape[4])
     m = _triton.load(sums.m.at[n, head, parts, query])
     top = jnp.max(m, axis=0)
     weights = jnp.exp2(m - jnp.where(top == -jnp.inf, jnp.float32(0), top))
@@ -125,10 +126,6 @@ def _where_any(total: Array) -> Array:
 
 def _ceil_div(x: Array, y: np.int32) -> Array:
     return lax.div(x + (y - np.int32(1)), y)
-
-
-def _range(n: int) -> Array:
-    return jnp.arange(n, dtype=jnp.int32)
 
 
 def triton(

@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gdn_jax import _dispatch, _triton
+from gdn_jax import _dispatch
 from gdn_jax.ops import vjp
 from gdn_jax.ops.few_rows.call import Inputs, Options, total
 from gdn_jax.ops.few_rows.triton import triton
@@ -44,9 +44,8 @@ def products(
       gated: of two matrices, gate and up.
       parts: leave sums in the parts that the launch gives.
       implementation: "triton" (up to 128 rows of a 16-bit dtype), "interpret", "xla" or
-        "reference" (both `jnp.dot`); None: triton where it can run, else xla. Where a
-        process has several devices, None is xla: XLA shards matrices and does not tell,
-        and would gather them for a kernel. Inside of `shard_map` they are whole.
+        "reference" (both `jnp.dot`); None: triton where it can run and a process has
+        one device, else xla.
       config: the kernel's launch; None takes a heuristic of the sizes.
 
     Returns:
@@ -63,30 +62,21 @@ def products(
         x=x.reshape(-1, x.shape[-1]), live=None if live is None else live.ravel()
     )
     columns = tuple(matrix.shape[1] for matrix in matrices)
-    if implementation is None and not _triton.is_whole():
-        implementation = "xla"
 
-    def run_triton() -> tuple[Array, ...]:
-        _triton.device_kind(inputs)
-        return run_kernel(COMPILED)
-
-    def run_kernel(path: vjp.Path) -> tuple[Array, ...]:
-        reason = why_not(x, matrices)
-        if reason is not None:
-            raise NotImplementedError(f"the kernel of few rows cannot run: {reason}.")
-        launch = config or heuristic(
-            inputs.x.shape[0], x.shape[-1], columns, gated=gated
-        )
+    def kernel(interpret: bool) -> tuple[Array, ...]:
+        num_rows, D = inputs.x.shape
+        launch = config or heuristic(num_rows, D, columns, gated=gated)
+        path = INTERPRETED if interpret else COMPILED
         found = _launched(path, options, launch, inputs)
         return tuple(y.reshape(-1, *x.shape[:-1], y.shape[-1]) for y in found)
 
-    paths: dict[str, Callable[[], tuple[Array, ...]]] = {
-        "triton": run_triton,
-        "interpret": lambda: run_kernel(INTERPRETED),
-        "xla": lambda: in_one_part(xla(whole, options)),
-        "reference": lambda: in_one_part(xla(whole, options)),
-    }
-    found = _dispatch.run(paths, implementation)
+    found = _dispatch.run_kernel_or_xla(
+        implementation,
+        arrays=inputs,
+        why_not=why_not(x, matrices),
+        kernel=kernel,
+        xla=lambda: in_one_part(xla(whole, options)),
+    )
     return found if parts else tuple(total(y, x.dtype) for y in found)
 
 

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import indices, inside, load
 from gdn_jax.ops.few_rows.call import Inputs, Options
 from gdn_jax.ops.few_rows.tuning import FewRowsConfig
 from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
@@ -48,20 +49,24 @@ def multiply(
     config: FewRowsConfig,
 ) -> None:
     num_rows, D = x.shape
-    row = _range(padded_rows(num_rows))
-    is_read = _inside(row, num_rows)
+    row = indices(padded_rows(num_rows))
+    is_read = inside(row, num_rows)
     if live is not None:
         is_read = _triton.load(live.at[row], mask=row < num_rows, other=0) != 0
-    column = tile * np.int32(config.block_f) + _range(config.block_f)
+    column = tile * np.int32(config.block_f) + indices(config.block_f)
     steps = pl.cdiv(D, config.block_d * config.splits)
     begin = part * np.int32(steps * config.block_d)
 
     def add(step, totals):
-        summed = begin + step * np.int32(config.block_d) + _range(config.block_d)
-        is_summed = _inside(summed, D, config.splits)
-        left = _load(x, row, summed, is_read, is_summed)
+        summed = begin + step * np.int32(config.block_d) + indices(config.block_d)
+        is_summed = inside(summed, D, config.splits)
+        left = load(x, (row, summed), (is_read, is_summed))
         rights = (
-            _load(matrix, summed, column, is_summed, _inside(column, matrix.shape[1]))
+            load(
+                matrix,
+                (summed, column),
+                (is_summed, inside(column, matrix.shape[1])),
+            )
             for matrix in group
         )
         return tuple(
@@ -84,30 +89,6 @@ def multiply(
 
 def padded_rows(num_rows: int) -> int:
     return max(MIN_DOT, pl.next_power_of_2(num_rows))
-
-
-def _load(ref: Any, row: Array, column: Array, *inside: Array | None) -> Array:
-    """[rows columns], 0 where it is not inside; None: all are."""
-    place = ref.at[row[:, None], column[None, :]]
-    shape = row.size, column.size
-    masks = [
-        jnp.broadcast_to(mask[:, None] if axis == 0 else mask[None, :], shape)
-        for axis, mask in enumerate(inside)
-        if mask is not None
-    ]
-    if not masks:
-        return _triton.load(place)
-    mask = functools.reduce(jnp.logical_and, masks)
-    return _triton.load(place, mask=mask, other=0)
-
-
-def _inside(index: Array, size: int, splits: int = 1) -> Array | None:
-    """None where tiles fit: a mask that says nothing would be computed all the same."""
-    return None if size % (index.size * splits) == 0 else index < size
-
-
-def _range(n: int) -> Array:
-    return jnp.arange(n, dtype=jnp.int32)
 
 
 def triton(

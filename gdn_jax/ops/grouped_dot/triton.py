@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import indices, inside, load
 from gdn_jax.ops.gated_delta.chunk_parts import cut_array, dot
 from gdn_jax.ops.grouped_dot.call import Inputs, Options
 from gdn_jax.ops.grouped_dot.tuning import (
@@ -43,15 +44,15 @@ def dot_kernel(
     one group's weights; `transposed`, those are [E columns summed]."""
     x, weights, group_sizes = inputs
     rows = find_tile(group_sizes, x.shape[0], config.block_l, pl.program_id(1))
-    row = rows.begin + _range(config.block_l)
-    column = pl.program_id(0) * config.block_f + _range(config.block_f)
+    row = rows.begin + indices(config.block_l)
+    column = pl.program_id(0) * config.block_f + indices(config.block_f)
     live = rows.group < weights.shape[0]
     group = jnp.where(live, rows.group, 0)
     valid, num_summed = row < rows.end, x.shape[1]
 
     def add(step, total):
-        summed = step * config.block_d + _range(config.block_d)
-        left = _load(x, (row, summed), (valid, _inside(summed, num_summed)))
+        summed = step * config.block_d + indices(config.block_d)
+        left = load(x, (row, summed), (valid, inside(summed, num_summed)))
         if transposed:
             right = _load_weights(weights, group, column, summed)
         else:
@@ -75,13 +76,13 @@ def outer_kernel(inputs: Any, sums_ref: Any, *, config: GroupedDotConfig) -> Non
     begin = jnp.sum(jnp.where(number < group, sizes, 0), dtype=jnp.int32)
     own = jnp.sum(jnp.where(number == group, sizes, 0), dtype=jnp.int32)
     end = jnp.minimum(begin + own, x.shape[0])
-    d = pl.program_id(1) * config.block_d + _range(config.block_d)
-    f = pl.program_id(0) * config.block_f + _range(config.block_f)
+    d = pl.program_id(1) * config.block_d + indices(config.block_d)
+    f = pl.program_id(0) * config.block_f + indices(config.block_f)
 
     def add(step, total):
-        row = begin + step * config.block_l + _range(config.block_l)
-        left = _load(x, (row, d), (row < end, _inside(d, x.shape[1])))
-        right = _load(y, (row, f), (row < end, _inside(f, y.shape[1])))
+        row = begin + step * config.block_l + indices(config.block_l)
+        left = load(x, (row, d), (row < end, inside(d, x.shape[1])))
+        right = load(y, (row, f), (row < end, inside(f, y.shape[1])))
         return total + _multiply(left, right, trans_left=True)
 
     size = np.int32(config.block_l)
@@ -117,36 +118,14 @@ def most_tiles(num_rows: int, num_groups: int, size: int) -> int:
 def _load_sizes(group_sizes: Any) -> tuple[Array, Array]:
     """Of all groups, and their numbers."""
     num_groups = group_sizes.shape[0]
-    group = _range(pl.next_power_of_2(num_groups))
+    group = indices(pl.next_power_of_2(num_groups))
     sizes = _triton.load(group_sizes.at[group], mask=group < num_groups, other=0)
     return jnp.maximum(sizes, 0), group
 
 
 def _load_weights(ref: Any, group: Array, d: Array, f: Array) -> Array:
-    inside = _inside(d, ref.shape[1]), _inside(f, ref.shape[2])
-    return _load(ref, (d, f), inside, group)
-
-
-def _load(ref: Any, at: tuple, inside: tuple, *group: Array) -> Array:
-    """[rows columns], 0 where it is not inside; None: all are."""
-    row, column = at[0][:, None], at[1][None, :]
-    place = ref.at[(*group, row, column)]
-    masks = [
-        mask[:, None] if axis == 0 else mask[None, :]
-        for axis, mask in enumerate(inside)
-        if mask is not None
-    ]
-    if not masks:
-        return _triton.load(place)
-    mask = jnp.broadcast_to(
-        functools.reduce(jnp.logical_and, masks), (at[0].size, at[1].size)
-    )
-    return _triton.load(place, mask=mask, other=0)
-
-
-def _inside(index: Array, size: int) -> Array | None:
-    """None where tiles fit: a mask that says nothing would be computed all the same."""
-    return None if size % index.size == 0 else index < size
+    is_inside = inside(d, ref.shape[1]), inside(f, ref.shape[2])
+    return load(ref, (d, f), is_inside, group)
 
 
 def _multiply(
@@ -157,10 +136,6 @@ def _multiply(
         return _triton.dot(left, right, trans_a=trans_left, trans_b=trans_right)
     parts = (cut_array(value, FLOAT32_PARTS) for value in (left, right))
     return dot(*parts, trans_x=trans_left, trans_y=trans_right)
-
-
-def _range(n: int) -> Array:
-    return jnp.arange(n, dtype=jnp.int32)
 
 
 def grouped(

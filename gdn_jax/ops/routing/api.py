@@ -1,12 +1,11 @@
 """Which experts tokens go to: which implementation runs."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 from jax import Array
 
-from gdn_jax import _dispatch, _triton
+from gdn_jax import _dispatch
 from gdn_jax.ops import vjp
 from gdn_jax.ops.routing.call import Inputs, Options, Routes
 from gdn_jax.ops.routing.triton import triton
@@ -44,26 +43,17 @@ def route(
       NotImplementedError: the implementation asked for cannot run this call here.
     """
     inputs, options = Inputs(scores, live), Options(k, normalize)
-    if implementation is None and not _triton.is_whole():
-        implementation = "xla"
 
-    def run_triton() -> Routes:
-        _triton.device_kind(inputs)
-        return run_kernel(COMPILED)
+    def kernel(interpret: bool) -> Routes:
+        return _launched(INTERPRETED if interpret else COMPILED, options, None, inputs)
 
-    def run_kernel(path: vjp.Path) -> Routes:
-        reason = why_not(scores)
-        if reason is not None:
-            raise NotImplementedError(f"the router's kernels cannot run: {reason}.")
-        return _launched(path, options, None, inputs)
-
-    paths: dict[str, Callable[[], Routes]] = {
-        "triton": run_triton,
-        "interpret": lambda: run_kernel(INTERPRETED),
-        "xla": lambda: xla(inputs, options),
-        "reference": lambda: xla(inputs, options),
-    }
-    return _dispatch.run(paths, implementation)
+    return _dispatch.run_kernel_or_xla(
+        implementation,
+        arrays=inputs,
+        why_not=why_not(scores),
+        kernel=kernel,
+        xla=lambda: xla(inputs, options),
+    )
 
 
 def why_not(scores: Array) -> str | None:

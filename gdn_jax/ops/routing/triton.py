@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import indices
 from gdn_jax.ops.routing.call import Inputs, Options, Routes
 
 BLOCK = 64  # pairs, or experts, of a program, and pairs of a step
@@ -24,7 +25,7 @@ def choose_kernel(
     """Grid: tokens. As softmax and top_k: the lower of equal experts first."""
     scores, live = inputs
     E, row = scores.shape[1], pl.program_id(0)
-    expert = _range(pl.next_power_of_2(E))
+    expert = indices(pl.next_power_of_2(E))
     is_expert = expert < E
     score = _triton.load(scores.at[row, expert], mask=is_expert, other=-jnp.inf)
     score = score.astype(jnp.float32)
@@ -33,7 +34,7 @@ def choose_kernel(
     # NaN is larger than all, so that k different experts are chosen whatever there is
     rank = jnp.where(share == share, share, jnp.float32(jnp.inf))
     rank = jnp.where(is_expert, rank, np.float32(-1))
-    slot = _range(pl.next_power_of_2(options.k))
+    slot = indices(pl.next_power_of_2(options.k))
 
     def take(i: Array, carry: tuple[Array, Array, Array]):
         rank, weights, experts = carry
@@ -64,7 +65,7 @@ def sort_kernel(
     """Grid: blocks of pairs, then blocks of experts, which count their pairs."""
     num_pairs, num_experts = experts.shape[0] * k, sizes_ref.shape[0]
     blocks = np.int32(pl.cdiv(num_pairs, BLOCK))
-    program, lane = pl.program_id(0), _range(BLOCK)
+    program, lane = pl.program_id(0), indices(BLOCK)
 
     def load(pair: Array) -> Array:
         place = experts.at[pair // np.int32(k), pair % np.int32(k)]
@@ -95,10 +96,6 @@ def sort_kernel(
         expert = (program - blocks) * np.int32(BLOCK) + lane
         total = count(lambda e, p: e == expert[:, None])
         _triton.store(sizes_ref.at[expert], total, mask=expert < num_experts)
-
-
-def _range(n: int) -> Array:
-    return jnp.arange(n, dtype=jnp.int32)
 
 
 def triton(

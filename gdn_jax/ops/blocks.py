@@ -1,0 +1,41 @@
+"""Blocks of matrices in kernels."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _triton
+
+
+def indices(n: int) -> Array:
+    return jnp.arange(n, dtype=jnp.int32)
+
+
+def inside(index: Array, size: int, splits: int = 1) -> Array | None:
+    """Which indices an axis has; None where blocks, of so many programs each, fit it: a
+    mask that says nothing would be computed all the same."""
+    return None if size % (index.size * splits) == 0 else index < size
+
+
+def load(
+    ref: Any,
+    at: tuple[Array, Array],
+    is_inside: tuple[Array | None, Array | None],
+    *lead: Any,
+) -> Array:
+    """[rows columns] of ref[lead], 0 where it is not inside; None: all are."""
+    row, column = at[0][:, None], at[1][None, :]
+    place = ref.at[(*lead, row, column)]
+    masks = [
+        mask[:, None] if axis == 0 else mask[None, :]
+        for axis, mask in enumerate(is_inside)
+        if mask is not None
+    ]
+    if not masks:
+        return _triton.load(place)
+    mask = jnp.broadcast_to(
+        functools.reduce(jnp.logical_and, masks), (at[0].size, at[1].size)
+    )
+    return _triton.load(place, mask=mask, other=0)
