@@ -163,6 +163,27 @@ def test_greedy_is_exact(draft):
         assert (count == D + 1).all()
 
 
+@pytest.mark.parametrize("q", [0.0, 0.3, 1.0])
+def test_greedy_without_distributions_is_the_same(q):
+    """Whatever the drafts' probabilities; ties and drafts of all lengths included."""
+    P, D = 64, 3
+    logits = jax.random.randint(jax.random.key(1), (P, D + 1, A), 0, 3).astype(float)
+    options = sampling.Options(jnp.zeros(P), jnp.ones(P), jnp.zeros(P, jnp.int32))
+    p = sampling.probabilities(logits, options)
+    best = sampling.most_likely(logits)
+    np.testing.assert_array_equal(best, jnp.argmax(p, axis=-1))
+    wrong = jax.random.bernoulli(jax.random.key(2), 0.3, (P, D))
+    drafts = jnp.where(wrong, (best[:, :D] + 1) % A, best[:, :D]).astype(jnp.int32)
+    keys = position_keys(
+        _seeds(P), jnp.tile(jnp.arange(D + 1, dtype=jnp.int32), (P, 1))
+    )
+    want = accept(keys, drafts, jnp.full((P, D, A), q), p)
+    got = sampling.accept_most_likely(drafts, logits)
+    for each, wanted in zip(got, want, strict=True):
+        np.testing.assert_array_equal(each, wanted)
+    assert len(set(np.asarray(got[0]).tolist())) == D + 1
+
+
 def test_each_row_has_its_own_number_of_drafts():
     draft, target, D = _chain(1), _chain(2), 3
     limits = jnp.arange(ROWS, dtype=jnp.int32) % (D + 1)
