@@ -53,14 +53,16 @@ def generate(
 ) -> None:
     """Writes text behind a prompt, by the shipped model or a checkpoint."""
     # Here, since Flax takes a second that `check` and `info` need not wait.
-    from gdn_jax.generation.api import prompt_seed
+    from gdn_jax.generation.api import make_engine, prompt_seed
 
     seconds = Seconds()
     try:
         prompts = _prompts(prompt, batch, is_shipped=model is None)
         network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
         tokens = [tokenizer.encode(text) for text in prompts]
-        engine = _engine(network, params, tokens, max_tokens, speculative)
+        engine = make_engine(
+            network, params, tokens, max_tokens=max_tokens, drafts=speculative
+        )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
         with notes.status("compiling"):
             _warm_up(engine, tokens, max_tokens, asked)
@@ -130,22 +132,6 @@ def _load(
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # bfloat16 is emulated there
     return *models.load(folder, dtype=dtype), models.load_tokenizer(folder)
-
-
-def _engine(
-    model: Any, params: Any, prompts: list[list[int]], max_tokens: int, drafts: int
-) -> "Engine":
-    from gdn_jax.generation.api import MOST_ROWS, STOP
-    from gdn_jax.generation.engine import Engine
-
-    return Engine(
-        model,
-        params,
-        num_rows=min(len(prompts), MOST_ROWS),
-        num_positions=max(map(len, prompts)) + max_tokens + drafts,
-        speculative=drafts,
-        max_stop=max(STOP, len(model.config.eos_token_id)),
-    )
 
 
 def _warm_up(
