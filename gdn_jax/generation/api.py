@@ -12,8 +12,9 @@ from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 MOST_ROWS = 64
-POSITIONS = 256  # a multiple of it: like calls share their compilations
-STOP = 4  # likewise
+# Sizes of an engine that like calls share, and with them their compilations.
+POSITIONS_STEP = 256  # its positions are a multiple of it
+LEAST_STOP = 4  # tokens that it has room for in a request's `stop`
 
 OnTokens = Callable[[int, list[int]], Any]
 
@@ -151,9 +152,9 @@ def make_engine(
         model,
         params,
         num_rows=num_rows,
-        num_positions=-(-longest // POSITIONS) * POSITIONS,
+        num_positions=-(-longest // POSITIONS_STEP) * POSITIONS_STEP,
         speculative=drafts,
-        max_stop=max(STOP, np.size(ends)),
+        max_stop=max(LEAST_STOP, np.size(ends)),
     )
 
 
