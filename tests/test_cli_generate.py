@@ -1,5 +1,6 @@
 """`gdn-jax generate`, as a user runs it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -70,8 +71,8 @@ def test_what_is_wrong_is_said_without_a_traceback(words, said):
 def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):
     model, params = models.load(models.SMALL)
     params.pop("mtp")
-    config = model.config.to_hf() | dict(num_mtp_layers=0)
-    bare = models.Model(models.Config.from_hf(config), param_dtype=model.param_dtype)
+    config = dataclasses.replace(model.config, num_mtp_layers=0)
+    bare = models.Model(config, param_dtype=model.param_dtype)
     models.save(tmp_path, bare, params)
     result = generate("hello", "--model", str(tmp_path), "--speculative", "2")
     assert result.exit_code == 1 and "MTP" in result.stderr
