@@ -1,9 +1,15 @@
 """`gdn-jax generate`, as a user runs it."""
 
 import dataclasses
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from engines import make
 from typer.testing import CliRunner
 
 from gdn_jax import cli, models
@@ -76,3 +82,53 @@ def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):
     models.save(tmp_path, bare, params)
     result = generate("hello", "--model", str(tmp_path), "--speculative", "2")
     assert result.exit_code == 1 and "MTP" in result.stderr
+
+
+# A process that was started in the background ignores Ctrl-C, and so do its children.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gdn_jax import cli
+cli.main()
+"""
+ENVIRONMENT = dict(
+    FORCE_COLOR="1",  # shows the status, which is for terminals
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_PLATFORMS="cpu",
+    PYTHONUTF8="1",  # whatever the locale: bytes at random are no ASCII
+)
+
+
+def test_ctrl_c_ends_a_batch_with_what_there_is(tmp_path):
+    # One recurrent layer and bytes that end no text: quickly compiled, never done.
+    layer = dict(layer_types=("linear_attention",), num_mtp_layers=0)
+    models.save(tmp_path / "model", *make(vocab_size=256, eos_token_id=(), **layer))
+    prompts, out, err = (tmp_path / name for name in ("prompts", "out", "err"))
+    prompts.write_text("def a\nclass Lock\n")
+    words = ["--model", tmp_path / "model", "--batch", prompts, "--temperature", "0"]
+    words += ["--max-tokens", "10000000"]
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, "generate", *words],
+            env=os.environ | ENVIRONMENT,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        # Of two digits: past the first token of each text.
+        while not re.search(rb"0 of 2 texts, \d\d+ tokens", err.read_bytes()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    finally:
+        process.kill()
+        process.wait()
+    told = re.search(rb"prefill 15 tokens, .* decode (\d+) tokens", err.read_bytes())
+    assert told
+    # What is no character is written as one of three bytes.
+    least = 1 + int(told[1]) // 2
+    texts = out.read_bytes().split(b"-" * 40 + b"\n")[1:]
+    for text, prompt in zip(texts, (b"def a", b"class Lock"), strict=True):
+        assert text.startswith(prompt) and len(text) > len(prompt) + least
