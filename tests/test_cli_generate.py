@@ -84,6 +84,18 @@ def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):
     assert result.exit_code == 1 and "MTP" in result.stderr
 
 
+def test_ctrl_c_between_two_calls_loses_no_text(plain, monkeypatch, interruptible):
+    def update(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("rich.status.Status.update", update)
+    result = generate(*SHORT, "--batch", "-", text="class Lock\ndef read_\n")
+    assert result.exit_code == 130 and "prefill 19 tokens" in result.stderr
+    first, second = result.stdout.split("-" * 40 + "\n")[1:]
+    assert first.startswith("class Lock") and len(first) == len("class Lock") + 2
+    assert second[:-1] == plain.stdout[: len("def read_") + 1]
+
+
 # A process that was started in the background ignores Ctrl-C, and so do its children.
 COMMAND = """
 import signal

@@ -1,6 +1,5 @@
 """`gdn-jax generate`."""
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -147,19 +146,20 @@ def _warm_up(
 
 
 def _run(engine: "Engine", seconds: Seconds) -> "Iterator[list[Request]]":
-    """As `engine.run`, and keeps the time; Ctrl-C ends it."""
-    begin, steps = time.perf_counter(), 0
-    # What came before a Ctrl-C is shown: the engine raises it behind a whole call.
-    with contextlib.suppress(KeyboardInterrupt):
-        for changed in engine.run():
+    """As `engine.run`, and keeps the time. Ctrl-C ends it behind the call at hand, also
+    where it comes while a caller shows what there is, so that all of it is shown."""
+    from gdn_jax.generation.interrupts import Interrupts
+
+    with Interrupts() as interrupts:
+        while engine.requests and not interrupts.came:
+            begin, steps = time.perf_counter(), engine.figures.steps
+            changed = engine.step()
             passed = time.perf_counter() - begin
             if engine.figures.steps > steps:
                 seconds.decode += passed
             else:
                 seconds.prefill += passed
-            steps = engine.figures.steps
             yield changed
-            begin = time.perf_counter()
 
 
 def _stream(
