@@ -284,7 +284,8 @@ class Engine:
         N = min(power_of_two(len(reading)), max(1, most // T), self.sizes.num_rows)
         reading = reading[:N]
         prompts = pieces(reading, N, T, self.sizes)
-        emitted = self._call(steps.prefill, prompts)
+        drafting = self.sizes.speculative > 0 and bool(prompts.is_last.any())
+        emitted = self._call(steps.prefill, prompts, drafting)
         for request, count in zip(reading, prompts.num_tokens.tolist(), strict=False):
             request.prefilled += count
             self.figures.prefilled += count
