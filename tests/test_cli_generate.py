@@ -1,8 +1,15 @@
 """`gdn-jax generate`, as a user runs it."""
 
+import dataclasses
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from engines import make
 from typer.testing import CliRunner
 
 from gdn_jax import cli, models
@@ -70,8 +77,70 @@ def test_what_is_wrong_is_said_without_a_traceback(words, said):
 def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):
     model, params = models.load(models.SMALL)
     params.pop("mtp")
-    config = model.config.to_hf() | dict(num_mtp_layers=0)
-    bare = models.Model(models.Config.from_hf(config), param_dtype=model.param_dtype)
+    config = dataclasses.replace(model.config, num_mtp_layers=0)
+    bare = models.Model(config, param_dtype=model.param_dtype)
     models.save(tmp_path, bare, params)
     result = generate("hello", "--model", str(tmp_path), "--speculative", "2")
     assert result.exit_code == 1 and "MTP" in result.stderr
+
+
+def test_ctrl_c_between_two_calls_loses_no_text(plain, monkeypatch, interruptible):
+    def update(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("rich.status.Status.update", update)
+    result = generate(*SHORT, "--batch", "-", text="class Lock\ndef read_\n")
+    assert result.exit_code == 130 and "prefill 19 tokens" in result.stderr
+    first, second = result.stdout.split("-" * 40 + "\n")[1:]
+    assert first.startswith("class Lock") and len(first) == len("class Lock") + 2
+    assert second[:-1] == plain.stdout[: len("def read_") + 1]
+
+
+# A process that was started in the background ignores Ctrl-C, and so do its children.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from gdn_jax import cli
+cli.main()
+"""
+ENVIRONMENT = dict(
+    FORCE_COLOR="1",  # shows the status, which is for terminals
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_PLATFORMS="cpu",
+    PYTHONUTF8="1",  # whatever the locale: bytes at random are no ASCII
+)
+
+
+def test_ctrl_c_ends_a_batch_with_what_there_is(tmp_path):
+    # One recurrent layer and bytes that end no text: quickly compiled, never done.
+    layer = dict(layer_types=("linear_attention",), num_mtp_layers=0)
+    models.save(tmp_path / "model", *make(vocab_size=256, eos_token_id=(), **layer))
+    prompts, out, err = (tmp_path / name for name in ("prompts", "out", "err"))
+    prompts.write_text("def a\nclass Lock\n")
+    words = ["--model", tmp_path / "model", "--batch", prompts, "--temperature", "0"]
+    words += ["--max-tokens", "10000000"]
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, "generate", *words],
+            env=os.environ | ENVIRONMENT,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        # Of two digits: past the first token of each text.
+        while not re.search(rb"0 of 2 texts, \d\d+ tokens", err.read_bytes()):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    finally:
+        process.kill()
+        process.wait()
+    told = re.search(rb"prefill 15 tokens, .* decode (\d+) tokens", err.read_bytes())
+    assert told
+    # What is no character is written as one of three bytes.
+    least = 1 + int(told[1]) // 2
+    texts = out.read_bytes().split(b"-" * 40 + b"\n")[1:]
+    for text, prompt in zip(texts, (b"def a", b"class Lock"), strict=True):
+        assert text.startswith(prompt) and len(text) > len(prompt) + least

@@ -23,7 +23,7 @@ from engines import (
 )
 
 from gdn_jax import Engine
-from gdn_jax.generation import sampling
+from gdn_jax.generation import sampling, steps
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -69,6 +69,25 @@ def test_speculative_greedy_is_plaingreedy(speculative):
     requests, figures = greedy(speculative)
     assert tokens(requests) == tokens(greedy(0)[0])
     assert 1.3 < figures.mean_accepted < 0.9 * (1 + speculative)
+
+
+def test_nothing_is_drafted_amid_a_prompt():
+    engine = make_engine(speculative=2)
+    [text] = prompts(40)
+    request = engine.submit(text, max_tokens=NEW, stop=())
+    while request.unread:
+        assert not engine.state.drafts.probabilities.any()
+        engine.step()
+    drafted = engine.state.drafts.probabilities.sum(-1)
+    np.testing.assert_allclose(drafted, [[1, 1], *[[0, 0]] * 3], 1e-5)
+
+
+@pytest.mark.parametrize(("speculative", "programs"), [(0, 1), (2, 2)])
+def test_pieces_of_prompts_are_few_programs(speculative, programs):
+    engine = make_engine(speculative=speculative, num_positions=88)  # of no other test
+    before = steps.prefill._cache_size()
+    write(engine, prompts(40, 33, 16, 3), max_tokens=1)
+    assert steps.prefill._cache_size() - before == programs
 
 
 def test_attention_alone_takes_tokens_back():

@@ -12,7 +12,7 @@ from engines import make, prompts, tokens, write
 
 import gdn_jax
 from gdn_jax.generation import steps
-from gdn_jax.generation.api import Result, prompt_seed
+from gdn_jax.generation.api import Result, make_engine, prompt_seed
 
 PROMPTS = prompts(3, 16, 1, 7)
 NEW = 40
@@ -86,6 +86,22 @@ def test_calls_of_like_sizes_compile_once():
     sizes = steps.prefill._cache_size(), steps.decode._cache_size()
     _generate(prompts(5, 2, 9, 12), max_tokens=99, temperature=0.5, stop=(1, 2))
     assert (steps.prefill._cache_size(), steps.decode._cache_size()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "asked", "wanted"),
+    [
+        ((3, 1, 2), dict(max_tokens=253), (4, 256, 4)),
+        ((3, 1, 2), dict(max_tokens=253, drafts=1), (4, 512, 4)),
+        ((9,) * 99, dict(max_tokens=1), (64, 256, 4)),
+        ((9,), dict(max_tokens=600, num_rows=3, stop=range(7)), (3, 768, 7)),
+    ],
+)
+def test_an_engine_has_room_for_what_is_asked(lengths, asked, wanted):
+    engine = make_engine(*make(), prompts(*lengths), **dict(drafts=0) | asked)
+    sizes = engine.sizes
+    assert (sizes.num_rows, sizes.num_positions, sizes.max_stop) == wanted
+    assert sizes.speculative == asked.get("drafts", 0)
 
 
 def test_prompts_wait_for_rows():

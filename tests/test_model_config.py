@@ -114,11 +114,27 @@ def test_rope_has_two_places(keys):
     assert (config.rope_theta, config.rotary_dim) == (1e6, 16)
 
 
-@pytest.mark.parametrize(
-    "key", ["num_mtp_layers", "mtp_num_hidden_layers", "num_nextn_predict_layers"]
-)
+MTP = ["num_mtp_layers", "mtp_num_hidden_layers", "num_nextn_predict_layers"]
+
+
+@pytest.mark.parametrize("key", MTP)
 def test_the_number_of_mtp_layers_has_three_names(key):
     assert read(**{key: 1}, mtp_layer_types=[FULL]).num_mtp_layers == 1
+
+
+def test_each_reader_finds_its_name_of_the_number_of_mtp_layers():
+    none, two = (config.to_hf() for config in CONFIGS)
+    assert [none.get(key) for key in MTP] == [0, None, None]
+    assert [two[key] for key in MTP] == [2, 2, 2]
+
+
+def test_names_of_the_number_of_mtp_layers_must_agree():
+    _, written = (config.to_hf() for config in CONFIGS)
+    told = "num_mtp_layers is 2, mtp_num_hidden_layers is 1, num_nextn_predict_layers"
+    with pytest.raises(ValueError, match=told):
+        Config.from_hf(written | dict(mtp_num_hidden_layers=1))
+    with pytest.raises(ValueError, match="num_mtp_layers is 0, mtp_num_hidden_layers"):
+        read(num_mtp_layers=0, mtp_num_hidden_layers=1)
 
 
 def test_a_null_is_as_if_it_were_not_there():
@@ -168,7 +184,7 @@ def test_every_fault_of_a_file_is_in_one_error():
         "vocab_size is missing",
         "num_hidden_layers is 8, layer_types has 1",
         "mtp_layer_types has 'linear_attention'",
-        "differ: [1, 2]",
+        "num_mtp_layers is 1, mtp_num_hidden_layers is 2, but all are the",
         "rope_type is 'yarn'",
         "unknown key 'factor' of rope_parameters",
     ):

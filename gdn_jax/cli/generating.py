@@ -1,6 +1,5 @@
 """`gdn-jax generate`."""
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -53,14 +52,16 @@ def generate(
 ) -> None:
     """Writes text behind a prompt, by the shipped model or a checkpoint."""
     # Here, since Flax takes a second that `check` and `info` need not wait.
-    from gdn_jax.generation.api import prompt_seed
+    from gdn_jax.generation.api import make_engine, prompt_seed
 
     seconds = Seconds()
     try:
         prompts = _prompts(prompt, batch, is_shipped=model is None)
         network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
         tokens = [tokenizer.encode(text) for text in prompts]
-        engine = _engine(network, params, tokens, max_tokens, speculative)
+        engine = make_engine(
+            network, params, tokens, max_tokens=max_tokens, drafts=speculative
+        )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
         with notes.status("compiling"):
             _warm_up(engine, tokens, max_tokens, asked)
@@ -132,22 +133,6 @@ def _load(
     return *models.load(folder, dtype=dtype), models.load_tokenizer(folder)
 
 
-def _engine(
-    model: Any, params: Any, prompts: list[list[int]], max_tokens: int, drafts: int
-) -> "Engine":
-    from gdn_jax.generation.api import MOST_ROWS, STOP
-    from gdn_jax.generation.engine import Engine
-
-    return Engine(
-        model,
-        params,
-        num_rows=min(len(prompts), MOST_ROWS),
-        num_positions=max(map(len, prompts)) + max_tokens + drafts,
-        speculative=drafts,
-        max_stop=max(STOP, len(model.config.eos_token_id)),
-    )
-
-
 def _warm_up(
     engine: "Engine", prompts: list[list[int]], max_tokens: int, asked: dict[str, Any]
 ) -> None:
@@ -161,19 +146,20 @@ def _warm_up(
 
 
 def _run(engine: "Engine", seconds: Seconds) -> "Iterator[list[Request]]":
-    """As `engine.run`, and keeps the time; Ctrl-C ends it."""
-    begin, steps = time.perf_counter(), 0
-    # What came before a Ctrl-C is shown: the engine raises it behind a whole call.
-    with contextlib.suppress(KeyboardInterrupt):
-        for changed in engine.run():
+    """As `engine.run`, and keeps the time. Ctrl-C ends it behind the call at hand, also
+    where it comes while a caller shows what there is, so that all of it is shown."""
+    from gdn_jax.generation.interrupts import Interrupts
+
+    with Interrupts() as interrupts:
+        while engine.requests and not interrupts.came:
+            begin, steps = time.perf_counter(), engine.figures.steps
+            changed = engine.step()
             passed = time.perf_counter() - begin
             if engine.figures.steps > steps:
                 seconds.decode += passed
             else:
                 seconds.prefill += passed
-            steps = engine.figures.steps
             yield changed
-            begin = time.perf_counter()
 
 
 def _stream(

@@ -12,8 +12,9 @@ from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 MOST_ROWS = 64
-POSITIONS = 256  # a multiple of it: like calls share their compilations
-STOP = 4  # likewise
+# Sizes of an engine that like calls share, and with them their compilations.
+POSITIONS_STEP = 256  # its positions are a multiple of it
+LEAST_STOP = 4  # tokens that it has room for in a request's `stop`
 
 OnTokens = Callable[[int, list[int]], Any]
 
@@ -93,17 +94,14 @@ def generate(
     drafts, seed = integer("speculative", speculative), integer("seed", seed)
     if not prompts:
         return []
-    ends = config.eos_token_id if stop is None else stop
-    longest = max(map(len, prompts)) + max_tokens + drafts
-    if num_rows is None:
-        num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
-    engine = Engine(
+    engine = make_engine(
         model,
         params,
+        prompts,
+        max_tokens=max_tokens,
+        drafts=drafts,
+        stop=stop,
         num_rows=num_rows,
-        num_positions=-(-longest // POSITIONS) * POSITIONS,
-        speculative=drafts,
-        max_stop=max(STOP, np.size(ends)),
     )
     requests = [
         engine.submit(
@@ -130,6 +128,34 @@ def generate(
         Result(request.tokens, request.log_probabilities, str(request.finish_reason))
         for request in requests
     ]
+
+
+def make_engine(
+    model: Model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    drafts: int,
+    stop: TokenIds | None = None,
+    num_rows: int | None = None,
+) -> Engine:
+    """With room for some prompts, one at least, and what `generate` is asked of them.
+
+    Its sizes are rounded up, so that calls of like sizes share their compilations.
+    """
+    longest = max(map(len, prompts)) + max_tokens + drafts
+    if num_rows is None:
+        num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
+    ends = model.config.eos_token_id if stop is None else stop
+    return Engine(
+        model,
+        params,
+        num_rows=num_rows,
+        num_positions=-(-longest // POSITIONS_STEP) * POSITIONS_STEP,
+        speculative=drafts,
+        max_stop=max(LEAST_STOP, np.size(ends)),
+    )
 
 
 def prompt_seed(seed: int, index: int) -> int:

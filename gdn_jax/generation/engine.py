@@ -13,7 +13,7 @@ import numpy as np
 from gdn_jax.generation import saving, steps
 from gdn_jax.generation.interrupts import Interrupts
 from gdn_jax.generation.prompts import pieces
-from gdn_jax.generation.requests import Figures, Request, TokenIds, check_request
+from gdn_jax.generation.requests import Figures, Request, TokenIds, make_request
 from gdn_jax.generation.sizes import (
     SHORTEST_PIECE,
     Sizes,
@@ -139,17 +139,17 @@ class Engine:
         config = self.model.config
         if stop is None:
             stop = [token for token in config.eos_token_id if token < config.vocab_size]
-        request = check_request(
+        request = make_request(
             self._submitted,
-            prompt,
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            seed,
-            stop,
-            config.vocab_size,
-            self.sizes,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            vocab_size=config.vocab_size,
+            sizes=self.sizes,
         )
         self._submitted += 1
         self.queue.append(request)
@@ -284,7 +284,8 @@ class Engine:
         N = min(power_of_two(len(reading)), max(1, most // T), self.sizes.num_rows)
         reading = reading[:N]
         prompts = pieces(reading, N, T, self.sizes)
-        emitted = self._call(steps.prefill, prompts)
+        drafting = self.sizes.speculative > 0 and bool(prompts.is_last.any())
+        emitted = self._call(steps.prefill, prompts, drafting)
         for request, count in zip(reading, prompts.num_tokens.tolist(), strict=False):
             request.prefilled += count
             self.figures.prefilled += count

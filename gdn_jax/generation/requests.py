@@ -111,8 +111,9 @@ def _number(name: str, x: Any) -> float:
         raise
 
 
-def check_request(
+def make_request(
     number: int,
+    *,
     prompt: Any,
     max_tokens: Any,
     temperature: Any,
@@ -123,16 +124,21 @@ def check_request(
     vocab_size: int,
     sizes: Sizes,
 ) -> Request:
+    """Of what `Engine.submit` was given, whatever that is.
+
+    Raises:
+      ValueError: it is wrong, or longer than the engine has room for.
+    """
     checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
     request = Request(
         number,
-        token_ids("prompt", prompt, vocab_size),
-        integer("max_tokens", max_tokens),
-        _number("temperature", temperature),
-        _number("top_p", top_p),
-        integer("top_k", top_k),
-        integer("seed", seed),
-        tuple(dict.fromkeys(token_ids("stop", stop, vocab_size))),
+        prompt=token_ids("prompt", prompt, vocab_size),
+        max_tokens=integer("max_tokens", max_tokens),
+        temperature=_number("temperature", temperature),
+        top_p=_number("top_p", top_p),
+        top_k=integer("top_k", top_k),
+        seed=integer("seed", seed),
+        stop=tuple(dict.fromkeys(token_ids("stop", stop, vocab_size))),
     )
     if not request.prompt:
         wanted, remedy = "one token at least", "Begin with some text."
@@ -144,6 +150,11 @@ def check_request(
         checks.fail("top_p", top_p, "in (0, 1]", "1 is off.")
     if not 0 <= request.top_k < 2**31:
         checks.fail("top_k", top_k, "in [0, 2^31)", "0 is off.")
+    _check_room(request, sizes)
+    return request
+
+
+def _check_room(request: Request, sizes: Sizes) -> None:
     if len(request.stop) > sizes.max_stop:
         wanted = f"at most max_stop = {sizes.max_stop}"
         remedy = "Make the engine with a larger one."
@@ -156,4 +167,3 @@ def check_request(
         wanted = f"at most num_positions = {sizes.num_positions} in all"
         remedy = "Make the engine with more, or ask for fewer tokens."
         checks.fail("prompt", got, wanted, remedy)
-    return request

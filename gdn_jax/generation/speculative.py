@@ -91,11 +91,13 @@ def draft(
     asked: Row,
     rows: Array | None,
     greedy: bool = False,
+    reads_only: bool = False,
 ) -> Drafts:
     """The head reads `num_tokens` of the tokens, then drafts D behind the last.
 
     greedy: as in `steps.decode`; probabilities are left as they are, which greedy rows
     accept the same drafts by, whatever they are.
+    reads_only: nothing is drafted, as amid a prompt, where the next tokens are known.
     """
     D = drafts.tokens.shape[1]
     live = num_tokens > 0
@@ -112,6 +114,8 @@ def draft(
         num_tokens=num_tokens,
         rows=rows,
     )
+    if reads_only:
+        return drafts._replace(cache=cache)
     hidden = hidden[n, last][:, None]
     places = start + num_tokens + 1  # of the first draft
     tokens, distributions = [], []

@@ -47,11 +47,21 @@ class Prompts(NamedTuple):
     asked: Row
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "drafting"), donate_argnames="state"
+)
 def prefill(
-    model: Model, params: Any, state: EngineState, prompts: Prompts
+    model: Model,
+    params: Any,
+    state: EngineState,
+    prompts: Prompts,
+    drafting: bool = True,
 ) -> tuple[EngineState, Emitted]:
-    """Reads pieces of prompts, and draws the first token of each text (B = 1)."""
+    """Reads pieces of prompts, and draws the first token of each text (B = 1).
+
+    drafting: whether drafts are made behind the texts' first tokens, if the engine has
+    any: in vain where no piece is its prompt's last.
+    """
     rows, counted = prompts.rows, prompts.num_tokens > 0
     state = state._replace(rows=put_rows(rows, counted, prompts.asked, state.rows))
     hidden, model_state = call(
@@ -87,6 +97,7 @@ def prefill(
             num_tokens=prompts.num_tokens,
             asked=asked,
             rows=rows,
+            reads_only=not drafting,
         )
 
     new = token, position + 1, jnp.ones_like(token), begins & ~ends

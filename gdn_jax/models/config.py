@@ -51,7 +51,7 @@ FIXED: dict[str, tuple[Any, ...]] = dict(
     rope_scaling=(None,),
     use_sliding_window=(False,),
 )
-# The number of MTP layers, by whoever wrote the file.
+# The number of MTP layers: transformers' name, vLLM's for Qwen3.5, for Qwen3-Next.
 MTP_KEYS = ("num_mtp_layers", "mtp_num_hidden_layers", "num_nextn_predict_layers")
 # Of keys that are not known.
 HINTS = dict(
@@ -151,11 +151,17 @@ class Config:
         return cls(**_fields(_text(config)))
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a config.json that `from_hf` reads as this."""
+        """The contents of a config.json that `from_hf` reads as this.
+
+        The number of MTP layers, where there are any, has every name that its readers
+        look for.
+        """
         fields = dataclasses.asdict(self)
         rope = {key: fields.pop(key) for key in ROPE_KEYS}
         fields["rope_parameters"] = dict(rope_type="default", **rope)
         fields["num_hidden_layers"] = self.num_hidden_layers
+        if self.num_mtp_layers:
+            fields |= dict.fromkeys(MTP_KEYS, self.num_mtp_layers)
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return fields | dict(architectures=[ARCHITECTURES[self.model_type]])
 
@@ -213,12 +219,7 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     elif types is not None and layers not in (None, len(types)):
         faults.append(f"num_hidden_layers is {layers}, layer_types has {len(types)}")
     fields = dict(layer_types=tuple(types or ())) | _rope(config, faults)
-    for kind in set(config.pop("mtp_layer_types", None) or ()) - {LAYER_TYPES[1]}:
-        faults.append(f"mtp_layer_types has {kind!r}, only {LAYER_TYPES[1]!r} is built")
-    mtp = {config.pop(key) for key in MTP_KEYS if key in config}
-    if len(mtp) > 1:
-        faults.append(f"{' and '.join(MTP_KEYS)} differ: {sorted(mtp)}")
-    fields["num_mtp_layers"] = max(mtp, default=0)
+    fields["num_mtp_layers"] = _mtp_layers(config, faults)
     for key, value in config.items():
         if key not in known:
             faults.append(f"unknown key {key!r} ({HINTS.get(key, repr(value))})")
@@ -254,6 +255,16 @@ def _rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     unknown = [key for key in rope if key not in ROPE_INERT]
     faults += [f"unknown key {key!r} of rope_parameters" for key in unknown]
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _mtp_layers(config: dict[str, Any], faults: list[str]) -> int:
+    for kind in set(config.pop("mtp_layer_types", None) or ()) - {LAYER_TYPES[1]}:
+        faults.append(f"mtp_layer_types has {kind!r}, only {LAYER_TYPES[1]!r} is built")
+    found = {key: config.pop(key) for key in MTP_KEYS if key in config}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{key} is {count}" for key, count in found.items())
+        faults.append(f"{said}, but all are the number of MTP layers")
+    return max(found.values(), default=0)
 
 
 def as_tuple(value: Any) -> tuple:
