@@ -87,10 +87,11 @@ def test_the_backward_is_six_kernels(K):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels"), [(1, 2), (1000, 4)], ids=["decode", "prefill"]
+    ("tokens", "kernels"), [(1, 4), (1000, 4)], ids=["decode", "prefill"]
 )
 def test_the_layer_keeps_its_state_in_place(tokens, kernels):
-    """Kernels of ours: the convolution, and one for the rule, three in chunks."""
+    """Kernels of ours: the convolution, and one for the rule, three in chunks; of one
+    token also the projections to and from them."""
     layer = nn.GatedDeltaNet(256, 2, 4, 64, 64, dtype=jnp.bfloat16)
     x = jax.ShapeDtypeStruct((2, tokens, 256), jnp.bfloat16)
     state = jax.eval_shape(functools.partial(layer.init_state, 9, columns=1))
