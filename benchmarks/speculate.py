@@ -6,12 +6,16 @@ Writes results/<device>/speculate.json; runs on a CPU too.
 
 import dataclasses
 import json
+import os
 import pathlib
+import platform
+import re
 import statistics
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import typer
 from common import RESULTS, console, header
 from rich.progress import track
@@ -21,7 +25,7 @@ from gdn_jax import models
 from gdn_jax.generation.engine import Engine, Figures
 from gdn_jax.training import text
 
-PROMPT, NEW, ROUNDS = 64, 256, 3  # bytes, bytes, runs of each
+PROMPT, NEW, ROUNDS = 64, 256, 7  # bytes, bytes, runs of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +70,50 @@ def run(engine: Engine, asked: list[list[int]], temperature: float) -> float:
     return seconds
 
 
-def measure(engine: Engine, setting: Setting, asked: list[list[int]]) -> dict[str, Any]:
-    seconds = [run(engine, asked, setting.temperature) for _ in range(ROUNDS)]
-    figures = engine.figures
+def row_of(setting: Setting, figures: Figures, seconds: list[float]) -> dict[str, Any]:
     return dataclasses.asdict(setting) | {
         "tokens_per_s": figures.decoded / statistics.median(seconds),
+        "min_tokens_per_s": figures.decoded / max(seconds),
+        "max_tokens_per_s": figures.decoded / min(seconds),
         "ms_a_step": 1e3 * statistics.median(seconds) / figures.steps,
         "mean_accepted": figures.mean_accepted,
     }
+
+
+def measure(
+    model: models.Model, params: Any, asked: list[list[int]]
+) -> list[dict[str, Any]]:
+    """A row for each setting, each compiled first. They take turns, so that what else
+    the machine does slows no setting alone."""
+    engines: dict[tuple[int, int], Engine] = {}
+    for each in track(settings(), description="compile", console=console):
+        kind = each.rows, each.drafts
+        if kind not in engines:
+            engines[kind] = Engine(
+                model,
+                params,
+                num_rows=each.rows,
+                num_positions=512,
+                speculative=each.drafts,
+            )
+        run(engines[kind], asked[: each.rows], each.temperature)
+    seconds: dict[Setting, list[float]] = {each: [] for each in settings()}
+    figures: dict[Setting, Figures] = {}
+    for _ in track(range(ROUNDS), description="speculate", console=console):
+        for each in settings():
+            engine = engines[each.rows, each.drafts]
+            seconds[each].append(run(engine, asked, each.temperature))
+            figures[each] = engine.figures
+    return [row_of(each, figures[each], seconds[each]) for each in settings()]
+
+
+def processor() -> str:
+    """Of a CPU, of which JAX says no more than that it is one."""
+    info = pathlib.Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def main(
@@ -86,25 +126,16 @@ def main(
     asked = prompts(corpus)
     on_cpu = jax.default_backend() == "cpu"
     model, params = models.load(models.SMALL, dtype="float32" if on_cpu else None)
-    result = header(f"{PROMPT} bytes of 8 held-out documents, {NEW} new bytes", ROUNDS)
-    result["text"] = dict(python=corpus.python, sha256=list(corpus.sha256))
-    result["time"] = f"wall clock of decoding, median of {ROUNDS}"
-    result["rows"], engines = [], {}
+    inputs = f"{PROMPT} bytes of 8 held-out documents, {NEW} new bytes"
+    result = header(f"{inputs}; in {jnp.dtype(model.dtype)}", ROUNDS)
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    for setting in track(settings(), description="speculate", console=console):
-        kind = setting.rows, setting.drafts
-        if kind not in engines:
-            engines[kind] = Engine(
-                model,
-                params,
-                num_rows=setting.rows,
-                num_positions=512,
-                speculative=setting.drafts,
-            )
-            run(engines[kind], asked[: setting.rows], 0.0)  # compiles
-        result["rows"].append(measure(engines[kind], setting, asked))
-        (folder / "speculate.json").write_text(json.dumps(result, indent=1) + "\n")
+    if on_cpu:
+        result["device"] = processor()
+    result["text"] = dict(python=corpus.python, sha256=list(corpus.sha256))
+    result["time"] = f"wall clock of decoding, median of {ROUNDS} runs that take turns"
+    result["rows"] = measure(model, params, asked)
+    (folder / "speculate.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(table(result["rows"]))
 
 
