@@ -13,6 +13,7 @@ import reports.chunked
 import reports.conv
 import reports.layer
 import reports.small
+import reports.speculate
 import reports.update
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -28,6 +29,11 @@ REPORTS = {
     "layer": reports.layer.layer,
     "conv": reports.conv.conv,
     "small": reports.small.small,
+}
+
+# The same for all the files together that a pattern finds in the devices' folders.
+REPORTS_OF_SEVERAL = {
+    "*/speculate.json": reports.speculate.speculate,
 }
 
 
@@ -52,6 +58,10 @@ def main() -> None:
     texts: dict[str, str] = {}
     for suite, result in results.items():
         texts |= REPORTS[suite](result, RESULTS)
+    for pattern, report in REPORTS_OF_SEVERAL.items():
+        found = sorted(RESULTS.parent.glob(pattern))
+        if found:
+            texts |= report([json.loads(path.read_text()) for path in found], RESULTS)
     if "decode" in results and "verify" in results:
         texts["first call"] = reports.update.first_call(
             results["decode"], results["verify"]

@@ -150,6 +150,43 @@ def test_the_convolutions_table_holds_what_was_measured(monkeypatch):
     assert "tokens=1" not in text and "1.0" not in text
 
 
+def _drafts(drafts, tokens_per_s, **others):
+    row = dict(rows=1, temperature=0.0, drafts=drafts, tokens_per_s=tokens_per_s)
+    return row | dict(mean_accepted=1.0 + drafts / 2) | others
+
+
+def test_tables_of_all_devices_that_have_results(monkeypatch, tmp_path):
+    """The fastest first; what has no results file needs no marker."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "gpu")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speculate -->\nold\n<!-- /speculate -->\nafter\n")
+    report.main()
+    assert "old" in readme.read_text()
+    plain = _drafts(0, 100.0, min_tokens_per_s=90.0, max_tokens_per_s=150.0)
+    sampled = _drafts(0, 7.0, rows=8, temperature=1.0)
+    files = {
+        "a_cpu": [plain, _drafts(2, 125.0), sampled],
+        "gpu": [_drafts(0, 3000.0), _drafts(3, 4500.0)],
+    }
+    for folder, rows in files.items():
+        (tmp_path / folder).mkdir()
+        result = {k: v for k, v in _result(rows).items() if k != "copy_tb_per_s"}
+        result["device"] = f"the {folder}"
+        (tmp_path / folder / "speculate.json").write_text(json.dumps(result))
+    report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- speculate -->\n| tokens/s")
+    assert text.endswith("<!-- /speculate -->\nafter\n") and "old" not in text
+    gpu, cpu = text.split("the gpu,")
+    assert "| 1 text, greedy | 3,000 | 4,500 (1.50; 2.50) |" in gpu
+    assert "| 1 text, greedy | 100 | 125 (1.25; 2.00) |" in cpu
+    assert "| 8 texts at once, temperature 1 | 7 | - |" in cpu
+    assert "0.90 to 1.50 times" in cpu and "times their medians" not in gpu
+
+
 def test_a_peer_that_fails_while_it_is_timed_is_a_row(monkeypatch):
     """And so is one that cannot be built; a failure of ours ends the run."""
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -74,8 +74,10 @@ def absences(rows: list[dict], title_of: Callable[[dict], str]) -> list[str]:
 
 
 def source(result: dict) -> str:
-    return (
+    text = (
         f"{result['device']}, JAX {result['versions']['jax']}, {result['date'][:10]}, "
-        f"commit {result['commit'][:10]}; a copy moves "
-        f"{result['copy_tb_per_s']:.2f} TB/s."
+        f"commit {result['commit'][:10]}"
     )
+    if "copy_tb_per_s" not in result:
+        return f"{text}."
+    return f"{text}; a copy moves {result['copy_tb_per_s']:.2f} TB/s."
