@@ -11,6 +11,7 @@ import re
 
 import reports.chunked
 import reports.conv
+import reports.generate
 import reports.layer
 import reports.small
 import reports.speculate
@@ -34,6 +35,7 @@ REPORTS = {
 # The same for all the files together that a pattern finds in the devices' folders.
 REPORTS_OF_SEVERAL = {
     "*/speculate.json": reports.speculate.speculate,
+    f"{RESULTS.name}/generate_*.json": reports.generate.generate,
 }
 
 

@@ -187,6 +187,61 @@ def test_tables_of_all_devices_that_have_results(monkeypatch, tmp_path):
     assert "0.90 to 1.50 times" in cpu and "times their medians" not in gpu
 
 
+def _step(rows, drafts, ms, update="fused", **others):
+    tokens = 1 + drafts / 2
+    row = dict(model="A", rows=rows, drafts=drafts, state_dtype="float32")
+    row |= dict(update=update, ms_a_step=ms, ms_a_token=ms / tokens, floor_ms=4.0)
+    row |= dict(kernels_ms_a_step=0.9 * ms, update_share=0.25, saved_us_a_layer=-0.5)
+    row |= dict(gigabytes=dict(weights=9.0), tokens_per_s=1e3 * rows * tokens / ms)
+    return row | others
+
+
+def test_a_table_of_each_model_that_was_decoded(monkeypatch, tmp_path):
+    """The smallest first, with what it has no room for, and one picture."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "nvidia_h200")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- generate -->\n<!-- /generate -->")
+    (tmp_path / "nvidia_h200").mkdir()
+    no_room = dict(model="A", rows=64, drafts=3, state_dtype="float32")
+    rows = [
+        _step(8, 0, 5.0),
+        _step(8, 0, 7.0, update="unfused"),
+        _step(8, 0, 3.0, state_dtype="bfloat16"),
+        _step(8, 1, 11.0),
+        _step(8, 3, 10.0),
+        _step(64, 0, 16.0),
+        no_room | dict(update="fused", absent="9 of 8 GB"),
+    ]
+    small = _step(1, 0, 2.0, model="B", gigabytes=dict(weights=1.0))
+    for name, of_model in dict(a=rows, b=[small]).items():
+        times = dict(time="wall clock", inputs="normal weights")
+        path = tmp_path / "nvidia_h200" / f"generate_{name}.json"
+        path.write_text(json.dumps(_result(of_model) | times))
+    report.main()
+    assert (tmp_path / "nvidia_h200" / "generate.png").is_file()
+    first, second = readme.read_text().split("| A, float32 state, N = | 8 | 64 |")
+    assert "| B, float32 state, N = | 1 |" in first
+    assert "| plain, ms a token | 2.00 (0.50) |" in first
+    assert "| plain, ms a token | 5.00 (1.25) | 16.00 (4.00) |" in second
+    assert "| 3 drafts, ms a token | 4.00 (2.50) | - |" in second
+    assert "| 3 drafts, tokens/s | 2,000 | - |" in second
+    assert "| plain, us saved a layer | -0.5 | -0.5 |" in second
+    assert "Absent: 3 drafts, N = 64, which needs 9 of 8 GB." in second
+    assert "7.00" not in second and "3.00" not in second and "1 draft" not in second
+
+
+def test_parts_of_a_token_are_its_time(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    generate = importlib.import_module("reports.generate")
+    row = _step(8, 3, 10.0)  # 2.5 tokens
+    assert generate.parts_of(row) == pytest.approx([0.9, 2.7, 0.4])
+    longer = row | dict(kernels_ms_a_step=12.0)
+    assert sum(generate.parts_of(longer)) == pytest.approx(row["ms_a_token"])
+
+
 def test_a_peer_that_fails_while_it_is_timed_is_a_row(monkeypatch):
     """And so is one that cannot be built; a failure of ours ends the run."""
     monkeypatch.syspath_prepend(BENCHMARKS)
