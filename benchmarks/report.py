@@ -13,6 +13,7 @@ import reports.chunked
 import reports.conv
 import reports.generate
 import reports.layer
+import reports.products
 import reports.small
 import reports.speculate
 import reports.update
@@ -29,6 +30,8 @@ REPORTS = {
     "train": reports.chunked.train,
     "layer": reports.layer.layer,
     "conv": reports.conv.conv,
+    "few_rows": reports.products.few_rows,
+    "experts": reports.products.experts,
     "small": reports.small.small,
 }
 

@@ -242,6 +242,40 @@ def test_parts_of_a_token_are_its_time(monkeypatch):
     assert sum(generate.parts_of(longer)) == pytest.approx(row["ms_a_token"])
 
 
+FEW_ROWS = dict(name="out", L=8, D=64, columns=[32, 16])
+EXPERTS = dict(model="A", product="down", N=8, E=16, k=2, D=64, F=32)
+
+
+@pytest.mark.parametrize(
+    ("suite", "problem", "other", "product"),
+    [
+        ("few_rows", FEW_ROWS, dict(L=64), "out, 64 x 48"),
+        ("experts", EXPERTS, dict(N=64), "A (2 of 16 experts), down, 64 x 32"),
+    ],
+)
+def test_a_products_table_has_ours_above_xlas(
+    suite, problem, other, product, monkeypatch
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("report")
+    [count] = other
+    time = dict(median_us=2.0, tb_per_s=3.0)
+    rows = [
+        problem | time | dict(contender="triton"),
+        problem | time | dict(contender="triton num_warps=4", median_us=1.0),
+        problem | dict(contender="xla", median_us=4.0, tb_per_s=1.5),
+        problem | other | time | dict(contender="triton", median_us=6.0),
+        problem | other | dict(contender="xla", absent="it does not fit"),
+    ]
+    [(marker, text)] = report.REPORTS[suite](_result(rows), None).items()
+    assert marker == suite
+    assert f"bandwidth), {count} = | 8 | 64 |" in text
+    ours, xla = f"| {product}: gdn_jax |", f"| {product}: XLA |"
+    assert f"{ours} 2.0 (75%) | 6.0 (75%) |\n{xla} 4.0 (38%) | - |" in text
+    assert f"XLA is absent at {product}, {count} = 64: it does not fit" in text
+    assert "num_warps" not in text and " 1.0 " not in text
+
+
 def test_a_peer_that_fails_while_it_is_timed_is_a_row(monkeypatch):
     """And so is one that cannot be built; a failure of ours ends the run."""
     monkeypatch.syspath_prepend(BENCHMARKS)
