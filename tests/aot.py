@@ -4,6 +4,7 @@ Needs the `aot` extra and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 (set in conftest.py)
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 import shutil
@@ -54,19 +55,7 @@ class Compiled:
 
     def resources(self) -> dict[str, int]:
         """The most registers and all spilled bytes, as ptxas reports for sm_90a."""
-        text = ""
-        with tempfile.TemporaryDirectory() as folder:
-            source = pathlib.Path(folder, "kernel.ptx")
-            command = [_ptxas(), "-arch=sm_90a", "-v", source, "-o", "/dev/null"]
-            for module in self.ptx:
-                source.write_text(module)
-                run = subprocess.run(
-                    command, capture_output=True, text=True, check=True
-                )
-                text += run.stderr + run.stdout
-        spilled = re.findall(r"(\d+) bytes spill", text)
-        registers = re.findall(r"Used (\d+) registers", text)
-        return {"registers": max(map(int, registers)), "spills": sum(map(int, spilled))}
+        return _resources(self.ptx)
 
 
 def compile_for_h200(f, *args, **jit_options) -> Compiled:
@@ -99,6 +88,21 @@ def copies(compiled: Compiled, pool) -> list[str]:
         for line in compiled.hlo.splitlines()
         if " copy" in line.split("(")[0] and shape in line.split("(")[0]
     ]
+
+
+@functools.cache
+def _resources(ptx: tuple[str, ...]) -> dict[str, int]:
+    text = ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "kernel.ptx")
+        command = [_ptxas(), "-arch=sm_90a", "-v", source, "-o", "/dev/null"]
+        for module in ptx:
+            source.write_text(module)
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            text += run.stderr + run.stdout
+    spilled = re.findall(r"(\d+) bytes spill", text)
+    registers = re.findall(r"Used (\d+) registers", text)
+    return {"registers": max(map(int, registers)), "spills": sum(map(int, spilled))}
 
 
 def _ptxas() -> str:

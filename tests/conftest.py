@@ -1,13 +1,24 @@
 """Runs before JAX is imported: every test of a session sees the same machine."""
 
+import gc
 import os
 import pathlib
+import platform
 import signal
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling ahead of time
-flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:  # for shard_map
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
+flags = {"xla_force_host_platform_device_count": "4"}  # for shard_map
+# Compiling is most of the suite's time, and most programs run once. XLA's older code
+# for loops on a CPU compiles in less than half of it; JAX 0.12 has it no more, and its
+# XLA passes over the option.
+flags["xla_backend_extra_options"] = "xla_cpu_disable_new_fusion_emitters=true"
+if platform.machine() in ("x86_64", "AMD64"):
+    # No fused multiply-add: LLVM makes them where a product and a sum come to lie in one
+    # loop, which is another one in another program, and tests compare programs' bits.
+    flags["xla_cpu_max_isa"] = "AVX"
+given = os.environ.get("XLA_FLAGS", "")
+more = (f"--{name}={value}" for name, value in flags.items() if name not in given)
+os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
 
 # XLA's pool has a thread a core: on two, four devices' triangular solves took them all
 # and waited for each other for good (jaxlib 0.10.2).
@@ -18,12 +29,15 @@ import pytest  # noqa: E402
 
 CPU_PATHS = ("reference", "xla", "interpret")
 
-# Compiling is most of the suite's time, and most programs run once. What LLVM makes of
-# XLA's loops on a CPU is not tested; JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests that too.
+# What LLVM makes of XLA's loops on a CPU is not tested either;
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests that too.
 if jax.default_backend() == "cpu":
     unless = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", unless != "0")
 
+
+# Tracing makes many objects and few cycles of them.
+gc.set_threshold(100_000, 20, 20)
 
 # Every compiled program maps some pages, and Linux gives a process 65,530 maps: past
 # them XLA crashes. A worker of the whole suite gets there.

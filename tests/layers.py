@@ -33,8 +33,17 @@ def make(model="Qwen3.5", **fields):
         MODELS[model] | dict(kernel_init=flax.linen.initializers.normal(0.4)) | fields
     )
     layer = nn.GatedDeltaNet(D, 2, 4, 8, 6, **fields)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, D)))
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, D)))
     return layer, flax.linen.unbox(params)
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("path", "implementation", "null_slot")
+)
+def apply(layer, params, x, state=None, **keywords):
+    """One program for a call's form: outside `jit` every operation is one to compile.
+    test_layer_module.py and test_layer_parity.py call layers outside as well."""
+    return layer.apply(params, x, state, **keywords)
 
 
 def tokens(*lead, seed=1):

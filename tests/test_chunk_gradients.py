@@ -2,6 +2,7 @@
 
 import functools
 
+import aot
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ GRADIENTS = (
 )
 
 
-def _pull_back(case, function, path, dtype=None):
+def _pull_back(case, function, path, dtype=None, **jit_options):
     args, kwargs, (states, out, _) = made(case)
     static, arrays = split(kwargs)
     args = [x if dtype is None else x.astype(dtype) for x in args]
@@ -56,11 +57,10 @@ def _pull_back(case, function, path, dtype=None):
     ]
     cotangents = [x.astype(jnp.float32) for x in cotangents]
 
-    @jax.jit
     def pulled(args, cotangents):
         return jax.vjp(call, *args)[1](tuple(cotangents))
 
-    return pulled(args, cotangents)
+    return jax.jit(pulled, **jit_options)(args, cotangents)
 
 
 @pytest.mark.parametrize("implementation", PATHS)
@@ -95,7 +95,9 @@ def test_gradients_of_kda(case):
 
 @functools.cache
 def _wanted(case):
-    return _pull_back(case, gdn_jax.fused_update, "reference", np.float32)
+    """Optimized: token by token it runs for longer than it compiles."""
+    options = dict(compiler_options=aot.OPTIMIZED)
+    return _pull_back(case, gdn_jax.fused_update, "reference", np.float32, **options)
 
 
 def _gradients_are_the_oracles(case, implementation):

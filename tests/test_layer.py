@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import layers
 import numpy as np
 import pytest
-from layers import agree, tokens
+from layers import agree, apply, tokens
 
 RULES = ("fused", "chunk")
 # To the rule's path layouts are the same; per-K decays are not.
@@ -38,12 +38,12 @@ def test_every_implementation_does_so(rule, path):
 def _prefill_and_decode(model, rule, path):
     layer, params = layers.make(model)
     x = tokens(2, 21)
-    want, want_state = layer.apply(params, x, path=rule, implementation=path)
+    want, want_state = apply(layer, params, x, path=rule, implementation=path)
 
-    y, state = layer.apply(params, x[:, :18], path=rule, implementation=path)
+    y, state = apply(layer, params, x[:, :18], path=rule, implementation=path)
     parts = [y]
     for t in range(18, 21):
-        y, state = layer.apply(params, x[:, t : t + 1], state, implementation=path)
+        y, state = apply(layer, params, x[:, t : t + 1], state, implementation=path)
         parts.append(y)
     assert agree(jnp.concatenate(parts, axis=1), want, rule)
     for got, wanted in zip(
@@ -58,8 +58,8 @@ def _prefill_and_decode(model, rule, path):
 def test_no_state_is_a_state_of_zeros(rule):
     layer, params = layers.make()
     x = tokens(2, 5)
-    y, _ = layer.apply(params, x, path=rule)
-    want, _ = layer.apply(params, x, layer.init_state(2), path=rule)
+    y, _ = apply(layer, params, x, path=rule)
+    want, _ = apply(layer, params, x, layer.init_state(2), path=rule)
     assert np.array_equal(y, want)
 
 
@@ -67,19 +67,19 @@ def test_no_state_is_a_state_of_zeros(rule):
 def test_packed_rows_equal_dense_ones(rule):
     layer, params = layers.make()
     x = tokens(3, 7)
-    want, want_state = layer.apply(params, x, path=rule)
+    want, want_state = apply(layer, params, x, path=rule)
     cu_seqlens = jnp.arange(4, dtype=jnp.int32) * 7
-    y, state = layer.apply(params, x.reshape(21, -1), cu_seqlens=cu_seqlens, path=rule)
+    y, state = apply(layer, params, x.reshape(21, -1), cu_seqlens=cu_seqlens, path=rule)
     assert agree(y.reshape(x.shape), want, rule)
     assert agree(state.recurrent, want_state.recurrent, rule)
 
 
 def test_packed_decoding_equals_dense():
     layer, params = layers.make()
-    _, state = layer.apply(params, tokens(3, 5), path="fused")
+    _, state = apply(layer, params, tokens(3, 5), path="fused")
     x = tokens(3, 1, seed=2)
-    want, _ = layer.apply(params, x, state)
-    y, _ = layer.apply(params, x[:, 0], state)
+    want, _ = apply(layer, params, x, state)
+    y, _ = apply(layer, params, x[:, 0], state)
     assert agree(y, want[:, 0])
 
 
@@ -88,7 +88,7 @@ def test_a_mixed_batch_equals_its_rows_alone(model, rule):
     """One row decodes, one begins in a recycled slot, one is empty, one goes on with
     its prompt, one begins with a single token; then padding."""
     layer, params = layers.make(model)
-    _, begun = layer.apply(params, tokens(2, 5), path="fused")
+    _, begun = apply(layer, params, tokens(2, 5), path="fused")
     slots, fresh = jnp.array([6, 0, 3, 4, 1], jnp.int32), jnp.array([0, 1, 3, 5, 2, 7])
     pool = jax.tree.map(
         lambda empty, rows: empty.at[jnp.array([6, 4])].set(rows),
@@ -100,7 +100,8 @@ def test_a_mixed_batch_equals_its_rows_alone(model, rule):
     ends = np.cumsum([0, *lengths])
     x = jnp.concatenate([tokens(18, seed=3), jnp.full((2, layers.D), jnp.nan)])
 
-    y, state = layer.apply(
+    y, state = apply(
+        layer,
         params,
         x,
         pool,
@@ -115,7 +116,7 @@ def test_a_mixed_batch_equals_its_rows_alone(model, rule):
         if row is not None:
             alone = jax.tree.map(lambda s, row=row: s[row : row + 1], begun)
         part = x[None, ends[n] : ends[n + 1]]
-        want, want_state = layer.apply(params, part, alone, path="fused")
+        want, want_state = apply(layer, params, part, alone, path="fused")
         wants.append(want[0])
         want_states.append(layers.recurrent_and_history(layer, want_state))
     assert agree(y[:18], jnp.concatenate(wants), rule)
@@ -151,27 +152,31 @@ def _verify(model, drafts, apart):
     accepted = jnp.arange(1, N + 1)
     lengths = [4, 1, 3, 2] if drafts == "ragged" else [S] * N
 
-    _, pool = layer.apply(
-        params, prompt, pool, slots=table[:, 0], path="fused", **keywords
+    _, pool = apply(
+        layer, params, prompt, pool, slots=table[:, 0], path="fused", **keywords
     )
     ones = jnp.ones(N, jnp.int32)
-    _, pool = layer.apply(
-        params, first, pool, slots=table, num_accepted=ones, **keywords
+    _, pool = apply(
+        layer, params, first, pool, slots=table, num_accepted=ones, **keywords
     )
     if drafts == "dense":
         x, where = second, {}
     else:
         x = jnp.concatenate([second[n, :length] for n, length in enumerate(lengths)])
         where = dict(cu_seqlens=jnp.asarray(np.cumsum([0, *lengths]), jnp.int32))
-    y, pool = layer.apply(
-        params, x, pool, slots=table, num_accepted=accepted, **where, **keywords
+    y, pool = apply(
+        layer, params, x, pool, slots=table, num_accepted=accepted, **where, **keywords
     )
     y = y.reshape(-1, layers.D)
+    plain = jnp.zeros((N, 5 + 2 * S, layers.D))
     for n, length in enumerate(lengths):
-        plain = jnp.concatenate([prompt[n], first[n, : n + 1], second[n, :length]])
-        want, _ = layer.apply(params, plain[None], path="fused")
+        row = jnp.concatenate([prompt[n], first[n, : n + 1], second[n, :length]])
+        plain = plain.at[n, : len(row)].set(row)
+    want, _ = apply(layer, params, plain, path="fused")
+    for n, length in enumerate(lengths):
         part = slice(sum(lengths[:n]), sum(lengths[: n + 1]))
-        assert agree(y[part], want[0, 5 + n + 1 :])
+        begin = 5 + n + 1
+        assert agree(y[part], want[n, begin : begin + length])
 
 
 def test_a_plain_step_goes_on_behind_a_verified_one():
@@ -179,12 +184,12 @@ def test_a_plain_step_goes_on_behind_a_verified_one():
     layer, params = layers.make()
     prompt, drafted, last = tokens(1, 5), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
     table = jnp.array([[1, 3, 0]])
-    _, pool = layer.apply(params, prompt, layer.init_state(4, columns=3),
-                          slots=table[:, 0], path="fused")  # fmt: skip
+    _, pool = apply(layer, params, prompt, layer.init_state(4, columns=3),
+                    slots=table[:, 0], path="fused")  # fmt: skip
     for x, accepted in ((drafted, 1), (last, 2)):
-        y, pool = layer.apply(
-            params, x, pool, slots=table, num_accepted=jnp.array([accepted])
+        y, pool = apply(
+            layer, params, x, pool, slots=table, num_accepted=jnp.array([accepted])
         )
     plain = jnp.concatenate([prompt, drafted[:, :2], last], axis=1)
-    want, _ = layer.apply(params, plain, path="fused")
+    want, _ = apply(layer, params, plain, path="fused")
     assert agree(y, want[:, -1:])

@@ -12,7 +12,7 @@ import layers
 import numpy as np
 import pytest
 from flax import nnx
-from layers import D, tokens
+from layers import D, apply, tokens
 
 import gdn_jax
 from gdn_jax import nn, testing
@@ -115,12 +115,12 @@ def test_bfloat16_compute(model):
     layer, params = layers.make(model)
     half, _ = layers.make(model, dtype=jnp.bfloat16)
     x = tokens(2, 9)
-    want, _ = layer.apply(params, x)
-    y, state = half.apply(params, x.astype(jnp.bfloat16))
+    want, _ = apply(layer, params, x)
+    y, state = apply(half, params, x.astype(jnp.bfloat16))
     assert y.dtype == state.conv.buffer.dtype == jnp.bfloat16
     assert state.recurrent.dtype == jnp.float32
     assert testing.relative_error(y, want) < 2e-2
-    y, after = half.apply(params, x[:, :1].astype(jnp.bfloat16), state)
+    y, after = apply(half, params, x[:, :1].astype(jnp.bfloat16), state)
     assert [leaf.dtype for leaf in after[0]] == [leaf.dtype for leaf in state[0]]
     assert after.recurrent.dtype == jnp.float32
 

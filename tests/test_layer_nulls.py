@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import layers
 import numpy as np
 import pytest
-from layers import agree, tokens
+from layers import agree, apply, tokens
 
 S = 3
 
@@ -28,8 +28,8 @@ def test_a_null_row_is_zero_and_changes_nothing(lead, model):
     pool = layers.poisoned(layer.init_state(6), jnp.array([0, 1, 3, 5]))
     x = tokens(*lead).at[jnp.array([1, 3])].set(jnp.nan)
     slots = jnp.array([2, -1, 4, 0], jnp.int32)
-    y, state = layer.apply(params, x, pool, slots=slots, null_slot=0)
-    want, _ = layer.apply(params, x[::2], layer.init_state(2), path="fused")
+    y, state = apply(layer, params, x, pool, slots=slots, null_slot=0)
+    want, _ = apply(layer, params, x[::2], layer.init_state(2), path="fused")
     assert agree(y[::2], want, "chunk" if lead == (4, 18) else "fused")
     assert not np.asarray(y[1::2]).any()
     _same_bits(pool, state, [0, 1, 3, 5])
@@ -46,7 +46,7 @@ def test_a_row_without_a_slot_for_one_state_is_null_in_both(columns):
         slots = jnp.array([[0, 1, 2], [3, 4, 5], [6, -1, 8]], jnp.int32)
         more = dict(num_accepted=jnp.array([1, 1, 2], jnp.int32))
     x = tokens(3, S).at[1:].set(jnp.nan)
-    y, state = layer.apply(params, x, pool, slots=slots, conv_slots=conv_slots, **more)
+    y, state = apply(layer, params, x, pool, slots=slots, conv_slots=conv_slots, **more)
     assert np.asarray(y[0]).any() and np.isfinite(y[0]).all()
     assert not np.asarray(y[1:]).any()
     _same_bits(pool.conv, state.conv, [1, 2, 3])
@@ -60,7 +60,9 @@ def test_a_count_out_of_range_is_null_in_both_states(accepted):
     pool = layer.init_state(2 * S, columns=S + 2)
     table = jnp.arange(2 * S, dtype=jnp.int32).reshape(2, S)
     counts = jnp.array([1, accepted], jnp.int32)
-    y, state = layer.apply(params, tokens(2, S), pool, slots=table, num_accepted=counts)
+    y, state = apply(
+        layer, params, tokens(2, S), pool, slots=table, num_accepted=counts
+    )
     assert np.asarray(y[0]).any() and not np.asarray(y[1]).any()
     _same_bits(pool, state, [3, 4, 5])
 
@@ -70,7 +72,9 @@ def test_column_0_is_a_rows_slot_in_the_convolution():
     pool = layer.init_state(2 * S, columns=S)
     table = jnp.array([[0, 1, 2], [-1, 4, 5]], jnp.int32)
     counts = jnp.array([1, 2], jnp.int32)
-    y, state = layer.apply(params, tokens(2, S), pool, slots=table, num_accepted=counts)
+    y, state = apply(
+        layer, params, tokens(2, S), pool, slots=table, num_accepted=counts
+    )
     assert np.asarray(y[0]).any() and not np.asarray(y[1]).any()
     _same_bits(pool, state, [3, 4, 5])
 
@@ -85,6 +89,6 @@ def test_nan_of_null_rows_stays_out_of_gradients(T):
     def loss(params, x):
         return jnp.sum(layer.apply(params, x, pool, slots=slots)[0] ** 2)
 
-    gradients, of_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    gradients, of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert np.isfinite(of_x).all() and not np.asarray(of_x[1]).any()
