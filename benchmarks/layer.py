@@ -71,7 +71,7 @@ class Problem:
         return max(2, -(-4 * L2_BYTES // self.moved_bytes))
 
 
-def unfused_update(layer, state, channels, a, b, tables, path, implementation):
+def unfused_update(layer, state, qkv, a, b, tables, path, implementation):
     """A layer's update with its gates in a launch of their own."""
     del path
     log_decay, beta = gdn_jax.gates(
@@ -85,7 +85,7 @@ def unfused_update(layer, state, channels, a, b, tables, path, implementation):
     )
     return gdn_jax.recurrent_update(
         state,
-        *layer.heads.split(channels),
+        *qkv,
         log_decay,
         beta,
         implementation=implementation,

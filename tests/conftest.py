@@ -13,8 +13,8 @@ flags = {"xla_force_host_platform_device_count": "4"}  # for shard_map
 # XLA passes over the option.
 flags["xla_backend_extra_options"] = "xla_cpu_disable_new_fusion_emitters=true"
 if platform.machine() in ("x86_64", "AMD64"):
-    # No fused multiply-add: LLVM makes them where a product and a sum come to lie in one
-    # loop, which is another one in another program, and tests compare programs' bits.
+    # No fused multiply-add: LLVM makes them where a product and a sum come to lie in
+    # one loop, which is another one in another program, and tests compare their bits.
     flags["xla_cpu_max_isa"] = "AVX"
 given = os.environ.get("XLA_FLAGS", "")
 more = (f"--{name}={value}" for name, value in flags.items() if name not in given)

@@ -140,9 +140,8 @@ def _run(model, layer, params, x, state, rule):
         )
     seen = captured["intermediates"]
     [(_, _, a, b)] = seen["in_proj"]["__call__"]
-    [(conv, channels)] = seen["convolve"]
+    [(conv, (q, k, v))] = seen["convolve"]
     [(recurrent, out)] = seen["update"]
-    q, k, v = layer.heads.split(channels)
     gates = params["params"]["A_log"], a, b, params["params"]["dt_bias"]
     log_decay, beta = gdn_jax.gates(*gates, allow_neg_eigval=layer.allow_neg_eigval)
     found = dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta)

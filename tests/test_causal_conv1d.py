@@ -82,6 +82,31 @@ def test_verify_with_any_count_equals_plain_steps(path):
         at, accepted = at + stand, stand
 
 
+def test_y_in_parts_is_y_taken_apart(path):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((2, 7, 5)), jnp.float32)
+    weight = jnp.asarray(random.standard_normal((5, 4)), jnp.float32)
+    state = ConvState.zeros(2, 5, 4, jnp.float32)
+    call = functools.partial(gdn_jax.causal_conv1d, state, implementation=path)
+
+    def whole(x, weight):
+        return call(x, weight)[1]
+
+    def joined(x, weight):
+        parts = call(x, weight, split=(2, 1, 2))[1]
+        assert [part.shape for part in parts] == [(2, 7, 2), (2, 7, 1), (2, 7, 2)]
+        return jnp.concatenate(parts, axis=-1)
+
+    (want, of_whole), (got, of_joined) = (
+        jax.jit(lambda x, weight, f=f: jax.vjp(f, x, weight))(x, weight)
+        for f in (whole, joined)
+    )
+    assert np.array_equal(got, want)
+    cotangent = jnp.cos(want)
+    for a, b in zip(of_joined(cotangent), of_whole(cotangent), strict=True):
+        assert testing.relative_error(a, b) < 1e-6
+
+
 def test_gradients_equal_finite_differences_and_nulls_have_none(path):
     case = testing.ConvCase(
         "packed", (3, 0, 5, 2), tokens="packed", null_rows=(3,), padding=2
@@ -155,6 +180,8 @@ GOOD = dict(
             dict(cu_seqlens=jnp.zeros(4, jnp.int32)),
             "cu_seqlens must be given with packed tokens",
         ),
+        (dict(split=(2, 4)), "split must be positive sizes whose sum is C = 5; got"),
+        (dict(split=(6, -1)), "split must be positive sizes whose sum is C = 5; got"),
         (dict(implementation="cuda"), "implementation must be None or one of"),
     ],
 )

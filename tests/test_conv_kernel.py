@@ -81,6 +81,22 @@ def test_any_launch_agrees_with_the_oracle(config, S, kernel):
 
 
 @KERNELS
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
+@pytest.mark.parametrize("split", [(32, 16, 22), (33, 1, 36)], ids=str)
+def test_any_launch_writes_parts_as_it_does_the_whole(split, config, kernel):
+    """Borders at multiples of a block's channels and within one."""
+    args, kwargs = _make((3, 1, 2, 0, 19, 33, 4), S=2)
+    call = functools.partial(
+        gdn_jax.causal_conv1d, *args, **kwargs, implementation=kernel, config=config
+    )
+    (state, parts), (want, y) = call(split=split), call()
+    assert tuple(part.shape[1] for part in parts) == split
+    assert np.array_equal(jnp.concatenate(parts, axis=1), y)
+    bits = (np.asarray(each.buffer).view(np.uint8) for each in (state, want))
+    assert np.array_equal(*bits)
+
+
+@KERNELS
 @pytest.mark.parametrize("T", [1, 2, 9])
 def test_any_launch_of_dense_rows_gives_the_same(T, kernel):
     """Blocks shorter than the filter too, where they hold a row."""

@@ -219,9 +219,9 @@ class GatedDeltaNet(nn.Module):
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
-        conv, channels = self.convolve(state.conv, channels, tables, implementation)
+        conv, qkv = self.convolve(state.conv, channels, tables, implementation)
         recurrent, out = self.update(
-            state.recurrent, channels, a, b, tables, path, implementation
+            state.recurrent, qkv, a, b, tables, path, implementation
         )
         y = flat(self.norm(out, z, implementation))
         parts = self.out_proj.parts(y, implementation)
@@ -233,19 +233,21 @@ class GatedDeltaNet(nn.Module):
         channels: Array,
         tables: Tables,
         implementation: str | None,
-    ) -> tuple[ConvState, Array]:
-        return gdn_jax.causal_conv1d(
+    ) -> tuple[ConvState, tuple[Array, Array, Array]]:
+        conv, qkv = gdn_jax.causal_conv1d(
             state,
             channels,
             self.conv_weight,
+            split=self.heads.split,
             implementation=implementation,
             **tables.conv,
         )
+        return conv, self.heads.apart(*qkv)
 
     def update(
         self,
         state: Array,
-        channels: Array,
+        qkv: tuple[Array, Array, Array],
         a: Array,
         b: Array,
         tables: Tables,
@@ -258,7 +260,7 @@ class GatedDeltaNet(nn.Module):
         rule = gdn_jax.fused_update if path == "fused" else gdn_jax.chunk_update
         return rule(
             state,
-            *self.heads.split(channels),
+            *qkv,
             self.A_log,
             a,
             b,

@@ -30,17 +30,16 @@ class Heads:
     @property
     def channels(self) -> int:
         """C: q, k and v, flat."""
-        return 2 * self.H * self.K + self.HV * self.V
+        return sum(self.split)
 
-    def split(self, channels: Array) -> tuple[Array, Array, Array]:
-        """q, k [.. H K] and v [.. HV V] of channels [.. C]."""
-        keys = self.H * self.K
-        q, k, v = jnp.split(channels, [keys, 2 * keys], axis=-1)
-        return (
-            _per_head(q, self.H),
-            _per_head(k, self.H),
-            _per_head(v, self.HV),
-        )
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Of the channels, those of q, k and v."""
+        return self.H * self.K, self.H * self.K, self.HV * self.V
+
+    def apart(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """q, k [.. H K] and v [.. HV V], of flat ones."""
+        return _per_head(q, self.H), _per_head(k, self.H), _per_head(v, self.HV)
 
 
 class Projected(NamedTuple):

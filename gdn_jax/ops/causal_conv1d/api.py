@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # so that help() names types and expands none
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,12 @@ from jax.typing import ArrayLike
 from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.batch import Batch
-from gdn_jax.ops.causal_conv1d.call import ConvState, Inputs, Options
+from gdn_jax.ops.causal_conv1d.call import (
+    ConvState,
+    Inputs,
+    Options,
+    split_channels,
+)
 from gdn_jax.ops.causal_conv1d.reference import reference
 from gdn_jax.ops.causal_conv1d.triton import triton
 from gdn_jax.ops.causal_conv1d.tuning import ConvConfig, heuristic
@@ -34,9 +39,10 @@ def causal_conv1d(
     num_accepted: ArrayLike | None = None,
     has_state: ArrayLike | None = None,
     null_slot: int | None = None,
+    split: Sequence[int] | None = None,
     implementation: str | None = None,
     config: ConvConfig | None = None,
-) -> tuple[ConvState, Array]:
+) -> tuple[ConvState, Array | tuple[Array, ...]]:
     """Depthwise causal convolution of each sequence's channels: (state, y).
 
     For token t of a sequence and channel c, in float32:
@@ -62,6 +68,8 @@ def causal_conv1d(
         drafts accepted, and 1 after a plain step. Sequence n goes on behind them. Dense
         T <= S; packed tokens past the S-th give `y` and are not kept. A step without it
         behind a speculative one takes one token of that step to stand.
+      split: how many channels each array has that y is returned in, such as those of q,
+        k and v: what the kernel writes apart nobody has to take apart. None: y is one.
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla" or
         "reference"; None: triton where it can run, else xla.
@@ -77,7 +85,7 @@ def causal_conv1d(
         for the next call to say how many of them stand. Implementations put the same
         inputs at different columns of the ring, with `start` to tell; a call may take
         the state of any of them.
-      y: of x's shape and dtype.
+      y: of x's shape and dtype; with `split` a tuple, of those channels each.
 
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
@@ -111,6 +119,7 @@ def causal_conv1d(
         activation,
         checks.tables(slots, cu_seqlens, num_accepted, has_state),
         null_slot,
+        split,
     )
     _check_config(config, inputs, options)
     buffer, start = inputs.state
@@ -119,15 +128,16 @@ def causal_conv1d(
         _triton.varying_like(start, (start, inputs.tables)),
     )
     inputs = inputs._replace(state=varying)
-    new, y = _dispatch.run(_paths(inputs, options, config), implementation)
-    return new, y.reshape(shape)
+    new, parts = _dispatch.run(_paths(inputs, options, config), implementation)
+    parts = tuple(y.reshape(*shape[:-1], y.shape[-1]) for y in parts)
+    return new, parts[0] if split is None else parts
 
 
 def _paths(
     x: Inputs, options: Options, config: ConvConfig | None
-) -> dict[str, Callable[[], tuple[ConvState, Array]]]:
+) -> dict[str, Callable[[], tuple[ConvState, tuple[Array, ...]]]]:
     if 0 in (*x.x.shape, x.num_rows, *x.state.buffer.shape):
-        nothing = x.state, jnp.zeros_like(x.x)
+        nothing = x.state, split_channels(jnp.zeros_like(x.x), options)
         return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
 
     num_tokens, channels = x.x.shape
@@ -156,7 +166,7 @@ def _interpreted(x: Inputs, options: Options, config: ConvConfig):
     return triton(x, options, config, interpret=True)
 
 
-def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array]:
+def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, tuple[Array, ...]]:
     """What the kernel's results are, for its gradient."""
     state, y = xla(x, options)
     return state.turned(x.state.start), y
@@ -180,6 +190,7 @@ def _pack(
     activation: str | None,
     tables: Batch,
     null_slot: int | None,
+    split: Sequence[int] | None,
 ) -> tuple[Inputs, Options, tuple[int, ...]]:
     if not isinstance(state, ConvState):
         remedy = "Make one with ConvState.zeros or ConvState.from_dense."
@@ -213,10 +224,23 @@ def _pack(
         tokens_per_row=tokens,
         null_slot=checks.null_slot_of(null_slot, buffer.shape[0], tables.slots),
         silu=activation == "silu",
+        split=_check_split(split, channels),
     )
     packed = x.reshape(-1, channels)
     inputs = Inputs(ConvState(buffer, start), packed, weight, bias, tables)
     return inputs, options, x.shape
+
+
+def _check_split(split: Sequence[int] | None, channels: int) -> tuple[int, ...]:
+    if split is None:
+        return (channels,)
+    split = tuple(split)
+    if not all(isinstance(size, int) and size > 0 for size in split) or (
+        sum(split) != channels
+    ):
+        wanted = f"positive sizes whose sum is C = {channels}"
+        checks.fail("split", split, wanted, "One for each array to return.")
+    return split
 
 
 def _check_weight(weight: Array, x: Array) -> None:

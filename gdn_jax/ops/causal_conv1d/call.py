@@ -16,6 +16,7 @@ why. That is `turned`, of the same inputs in the same order.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -115,11 +116,13 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's."""
+    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's.
+    `split`: the channels of each array that y is returned in."""
 
     tokens_per_row: int | None
     null_slot: int | None
     silu: bool
+    split: tuple[int, ...]
 
 
 def find_rows(inputs: Inputs, options: Options, number: Array | None = None) -> Rows:
@@ -135,6 +138,11 @@ def find_rows(inputs: Inputs, options: Options, number: Array | None = None) -> 
         columns=inputs.columns,
         null_slot=options.null_slot,
     )
+
+
+def split_channels(y: Array, options: Options) -> tuple[Array, ...]:
+    ends = list(itertools.accumulate(options.split))
+    return tuple(jnp.split(y, ends[:-1], axis=-1))
 
 
 def find_columns(inputs: Inputs, rows: Rows) -> tuple[Array, Array]:

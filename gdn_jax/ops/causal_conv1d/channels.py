@@ -47,13 +47,21 @@ class Channels:
             values += _split(loaded)
         return tuple(values)
 
-    def store(self, ref, values: Values, wanted: Array, *index) -> None:
+    def store(self, refs, values: Values, wanted: Array, *index) -> None:
+        """Channels along the last axis of `refs`, which have some each."""
         for i, first in enumerate(self.first):
             channel = self._numbers(first)
-            mask = self._mask(ref.shape[-1], channel, wanted)
             part = values[i * self.each : (i + 1) * self.each]
-            joined = _join(tuple(value.astype(ref.dtype) for value in part))
-            _triton.store(ref.at[(*index, channel)], joined, mask=mask)
+            joined = _join(tuple(value.astype(refs[0].dtype) for value in part))
+            begin = 0
+            for ref in refs:
+                size = ref.shape[-1]
+                mask = self._mask(begin + size, channel, wanted)
+                if len(refs) > 1:
+                    mask &= (channel >= begin) & (channel < begin + size)
+                at = ref.at[(*index, channel - begin)]
+                _triton.store(at, joined, mask=mask)
+                begin += size
 
     def zeros(self) -> Values:
         return (jnp.zeros((self.lanes, 1), jnp.float32),) * (

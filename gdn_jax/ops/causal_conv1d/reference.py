@@ -12,10 +12,11 @@ from gdn_jax.ops.causal_conv1d.call import (
     clear_history,
     find_columns,
     find_rows,
+    split_channels,
 )
 
 
-def reference(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
+def reference(inputs: Inputs, options: Options) -> tuple[ConvState, tuple[Array, ...]]:
     (buffer, start), width = inputs.state, inputs.weight.shape[1]
     num_slots, _, ring = buffer.shape
     num_tokens = inputs.x.shape[0]
@@ -49,4 +50,5 @@ def reference(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
         buffer = clear_history(inputs, rows, first)
     buffer = buffer.at[slot, :, column].set(x.astype(buffer.dtype), mode="drop")
     slot = jnp.where(rows.live, rows.read, num_slots)
-    return ConvState(buffer, start.at[slot].set(left, mode="drop")), y
+    state = ConvState(buffer, start.at[slot].set(left, mode="drop"))
+    return state, split_channels(y, options)

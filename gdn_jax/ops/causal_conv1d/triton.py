@@ -45,7 +45,7 @@ MultiplyAdd: TypeAlias = Callable[[Array, Array, Array], Array]
 
 
 def conv_kernel(
-    x: Any, buffer_ref, y_ref, *, options: Options, config: ConvConfig, interpret: bool
+    x: Any, buffer_ref, *y_refs, options: Options, config: ConvConfig, interpret: bool
 ) -> None:
     """`x` is `Inputs` of references. Grid: (blocks of channels, blocks of tokens)."""
     number = pl.program_id(1)
@@ -73,10 +73,10 @@ def conv_kernel(
         silu=options.silu,
         multiply_add=(lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
-    _walk(x, y_ref, channels, row, step, config, window, convolve)
+    _walk(x, y_refs, channels, row, step, config, window, convolve)
     if x.tables.cu_seqlens is not None:
         cu_seqlens = x.tables.cu_seqlens
-        _clear_unowned(cu_seqlens, y_ref, channels, number, config.tokens)
+        _clear_unowned(cu_seqlens, y_refs, channels, number, config.tokens)
 
 
 def _find_work(
@@ -160,7 +160,7 @@ def _turn(ring: Columns, by: Array | int) -> Columns:
 
 def _walk(
     x: Any,
-    y_ref,
+    y_refs,
     channels: Channels,
     row: Rows,
     step: Array,
@@ -181,7 +181,7 @@ def _walk(
         for at, token in zip(steps, tokens, strict=True):
             window = (*window, _float(token))
             y = convolve(window)
-            channels.store(y_ref, y, at < row.length, row.begin + at)
+            channels.store(y_refs, y, at < row.length, row.begin + at)
             window = window[1:]
         return window
 
@@ -219,10 +219,10 @@ def _float(values: Any) -> Any:
 
 
 def _clear_unowned(
-    cu_seqlens: Any, y_ref, channels: Channels, number: Array, size: int
+    cu_seqlens: Any, y_refs, channels: Channels, number: Array, size: int
 ) -> None:
     """Zeros for those of the `number`-th `size` packed tokens that no row owns."""
-    num_tokens, first = y_ref.shape[0], number * size
+    num_tokens, first = y_refs[0].shape[0], number * size
     surely_owned = ragged.surely_owned(cu_seqlens, num_tokens, size, first)
 
     @pl.when(~surely_owned & (first < num_tokens))
@@ -233,29 +233,32 @@ def _clear_unowned(
         def clear(i, _):
             is_owned = jnp.max(jnp.where(place == i, owned, 0)) > 0
             wanted = ~is_owned & (first + i < num_tokens)
-            channels.store(y_ref, channels.zeros(), wanted, first + i)
+            channels.store(y_refs, channels.zeros(), wanted, first + i)
 
         lax.fori_loop(0, size, clear, None)
 
 
 def triton(
     x: Inputs, options: Options, config: ConvConfig, *, interpret: bool = False
-) -> tuple[ConvState, Array]:
+) -> tuple[ConvState, tuple[Array, ...]]:
     """One launch; the buffer is aliased in place and `start` is as it was."""
     num_tokens, num_channels = x.x.shape
     if options.tokens_per_row is None:
         count = ragged.most_blocks(num_tokens, x.num_rows, config.tokens)
     else:
         count = x.num_rows * pl.cdiv(options.tokens_per_row, config.tokens)
-    buffer, y = _triton.launch(
+    buffer, *parts = _triton.launch(
         functools.partial(
             conv_kernel, options=options, config=config, interpret=interpret
         ),
         x,
-        ((x.state.buffer.shape, x.state.buffer.dtype), (x.x.shape, x.x.dtype)),
+        (
+            (x.state.buffer.shape, x.state.buffer.dtype),
+            *(((num_tokens, size), x.x.dtype) for size in options.split),
+        ),
         grid=(pl.cdiv(num_channels, config.channels), count),
         aliases={0: 0},  # the buffer is the first leaf of Inputs
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    return ConvState(buffer, x.state.start), y
+    return ConvState(buffer, x.state.start), tuple(parts)

@@ -13,10 +13,11 @@ from gdn_jax.ops.causal_conv1d.call import (
     clear_history,
     find_columns,
     find_rows,
+    split_channels,
 )
 
 
-def xla(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
+def xla(inputs: Inputs, options: Options) -> tuple[ConvState, tuple[Array, ...]]:
     width, num_tokens = inputs.weight.shape[1], inputs.x.shape[0]
     rows = find_rows(inputs, options)
     first, left = find_columns(inputs, rows)
@@ -33,7 +34,7 @@ def xla(inputs: Inputs, options: Options) -> tuple[ConvState, Array]:
     y = y if inputs.bias is None else y + inputs.bias.astype(jnp.float32)
     y = jax.nn.silu(y) if options.silu else y
     y = jnp.where(live[:, None], y, 0).astype(inputs.x.dtype)
-    return _keep(inputs, rows, first, left, x), y
+    return _keep(inputs, rows, first, left, x), split_channels(y, options)
 
 
 def _add_history(
