@@ -35,8 +35,9 @@ MODEL = models.Model(
 )
 # Between two norms of a Gated DeltaNet: projections, convolution, update, gated norm,
 # projection. Of attention: projections, rope and norms of q and k (four), two cache
-# writes, attention in parts and their sum, gate, projection. Then norm, gate and up, down, norm. The first also makes tables of slots.
-# At most: some versions of XLA make one of two of attention's.
+# writes, attention in parts and their sum, gate, projection. Then norm, gate and up,
+# down, norm. The first also makes tables of slots. At most: some versions of XLA make
+# one of two of attention's.
 LAUNCHES = {"layers_0": 10, "layers_1": 9, "layers_2": 15}
 
 
