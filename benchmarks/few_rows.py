@@ -20,12 +20,14 @@ import typer
 from common import L2_BYTES, Expected, Suite
 
 from gdn_jax import testing
+from gdn_jax.ops.blocks import padded
+from gdn_jax.ops.few_rows import tuning
 from gdn_jax.ops.few_rows.api import products
 from gdn_jax.ops.few_rows.tuning import FewRowsConfig
 
 INPUTS = "normal x and matrices"
 ROWS = (1, 8, 32, 64)
-SHARED_BYTES = 227 * 2**10  # of an H200's SM
+SHARED_KB = 227  # of an H200's SM
 SUMS_OF_A_LANE = 128  # more would spill
 TOLERANCES = {False: 1, True: 3}  # roundings, of gate, up and their product
 
@@ -153,12 +155,11 @@ def candidates(problem: Problem) -> list[FewRowsConfig]:
 
 
 def is_possible(config: FewRowsConfig, problem: Problem) -> bool:
-    rows = max(16, 1 << (problem.L - 1).bit_length())
     columns = config.block_f * (2 if problem.gated else 1)
-    operands = 2 * config.block_d * (columns + rows)
+    needed = tuning.shared_memory(config, problem.L, gated=problem.gated)
     return (
-        operands * config.num_stages <= SHARED_BYTES
-        and rows * columns <= SUMS_OF_A_LANE * 32 * config.num_warps
+        needed <= SHARED_KB
+        and padded(problem.L) * columns <= SUMS_OF_A_LANE * 32 * config.num_warps
     )
 
 

@@ -79,7 +79,12 @@ class Point:
 
 
 def make_model(config: models.Config) -> models.Model:
-    return models.Model(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    return models.Model(
+        config,
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.bfloat16,
+        implementation="triton",  # not XLA's in its place, whatever the machine
+    )
 
 
 @functools.cache

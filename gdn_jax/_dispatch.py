@@ -39,10 +39,11 @@ def check_config(config: Any, kind: type, implementation: str | None) -> None:
 
 
 def run_kernel_or_xla(
+    op: str,
     implementation: str | None,
     *,
     arrays: Any,
-    why_not: str | None,
+    why_not: Callable[[], str | None],
     kernel: Callable[[bool], Result],
     xla: Callable[[], Result],
 ) -> Result:
@@ -52,18 +53,25 @@ def run_kernel_or_xla(
     tell, and would gather them for a kernel. Inside of `shard_map` they are whole.
 
     Args:
+      op: its name, for errors.
       arrays: the call's.
-      why_not: why the kernel cannot take the call; None where it can.
+      why_not: why the kernel cannot take the call, whatever the device; None where it
+        can.
       kernel: runs it, given whether in the interpreter.
     """
+    check_name(implementation)
     if implementation is None and not _triton.is_whole():
         implementation = "xla"
 
     def run_kernel(interpret: bool) -> Result:
         if not interpret:
             _triton.device_kind(arrays)
-        if why_not is not None:
-            raise NotImplementedError(f"the kernel cannot run here: {why_not}.")
+        reason = why_not()
+        if reason is not None:
+            raise NotImplementedError(
+                f"{op}: the kernel cannot take this call: {reason}. Use "
+                f"implementation='xla'."
+            )
         return kernel(interpret)
 
     paths = {
@@ -75,11 +83,17 @@ def run_kernel_or_xla(
     return run(paths, implementation)
 
 
-def where_it_can(implementation: str | None, why_not: str | None) -> str | None:
+def where_it_can(
+    implementation: str | None, arrays: Any, why_not: Callable[[], str | None]
+) -> str | None:
     """What a layer's op runs: of many ops of one `implementation`, those whose kernel
-    cannot take their call run XLA's."""
-    asks_for_kernel = implementation in ("triton", "interpret")
-    return None if asks_for_kernel and why_not is not None else implementation
+    cannot take their call run XLA's. A machine that has no kernels is told all the
+    same."""
+    if implementation not in ("triton", "interpret") or why_not() is None:
+        return implementation
+    if implementation == "triton":
+        _triton.device_kind(arrays)
+    return None
 
 
 def run(

@@ -24,9 +24,9 @@ barrier = pltriton.debug_barrier
 
 LANES = 32  # of a warp
 MAX_WARPS = 32  # of a program: CUDA's limit of a block
-# Compute capabilities with 99 KB of shared memory a program; the others have 163 and
-# more.
-LITTLE_SHARED_MEMORY = ("8.6", "8.9", "12.0", "12.1")
+# KB of a program; compute capabilities that are not named have the latter and more.
+LITTLE_SHARED_MEMORY, MUCH_SHARED_MEMORY = 99, 163
+WITH_LITTLE_SHARED_MEMORY = ("8.6", "8.9", "12.0", "12.1")
 MIN_COMPUTE_CAPABILITY = 8.0  # Triton's floor for bfloat16
 
 # Emitted at every lowering; under `-W error` it would stop the lowering itself.
@@ -84,20 +84,28 @@ def device_kind(arrays: Any) -> str:
 def is_whole() -> bool:
     """Whether no array under `jit` can be a part's of one that XLA shards."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_manual = not mesh.empty and set(mesh.axis_types) == {AxisType.Manual}
-    return is_manual or mesh.abstract_device is not None or jax.device_count() == 1
+    if mesh.empty:  # as around lowering for a device that is not here
+        return mesh.abstract_device is not None or jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.axis_types) == {AxisType.Manual}
+
+
+def shared_memory(arrays: Any) -> int:
+    """KB of it that a program can count on."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return MUCH_SHARED_MEMORY
+    capability = str(getattr(_device(arrays), "compute_capability", ""))
+    little = capability in WITH_LITTLE_SHARED_MEMORY
+    return LITTLE_SHARED_MEMORY if little else MUCH_SHARED_MEMORY
 
 
 def need_shared_memory(arrays: Any, op: str) -> None:
     """For kernels that take more of it than every GPU has."""
-    if jax.sharding.get_abstract_mesh().abstract_device is not None:
-        return
-    device = _device(arrays)
-    if str(device.compute_capability) in LITTLE_SHARED_MEMORY:
+    if shared_memory(arrays) < MUCH_SHARED_MEMORY:
+        device = _device(arrays)
         raise NotImplementedError(
-            f"{op}'s kernels need 163 KB of shared memory a program; "
+            f"{op}'s kernels need {MUCH_SHARED_MEMORY} KB of shared memory a program; "
             f"{device.device_kind!r} (compute capability {device.compute_capability}) "
-            f"has 99. Use implementation='xla'."
+            f"has {LITTLE_SHARED_MEMORY}. Use implementation='xla'."
         )
 
 

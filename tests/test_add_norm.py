@@ -53,6 +53,22 @@ def test_agrees_with_float64(path, shape, parts, dtype, parts_dtype):
         assert testing.relative_error(got, want) < testing.TOLERANCE["out", dtype]
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(parts=jnp.zeros((1, 3, 64))), r"parts must be \[S, ..., D\]"),
+        (dict(parts=jnp.zeros((0, 2, 64))), r"parts must be \[S, ..., D\] with S >= 1"),
+        (dict(weight=jnp.zeros(32)), r"weight must be \[D\] = \(64,\)"),
+        (dict(implementation="Triton"), "implementation must be None or one of"),
+    ],
+)
+def test_a_wrong_call_is_told(change, text):
+    call = dict(x=jnp.zeros((2, 64)), parts=jnp.zeros((1, 2, 64)))
+    call |= dict(weight=jnp.zeros(64), eps=EPS)
+    with pytest.raises(ValueError, match=text):
+        add_norm(**call | change)
+
+
 def test_rows_are_their_own(path):
     x, parts, weight = make((4, 64), 2, "bfloat16", "float32")
     add = functools.partial(add_norm, eps=EPS, implementation=path)

@@ -14,7 +14,7 @@ from gdn_jax.ops.cached_attention.api import cached_attention, why_not
 from gdn_jax.ops.cached_attention.call import Inputs
 from gdn_jax.ops.cached_attention.tuning import AttentionConfig, heuristic
 
-P, M = 5, 96
+P, M = 5, 104  # no multiple of a block's positions
 # heads, key heads, head_dim, tokens, tokens before them
 CASES = {
     "decode": (8, 2, 32, 1, (40, 0, 95)),
@@ -68,13 +68,52 @@ def test_agrees_with_float64(path, case, in_rows):
     assert testing.relative_error(out, exact(x)) < tolerance
 
 
+@pytest.mark.parametrize(
+    "kernel", ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("splits", [1, 2, 8])
-def test_parts_are_put_together(path, splits):
+def test_parts_are_put_together(kernel, splits):
     """Also where most of them have nothing to read."""
     x, config = make("verify"), AttentionConfig(splits, block_m=16)
-    out = cached_attention(x, implementation=path, config=config)
+    out = cached_attention(x, implementation=kernel, config=config)
     tolerance = 2 * testing.TOLERANCE["out", "bfloat16"]
     assert testing.relative_error(out, exact(x)) < tolerance
+
+
+def test_tokens_past_the_cache_attend_to_all_of_it(path):
+    x = make("verify")
+    x = x._replace(start=jnp.array([M - 2, M, M + 3], jnp.int32))
+    x = x._replace(k=jnp.nan_to_num(x.k), v=jnp.clip(x.v, -3, 3))
+    out = cached_attention(x, implementation=path)
+    tolerance = 2 * testing.TOLERANCE["out", "bfloat16"]
+    assert testing.relative_error(out, exact(x)) < tolerance
+
+
+@pytest.mark.parametrize("axis", ["tokens", "sequences", "positions"])
+def test_an_empty_call_is_xlas(axis):
+    x = make("decode", in_rows=False)
+    if axis == "tokens":
+        x = x._replace(q=x.q[:, :0])
+    elif axis == "sequences":
+        x = Inputs(x.q[:0], x.k[:0], x.v[:0], None, x.start[:0])
+    else:
+        x = x._replace(k=x.k[:, :, :0], v=x.v[:, :, :0])
+    assert why_not(x) == "an axis is empty"
+    assert cached_attention(x).shape == x.q.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x: x._replace(v=x.v[:, :1]), "k and v must be"),
+        (lambda x: x._replace(q=x.q[:, :, :7]), "q's heads must be a multiple of"),
+        (lambda x: x._replace(rows=None), "k must be of P = N = 3 where rows is None"),
+        (lambda x: x._replace(start=x.start[:2]), r"start must be \[N\] = \(3,\)"),
+    ],
+)
+def test_a_wrong_call_is_told(change, text):
+    with pytest.raises(ValueError, match=text):
+        cached_attention(change(make("decode")))
 
 
 def test_a_nan_is_its_own_sequences(path):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gdn_jax import _triton, testing
 from gdn_jax.ops.few_rows.api import products
-from gdn_jax.ops.few_rows.tuning import FewRowsConfig, heuristic
+from gdn_jax.ops.few_rows.tuning import FewRowsConfig, heuristic, shared_memory
 
 # rows, D, columns
 CASES = [
@@ -150,11 +151,64 @@ def test_compiles_without_spills(rows, name):
     x, matrices = S((rows, D), jnp.bfloat16), [S((D, F), jnp.bfloat16) for F in columns]
     f = functools.partial(products, gated=gated, implementation="triton")
     compiled = aot.compile_for_h200(f, x, matrices)
-    splits = heuristic(rows, D, columns, gated=gated).splits
+    splits = heuristic(rows, D, columns, 163, gated=gated).splits
     assert (splits > 1) == (name == "out")
     assert len(compiled.launches()) == (1 if splits == 1 else 2)
     resources = compiled.resources()
     assert resources["spills"] == 0, resources
+
+
+@pytest.mark.parametrize("rows", [1, 64, 128])
+@pytest.mark.parametrize("name", MATRICES)
+def test_launches_fit_little_shared_memory(name, rows):
+    D, columns, gated = MATRICES[name]
+    config = heuristic(rows, D, columns, 99, gated=gated)
+    assert shared_memory(config, rows, gated=gated) <= 99
+    assert config.num_stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            dict(matrices=[jnp.zeros((32, 8))]),
+            r"matrices\[0\] must be \[D, F\] with D = 6",
+        ),
+        (dict(gated=True), "matrices must be two of one shape"),
+        (
+            dict(gated=True, matrices=[jnp.zeros((64, 8)), jnp.zeros((64, 9))]),
+            "matrices must be two of one shape",
+        ),
+        (
+            dict(
+                gated=True,
+                matrices=[jnp.zeros((64, 8))] * 2,
+                config=FewRowsConfig(64, 64, splits=2),
+            ),
+            "config.splits must be 1 with gated; got 2",
+        ),
+        (
+            dict(config=FewRowsConfig(64, 64), implementation="xla"),
+            "config must be None there",
+        ),
+        (dict(implementation="Triton"), "implementation must be None or one of"),
+    ],
+)
+def test_a_wrong_call_is_told(change, text):
+    call = dict(x=jnp.zeros((2, 64)), matrices=[jnp.zeros((64, 8))])
+    with pytest.raises(ValueError, match=text):
+        products(**call | change)
+
+
+def test_a_mesh_that_xla_shards_over_is_xlas():
+    """Of GPUs that are not here; one device in a mesh is whole."""
+    h200 = AbstractDevice("NVIDIA H200", 1, "cuda")
+    seen = []
+    for size in (2, 1):
+        mesh = AbstractMesh((size,), ("x",), abstract_device=h200)
+        with jax.sharding.use_abstract_mesh(mesh):
+            seen.append(_triton.is_whole())
+    assert seen == [False, True]
 
 
 def test_several_devices_are_xlas():

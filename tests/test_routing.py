@@ -55,6 +55,20 @@ def test_agrees_with_numpy(path, case, is_padded, normalize):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(k=9), "k must be 1 to 8, the experts that there are; got 9"),
+        (dict(live=jnp.ones(3, bool)), r"live must be \[L\] = \(2,\); got"),
+        (dict(implementation="Triton"), "implementation must be None or one of"),
+    ],
+)
+def test_a_wrong_call_is_told(change, text):
+    call = dict(scores=jnp.zeros((2, 8)), live=None, k=2, normalize=True)
+    with pytest.raises(ValueError, match=text):
+        route(**call | change)
+
+
 def test_equal_scores_are_the_first_experts(path):
     scores = jnp.zeros((3, 10)).at[1, 7].set(1)
     found = route(scores, None, k=3, normalize=True, implementation=path)

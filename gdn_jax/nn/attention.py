@@ -193,11 +193,12 @@ class GatedAttention(nn.Module):
         implementation: str | None,
     ) -> Array:
         call = Inputs(q, *cache, rows, start)
-        reason = why_not(call, self.attention)
         return cached_attention(
             call,
             attention=self.attention,
-            implementation=where_it_can(implementation, reason),
+            implementation=where_it_can(
+                implementation, call, lambda: why_not(call, self.attention)
+            ),
         )
 
 
@@ -209,7 +210,8 @@ def _write(
     rows: Array | None,
     num_tokens: Array | None,
 ) -> KVCache:
-    """Heads before positions, as products over a head read them."""
+    """The cache with new tokens at their positions, and a value that is not finite told
+    by its key."""
     N, T = positions.shape
     if rows is None:
         rows = jnp.arange(N, dtype=jnp.int32)
@@ -217,7 +219,8 @@ def _write(
         kept = jnp.arange(T, dtype=jnp.int32) < num_tokens[:, None]
         positions = jnp.where(kept, positions, cache.k.shape[2])  # out of it: dropped
     where = rows[:, None], slice(None), positions
-    # A weight of zero does not keep out a NaN that a former sequence left; a mask does.
+    # A mask keeps out keys that a former sequence left; of its values nothing but a
+    # weight of zero does, so that they must be finite.
     k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
     is_finite = jnp.isfinite(v)
     k, v = jnp.where(is_finite, k, jnp.nan), jnp.where(is_finite, v, 0)

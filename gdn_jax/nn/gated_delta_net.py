@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 import gdn_jax
 from gdn_jax import _types as t
+from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn import arguments, initializers
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
@@ -272,14 +273,13 @@ class GatedDeltaNet(nn.Module):
         )
 
     def norm(self, out: Array, z: Array, implementation: str | None) -> Array:
-        wants_kernel = implementation in ("triton", "interpret")
         return gdn_jax.gated_rms_norm(
             out,
             z,
             self.norm_weight,
             eps=self.norm_eps,
             activation=self.output_activation,
-            implementation=None if wants_kernel else implementation,
+            implementation=where_it_can(implementation, out, lambda: "it has none"),
         )
 
     @nn.nowrap

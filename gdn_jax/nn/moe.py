@@ -47,7 +47,9 @@ class MixtureOfExperts(nn.Module):
       param_dtype: of parameters. Experts of another dtype than `dtype` are cast at
         every call, which reads and writes all of them.
       kernel_init: of all matrices.
-      implementation: of the products, as in `grouped_dot`.
+      implementation: of the experts' products, as in `grouped_dot`, and of the other
+        products and the choice of experts, whose kernels are for up to 128 tokens; what
+        they cannot take is XLA's.
 
     Parameters: `router` [D, E], `experts_gate_up` [E, D, 2 F] (gate first),
     `experts_down` [E, F, D], `shared` (a `GatedMLP`), `shared_gate` [D, 1]; their
@@ -120,18 +122,20 @@ class MixtureOfExperts(nn.Module):
             live,
             k=self.experts_per_token,
             normalize=self.norm_topk,
-            implementation=where_it_can(self.implementation, why_not(scores)),
+            implementation=where_it_can(
+                self.implementation, scores, lambda: why_not(scores)
+            ),
         )
 
     def mix(self, x: Array, routes: Routes) -> Array:
         """[L D] float32: the experts' part."""
         rows = x[routes.token]
-        gate, up = jnp.split(self.multiply(rows, self.experts_gate_up, routes), 2, -1)
-        y = self.multiply(jax.nn.silu(gate) * up, self.experts_down, routes)
+        gate, up = jnp.split(self.by_experts(rows, self.experts_gate_up, routes), 2, -1)
+        y = self.by_experts(jax.nn.silu(gate) * up, self.experts_down, routes)
         each = y[routes.place].astype(jnp.float32)  # [L k D]
         return jnp.sum(routes.weights[..., None] * each, axis=1)
 
-    def multiply(self, rows: Array, weights: ArrayLike, routes: Routes) -> Array:
+    def by_experts(self, rows: Array, weights: ArrayLike, routes: Routes) -> Array:
         return gdn_jax.grouped_dot(
             rows,
             jnp.asarray(weights, self.dtype),

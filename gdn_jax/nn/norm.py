@@ -48,5 +48,5 @@ class RMSNorm(nn.Module):
             parts,
             jnp.asarray(self.weight),
             eps=self.eps,
-            implementation=where_it_can(implementation, why_not(x)),
+            implementation=where_it_can(implementation, x, lambda: why_not(x)),
         )

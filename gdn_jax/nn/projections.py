@@ -124,12 +124,12 @@ def multiply(
         live=live,
         gated=gated,
         parts=parts,
-        implementation=where_it_can(implementation, why_not(x, kernels)),
+        implementation=where_it_can(implementation, x, lambda: why_not(x, kernels)),
     )
 
 
 class LowRank(nn.Module):
-    """A projection to value heads through `rank` features."""
+    """Two matrices, to value heads through `rank` features."""
 
     features: int
     rank: int

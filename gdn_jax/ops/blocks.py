@@ -5,8 +5,17 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+
+MIN_DOT = 16  # Triton pads a smaller product, with wrong results
+NARROW = {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}  # of products in one pass
+
+
+def padded(size: int) -> int:
+    """An axis of a product, as Triton can have it."""
+    return max(MIN_DOT, pl.next_power_of_2(size))
 
 
 def indices(n: int) -> Array:
@@ -14,8 +23,8 @@ def indices(n: int) -> Array:
 
 
 def inside(index: Array, size: int, splits: int = 1) -> Array | None:
-    """Which indices an axis has; None where blocks, of so many programs each, fit it: a
-    mask that says nothing would be computed all the same."""
+    """Which indices an axis has. None where blocks, of `splits` programs each, fill it:
+    a mask that says nothing would be computed all the same."""
     return None if size % (index.size * splits) == 0 else index < size
 
 

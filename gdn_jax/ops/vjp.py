@@ -15,6 +15,12 @@ class Path(NamedTuple):
     backward: Callable[[Any, Any, Any, Any], Any]
 
 
+def kernel_paths(kernel: Callable[..., Any], backward: Any) -> dict[bool, Path]:
+    """A kernel's, by whether it is interpreted."""
+    interpreted = functools.partial(kernel, interpret=True)
+    return {False: Path(kernel, backward), True: Path(interpreted, backward)}
+
+
 def backward_of(update: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """The backward that JAX makes of `update(x, options)`, of the same results."""
 
@@ -42,3 +48,6 @@ def _backward(path: Path, options: Any, config: Any, x: Any, cotangents: Any):
 
 
 differentiable.defvjp(_forward, _backward)
+
+# jit so that a call outside jit is traced and compiled once, not at every call.
+launched = jax.jit(differentiable, static_argnums=(0, 1, 2))

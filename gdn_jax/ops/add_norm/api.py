@@ -1,13 +1,11 @@
 """What a layer adds, and the norm before the next: which implementation runs."""
 
-import functools
 import math
 
-import jax
 from jax import Array
 
 from gdn_jax import _dispatch
-from gdn_jax.ops import vjp
+from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.add_norm.call import Inputs, Options
 from gdn_jax.ops.add_norm.triton import triton
 from gdn_jax.ops.add_norm.xla import xla
@@ -41,8 +39,12 @@ def add_norm(
       both of x's shape and dtype.
 
     Raises:
+      ValueError: the call is wrong; the text names the argument and the remedy.
       NotImplementedError: the implementation asked for cannot run this call here.
+
+    Transformations: as in `products`, but that parts are anything's.
     """
+    _check(x, parts, weight)
     whole, options = Inputs(x, parts, weight), Options(float(eps))
 
     def kernel(interpret: bool) -> tuple[Array, Array]:
@@ -50,17 +52,25 @@ def add_norm(
         rows = whole._replace(
             x=x.reshape(-1, D), parts=parts.reshape(parts.shape[0], -1, D)
         )
-        path = INTERPRETED if interpret else COMPILED
-        summed, normed = _launched(path, options, None, rows)
+        summed, normed = vjp.launched(PATHS[interpret], options, None, rows)
         return summed.reshape(x.shape), normed.reshape(x.shape)
 
     return _dispatch.run_kernel_or_xla(
+        "sum and norm",
         implementation,
         arrays=whole,
-        why_not=why_not(x),
+        why_not=lambda: why_not(x),
         kernel=kernel,
         xla=lambda: xla(whole, options),
     )
+
+
+def _check(x: Array, parts: Array, weight: Array) -> None:
+    if weight.shape != x.shape[-1:]:
+        checks.fail("weight", weight.shape, f"[D] = {x.shape[-1:]}", "One a value.")
+    if parts.shape[1:] != x.shape or parts.shape[0] == 0:
+        wanted = f"[S, ..., D] with S >= 1, of {x.shape} each"
+        checks.fail("parts", parts.shape, wanted, "Their sum is added to x.")
 
 
 def why_not(x: Array) -> str | None:
@@ -73,7 +83,4 @@ def why_not(x: Array) -> str | None:
     return None
 
 
-COMPILED = vjp.Path(triton, vjp.backward_of(xla))
-INTERPRETED = vjp.Path(functools.partial(triton, interpret=True), COMPILED.backward)
-
-_launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
+PATHS = vjp.kernel_paths(triton, vjp.backward_of(xla))

@@ -17,10 +17,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.blocks import indices
+from gdn_jax.ops.blocks import indices, padded
 from gdn_jax.ops.cached_attention.call import Inputs, Options
 from gdn_jax.ops.cached_attention.tuning import AttentionConfig
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
 
 class Sums(NamedTuple):
@@ -39,7 +38,7 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
     row = n if rows is None else jnp.clip(_triton.load(rows.at[n]), 0, last)
     start = _triton.load(starts.at[n])
     group = num_heads // num_kv_heads
-    query = indices(padded_queries(T * group))
+    query = indices(padded(T * group))
     token, features = query // np.int32(group), indices(dim)
     is_query = jnp.broadcast_to((token < T)[:, None], (query.size, dim))
 
@@ -50,10 +49,7 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
     q = _triton.load(of_queries(q_ref), mask=is_query, other=0)
 
     end = jnp.clip(start + np.int32(T), 0, np.int32(num_positions))
-    size = np.int32(config.block_m)
-    steps = _ceil_div(_ceil_div(end, size), np.int32(config.splits))
-    begin = part * steps * size
-    steps = jnp.clip(_ceil_div(end - begin, size), 0, steps)
+    begin, steps = _own_positions(part, end, config)
 
     def load(ref: Any, position: Array) -> Array:
         place = ref.at[row, head, position[:, None], features[None, :]]
@@ -61,10 +57,11 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
         return _triton.load(place, mask=mask, other=0)
 
     def step(i: Array, sums: Sums) -> Sums:
-        position = begin + i * size + indices(config.block_m)
+        position = begin + i * np.int32(config.block_m) + indices(config.block_m)
         logits = _triton.dot(q, load(k_ref, position), trans_b=True)
         logits = logits * np.float32(math.log2(math.e) / math.sqrt(dim))
         reached = position[None, :] <= (start + token)[:, None]
+        reached &= (position < end)[None, :]
         logits = jnp.where(reached, logits, np.float32(-np.inf))
         m = jnp.maximum(sums.m, jnp.max(logits, axis=1))
         # no position reached yet: exp2(-inf - -inf) would be NaN
@@ -91,12 +88,22 @@ def attend_kernel(inputs: Any, *outputs: Any, config: AttentionConfig) -> None:
         place = of_queries(out_ref)
         _triton.store(place, out.astype(out_ref.dtype), mask=is_query)
         return
-    m_ref, l_ref, acc_ref = outputs
-    _triton.store(m_ref.at[n, head, part, query], sums.m)
-    _triton.store(l_ref.at[n, head, part, query], sums.l)
-    _triton.store(
-        acc_ref.at[n, head, part, query[:, None], features[None, :]], sums.acc
-    )
+    refs: Any = Sums(*outputs)
+    at = n, head, part
+    _triton.store(refs.m.at[(*at, query)], sums.m)
+    _triton.store(refs.l.at[(*at, query)], sums.l)
+    place = refs.acc.at[(*at, query[:, None], features[None, :])]
+    _triton.store(place, sums.acc)
+
+
+def _own_positions(
+    part: Array, end: Array, config: AttentionConfig
+) -> tuple[Array, Array]:
+    """Of those before `end`, a program's first one and its steps."""
+    size = np.int32(config.block_m)
+    steps = _ceil_div(_ceil_div(end, size), np.int32(config.splits))
+    begin = part * steps * size
+    return begin, jnp.clip(_ceil_div(end - begin, size), 0, steps)
 
 
 def combine_kernel(sums: Any, out_ref: Any) -> None:
@@ -113,10 +120,6 @@ def combine_kernel(sums: Any, out_ref: Any) -> None:
     token, own = query // np.int32(group), query % np.int32(group)
     place = out_ref.at[n, token, head * group + own, features]
     _triton.store(place, out.astype(out_ref.dtype))
-
-
-def padded_queries(count: int) -> int:
-    return max(MIN_DOT, pl.next_power_of_2(count))
 
 
 def _where_any(total: Array) -> Array:
@@ -144,7 +147,7 @@ def triton(
     if config.splits == 1:
         [y] = launch(kernel, x, (out,), grid=grid, num_stages=config.num_stages)
         return y
-    parts = (N, num_kv_heads, config.splits, padded_queries(queries))
+    parts = (N, num_kv_heads, config.splits, padded(queries))
     shapes = (parts, jnp.float32), (parts, jnp.float32), ((*parts, dim), jnp.float32)
     sums = launch(kernel, x, shapes, grid=grid, num_stages=config.num_stages)
     [y] = launch(combine_kernel, Sums(*sums), (out,), grid=(queries, num_kv_heads, N))

@@ -5,7 +5,7 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from gdn_jax._triton import check_launch
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
+from gdn_jax.ops.blocks import MIN_DOT
 
 # Queries of one key head in a call: more are prefill, whose products XLA does better.
 MAX_QUERIES = 64

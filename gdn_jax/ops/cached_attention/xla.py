@@ -16,6 +16,8 @@ def xla(x: Inputs, options: Options) -> Array:
     position = jnp.arange(k.shape[1], dtype=jnp.int32)
     reached = position <= (x.start[:, None] + new)[..., None]
     attention: Any = options.attention
+    if attention == "cudnn":  # which adds its mask: NaN of a former sequence would stay
+        k = jnp.where(reached.any(axis=1)[:, :, None, None], k, 0)
     return jax.nn.dot_product_attention(
         x.q, k, v, mask=reached[:, None], implementation=attention
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # so that help() names types and expands none
 
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -234,13 +235,14 @@ def _pack(
 def _check_split(split: Sequence[int] | None, channels: int) -> tuple[int, ...]:
     if split is None:
         return (channels,)
-    split = tuple(split)
-    if not all(isinstance(size, int) and size > 0 for size in split) or (
-        sum(split) != channels
-    ):
+    try:
+        sizes = tuple(map(operator.index, split))
+    except TypeError:
+        sizes = ()
+    if not sizes or min(sizes) < 1 or sum(sizes) != channels:
         wanted = f"positive sizes whose sum is C = {channels}"
         checks.fail("split", split, wanted, "One for each array to return.")
-    return split
+    return sizes
 
 
 def _check_weight(weight: Array, x: Array) -> None:

@@ -56,11 +56,12 @@ class Channels:
             begin = 0
             for ref in refs:
                 size = ref.shape[-1]
-                mask = self._mask(begin + size, channel, wanted)
+                mask, place = self._mask(begin + size, channel, wanted), channel
                 if len(refs) > 1:
                     mask &= (channel >= begin) & (channel < begin + size)
-                at = ref.at[(*index, channel - begin)]
-                _triton.store(at, joined, mask=mask)
+                    # unsigned: what is before the array is far past it, not at its end
+                    place = (channel - begin).astype(jnp.uint32)
+                _triton.store(ref.at[(*index, place)], joined, mask=mask)
                 begin += size
 
     def zeros(self) -> Values:

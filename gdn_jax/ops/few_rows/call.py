@@ -30,7 +30,7 @@ class Options:
 
 
 def total(parts: Array, dtype: Any) -> Array:
-    """What parts [S, ...] are of."""
+    """The sum of parts [S, ...], in `dtype`."""
     if parts.shape[0] == 1:
         return parts[0].astype(dtype)
     return jnp.sum(parts, axis=0).astype(dtype)

@@ -15,10 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.blocks import indices, inside, load
+from gdn_jax.ops.blocks import indices, inside, load, padded
 from gdn_jax.ops.few_rows.call import Inputs, Options
 from gdn_jax.ops.few_rows.tuning import FewRowsConfig
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
 
 
 def few_rows_kernel(
@@ -49,7 +48,7 @@ def multiply(
     config: FewRowsConfig,
 ) -> None:
     num_rows, D = x.shape
-    row = indices(padded_rows(num_rows))
+    row = indices(padded(num_rows))
     is_read = inside(row, num_rows)
     if live is not None:
         is_read = _triton.load(live.at[row], mask=row < num_rows, other=0) != 0
@@ -85,10 +84,6 @@ def multiply(
     lead = () if config.splits == 1 else (part,)
     place = out.at[(*lead, row[:, None], column[None, :])]
     _triton.store(place, y.astype(out.dtype), mask=mask)
-
-
-def padded_rows(num_rows: int) -> int:
-    return max(MIN_DOT, pl.next_power_of_2(num_rows))
 
 
 def triton(

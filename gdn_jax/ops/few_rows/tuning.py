@@ -5,7 +5,7 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from gdn_jax._triton import check_launch
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
+from gdn_jax.ops.blocks import MIN_DOT, padded
 
 MAX_ROWS = 128  # from where on XLA's products are as fast
 MAX_BLOCK = 256
@@ -54,11 +54,26 @@ GATED_WIDE = FewRowsConfig(128, 64, num_warps=8)
 GATED_NARROW = FewRowsConfig(64, 64)
 
 
+def shared_memory(config: FewRowsConfig, num_rows: int, *, gated: bool) -> float:
+    """KB of operands of two bytes on their way, in one buffer fewer than stages."""
+    columns = config.block_f * (2 if gated else 1)
+    operands = config.block_d * (columns + padded(num_rows))
+    return 2 * operands * (config.num_stages - 1) / 1024
+
+
 def heuristic(
+    num_rows: int, D: int, columns: tuple[int, ...], room: int, *, gated: bool
+) -> FewRowsConfig:
+    """Of matrices [D, columns], in so many KB of shared memory."""
+    config = _launch(num_rows, D, columns, gated=gated)
+    while shared_memory(config, num_rows, gated=gated) > room:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def _launch(
     num_rows: int, D: int, columns: tuple[int, ...], *, gated: bool
 ) -> FewRowsConfig:
-    """Of matrices [D, columns]; best of 20 launches each for 8, 64 and 128 rows of
-    Qwen3.5-9B's products on an H200, or within 3% of it."""
 
     def tiles(config: FewRowsConfig) -> int:
         return sum(pl.cdiv(F, config.block_f) for F in columns[: 1 if gated else None])

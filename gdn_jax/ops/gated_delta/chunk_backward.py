@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows, find_owners
+from gdn_jax.ops.blocks import padded
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import (
     GateLogits,
@@ -34,7 +35,7 @@ from gdn_jax.ops.gated_delta.call import (
     Options,
     find_rows,
 )
-from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Keys, padded
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Keys
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, join, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
 from gdn_jax.ops.gated_delta.chunk_pull import Given, Pulled, Walked, pull

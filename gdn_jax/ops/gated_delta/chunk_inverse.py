@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array, lax
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import MIN_DOT
 from gdn_jax.ops.gated_delta.chunk_memory import Chunk
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, cut, dot
+from gdn_jax.ops.gated_delta.chunk_parts import cut, dot
 
 BLOCK = MIN_DOT
 

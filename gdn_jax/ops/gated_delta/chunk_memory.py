@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.blocks import padded
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT, Parts, cut_array
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut_array
 from gdn_jax.ops.gated_delta.chunk_xla import CHUNK
 
 
@@ -124,10 +125,6 @@ def num_chunks(x: Any, options: Options) -> int:
     if options.tokens_per_row is not None:
         return x.num_rows * pl.cdiv(options.tokens_per_row, CHUNK)
     return ragged.most_blocks(x.q.shape[0], x.num_rows, CHUNK)
-
-
-def padded(K: int) -> int:
-    return max(MIN_DOT, pl.next_power_of_2(K))
 
 
 def _find_step(x: Any, options: Options, turn: Array) -> tuple[Array, Array]:

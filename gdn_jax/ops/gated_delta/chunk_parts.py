@@ -13,7 +13,6 @@ from jax import Array, lax
 from gdn_jax import _triton
 
 Parts = tuple[Array, ...]
-MIN_DOT = 16  # Triton pads a smaller product, with wrong results
 
 
 def cut(x: Array, parts: int = 2) -> Parts:

@@ -12,8 +12,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.blocks import padded
 from gdn_jax.ops.gated_delta.call import Options
-from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks, padded
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, num_chunks
 from gdn_jax.ops.gated_delta.chunk_parts import cut, dot, join
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared
 from gdn_jax.ops.gated_delta.chunk_scores import (

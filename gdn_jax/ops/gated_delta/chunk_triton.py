@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
 from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.blocks import padded
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
-from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys, padded
+from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, wide_dot
 from gdn_jax.ops.gated_delta.chunk_prepare import Prepared, prepare
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned

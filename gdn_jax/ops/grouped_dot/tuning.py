@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from jax.experimental import pallas as pl
-
 from gdn_jax._triton import check_launch
-from gdn_jax.ops.gated_delta.chunk_parts import MIN_DOT
+from gdn_jax.ops.blocks import MIN_DOT, padded
 
 MAX_BLOCK = 256
 NARROW = 2  # bytes of a value that tensor cores take as it is
@@ -78,10 +76,6 @@ def outer_heuristic(D: int, F: int, itemsize: int) -> GroupedDotConfig:
 def _fit(launch: GroupedDotConfig, D: int, F: int) -> GroupedDotConfig:
     return dataclasses.replace(
         launch,
-        block_f=min(launch.block_f, _padded(F)),
-        block_d=min(launch.block_d, _padded(D)),
+        block_f=min(launch.block_f, padded(F)),
+        block_d=min(launch.block_d, padded(D)),
     )
-
-
-def _padded(size: int) -> int:
-    return max(MIN_DOT, pl.next_power_of_2(size))

@@ -1,12 +1,9 @@
 """Which experts tokens go to: which implementation runs."""
 
-import functools
-
-import jax
 from jax import Array
 
 from gdn_jax import _dispatch
-from gdn_jax.ops import vjp
+from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.routing.call import Inputs, Options, Routes
 from gdn_jax.ops.routing.triton import triton
 from gdn_jax.ops.routing.xla import xla
@@ -40,20 +37,36 @@ def route(
       `Routes`. Pairs of one expert stay in the order of their tokens.
 
     Raises:
+      ValueError: the call is wrong; the text names the argument and the remedy.
       NotImplementedError: the implementation asked for cannot run this call here.
+
+    Transformations: as in `products`; gradients are those of the weights.
     """
+    _check(scores, live, k)
     inputs, options = Inputs(scores, live), Options(k, normalize)
 
     def kernel(interpret: bool) -> Routes:
-        return _launched(INTERPRETED if interpret else COMPILED, options, None, inputs)
+        return vjp.launched(PATHS[interpret], options, None, inputs)
 
     return _dispatch.run_kernel_or_xla(
+        "choice of experts",
         implementation,
         arrays=inputs,
-        why_not=why_not(scores),
+        why_not=lambda: why_not(scores),
         kernel=kernel,
         xla=lambda: xla(inputs, options),
     )
+
+
+def _check(scores: Array, live: Array | None, k: int) -> None:
+    if scores.ndim != 2:
+        checks.fail("scores", scores.shape, "[L, E]", "One for a token and expert.")
+    if live is not None and live.shape != scores.shape[:1]:
+        wanted = f"[L] = {scores.shape[:1]}"
+        checks.fail("live", live.shape, wanted, "One entry a token.")
+    if not 1 <= k <= scores.shape[1]:
+        wanted = f"1 to {scores.shape[1]}, the experts that there are"
+        checks.fail("k", k, wanted, "A token takes an expert once.")
 
 
 def why_not(scores: Array) -> str | None:
@@ -66,7 +79,4 @@ def why_not(scores: Array) -> str | None:
     return None
 
 
-COMPILED = vjp.Path(triton, vjp.backward_of(xla))
-INTERPRETED = vjp.Path(functools.partial(triton, interpret=True), COMPILED.backward)
-
-_launched = jax.jit(vjp.differentiable, static_argnums=(0, 1, 2))
+PATHS = vjp.kernel_paths(triton, vjp.backward_of(xla))
