@@ -35,8 +35,12 @@ def record() -> Iterator[list[Kernel]]:
     The block must wait for what it launched. Empty on a machine without a GPU.
     """
     kernels: list[Kernel] = []
+    options = jax.profiler.ProfileOptions()
+    # what Python does and every compiled program's text take seconds to write
+    options.python_tracer_level = 0
+    options.enable_hlo_proto = False
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             yield kernels
         for path in pathlib.Path(folder).rglob("*.xplane.pb"):
             kernels += _device_events(path)

@@ -74,7 +74,7 @@ class Token(NamedTuple):
 def prepare(
     q: Chunks,
     k: Chunks,
-    log_decay: Array | Chunks,
+    decay: Array | Chunks,
     beta: Array,
     arithmetic: Arithmetic,
     *,
@@ -86,7 +86,6 @@ def prepare(
     if qk_l2norm:
         q_factor = lax.rsqrt(arithmetic.dot(q, q) + EPSILON) * scale
         k_factor = lax.rsqrt(arithmetic.dot(k, k) + EPSILON)
-    decay = jax.tree.map(jnp.exp, log_decay)
     return Token(q, k, q_factor, k_factor, qk * q_factor * k_factor, decay, beta)
 
 

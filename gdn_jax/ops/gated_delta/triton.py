@@ -80,7 +80,7 @@ def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -
     row = store.row
     token, target = tokens.load(row.begin), _load_target(x, row, np.int32(0))
     values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
-    token = tokens.prepare(token)
+    token = tokens.prepare(tokens.gate(token))
     for tile, state, v in zip(tiles, loaded, values, strict=True):
         v = v.astype(jnp.float32)
         state, out = rule.update(unpack(state), token, v, tokens.arithmetic)
@@ -94,8 +94,13 @@ def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -
 def _walk_tokens(
     x: Any, tile: Tile, loaded, tokens: "_Tokens", store: "_Store"
 ) -> None:
-    """Loads a token while it works on the one before. A dead row takes no step."""
+    """Loads a token while it works on the one before, and finds its gates, which wait
+    for no state, before the step that needs them. A dead row takes no step."""
     row = store.row
+    early, late = tokens.gate, _as_it_is
+    if tokens.per_k or tile.in_k is not None:
+        # no registers to hold them: as many gates as k has values, or masks along K
+        early, late = late, early
 
     def load(step):
         """All that a step reads; past the row's end, what lies there."""
@@ -110,13 +115,15 @@ def _walk_tokens(
     def body(step, carry):
         state, (token, v, target) = carry
         following = load(step + 1)
-        token, v = tokens.prepare(token), v.astype(jnp.float32)
+        token, v = tokens.prepare(late(token)), v.astype(jnp.float32)
         state, out = rule.update(state, token, v, tokens.arithmetic)
         store.token(tile, step, state, out, target, True)
-        return state, following
+        token, *others = following
+        return state, (early(token), *others)
 
     steps = jnp.where(row.live, row.length, np.int32(0))
-    carry = unpack(loaded), load(np.int32(0))
+    token, *others = load(np.int32(0))
+    carry = unpack(loaded), (early(token), *others)
     state, _ = lax.fori_loop(0, steps, body, carry)
     dead = jnp.where(row.live, np.int32(0), row.length)
     store.clear(tile, dead)
@@ -130,13 +137,29 @@ def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
     return x.slots[row.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
 
 
-class _Tokens(NamedTuple):
-    """Reads a head's tokens (`load`), and makes of them what the update takes
-    (`prepare`): apart, so that a token can be on its way during another's work."""
+def _as_it_is(token: "_Loaded") -> "_Loaded":
+    return token
 
-    load: Callable[[Array], Any]
-    prepare: Callable[[Any], rule.Token]
+
+class _Loaded(NamedTuple):
+    """A token's q and k, and its gates: a and b as they came, or decay and beta."""
+
+    q: rule.Chunks
+    k: rule.Chunks
+    decay: rule.Chunks
+    beta: Array
+
+
+class _Tokens(NamedTuple):
+    """Reads a head's tokens (`load`), makes decay and beta of their gates (`gate`), and
+    of all what the update takes (`prepare`): apart, so that a token can be on its way
+    during another's work."""
+
+    load: Callable[[Array], _Loaded]
+    gate: Callable[[_Loaded], _Loaded]
+    prepare: Callable[[_Loaded], rule.Token]
     arithmetic: rule.Arithmetic
+    per_k: bool
 
     @classmethod
     def of(
@@ -155,33 +178,34 @@ class _Tokens(NamedTuple):
             A_log = x.gates.A_log[head].astype(jnp.float32)
             dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
 
-        def load(at: Array):
+        def load(at: Array) -> _Loaded:
             q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
             a, b = x.gates.per_token
-            return q, k, load_decay(a, at, head), b[at, head]
+            return _Loaded(q, k, load_decay(a, at, head), b[at, head])
 
-        def prepare(loaded) -> rule.Token:
-            q, k, a, b = loaded
-            a, b = float_decay(a), b.astype(jnp.float32)
-            if isinstance(x.gates, Gates):
-                log_decay, beta = a, b
-            else:
+        def gate(token: _Loaded) -> _Loaded:
+            log_decay = float_decay(token.decay)
+            beta = token.beta.astype(jnp.float32)
+            if not isinstance(x.gates, Gates):
                 log_decay = tuple(
                     rule.log_decay(A_log, logits, bias, options.gating)
-                    for logits, bias in zip(a, dt_bias, strict=True)
+                    for logits, bias in zip(log_decay, dt_bias, strict=True)
                 )
-                beta = rule.beta(b, options.gating)
+                beta = rule.beta(beta, options.gating)
+            return token._replace(decay=tuple(map(jnp.exp, log_decay)), beta=beta)
+
+        def prepare(token: _Loaded) -> rule.Token:
             return rule.prepare(
-                unpack(q),
-                unpack(k),
-                log_decay if per_k else log_decay[0],
-                beta,
+                unpack(token.q),
+                unpack(token.k),
+                token.decay if per_k else token.decay[0],
+                token.beta,
                 arithmetic,
                 scale=options.scale,
                 qk_l2norm=options.qk_l2norm,
             )
 
-        return cls(load, prepare, arithmetic)
+        return cls(load, gate, prepare, arithmetic, per_k)
 
 
 class _Store(NamedTuple):

@@ -73,10 +73,11 @@ def _token(x: Inputs, options: Options, live: Array, token: Array):
         dt_bias = x.gates.dt_bias.astype(jnp.float32).reshape(heads, 1, -1)
         log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
         beta = rule.beta(b, options.gating)
+    decay = jnp.exp(log_decay)
     prepared = rule.prepare(
         (q,),
         (k,),
-        (log_decay,) if per_k else log_decay,
+        (decay,) if per_k else decay,
         beta,
         ARITHMETIC,
         scale=options.scale,
