@@ -188,11 +188,12 @@ class _Tokens(NamedTuple):
             beta = token.beta.astype(jnp.float32)
             if not isinstance(x.gates, Gates):
                 log_decay = tuple(
-                    rule.log_decay(A_log, logits, bias, options.gating)
+                    rule.log_decay(A_log, logits, bias, options.gating, rule.QUICK)
                     for logits, bias in zip(log_decay, dt_bias, strict=True)
                 )
-                beta = rule.beta(beta, options.gating)
-            return token._replace(decay=tuple(map(jnp.exp, log_decay)), beta=beta)
+                beta = rule.beta(beta, options.gating, rule.QUICK)
+            decay = tuple(map(rule.QUICK.exp, log_decay))
+            return token._replace(decay=decay, beta=beta)
 
         def prepare(token: _Loaded) -> rule.Token:
             return rule.prepare(
