@@ -1,5 +1,6 @@
 """Folders of Hugging Face's: load and save."""
 
+import dataclasses
 import itertools
 import json
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import CONV, MODELS, assert_same, contents, edit, edit_json, make
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.errors import JaxRuntimeError
 from safetensors.numpy import load_file
 
 from gdn_jax import models
@@ -150,6 +152,26 @@ def test_generation_config_says_where_texts_end(copied, eos):
     assert models.load(folder)[0].config.eos_token_id == wanted
     edit_json(folder, "generation_config.json", eos_token_id=None)
     assert models.load(folder)[0].config.eos_token_id == (7,)
+
+
+def test_a_save_over_another_model_says_where_texts_end(copied):
+    folder = copied("3.5 tied")
+    edit_json(folder, "generation_config.json", eos_token_id=2, top_p=0.9)
+    model, params = models.load(folder)
+    config = dataclasses.replace(model.config, eos_token_id=(5,))
+    models.save(folder, model.clone(config=config), params)
+    assert models.load(folder)[0].config.eos_token_id == (5,)
+    kept = json.loads((folder / "generation_config.json").read_text())
+    assert kept["top_p"] == 0.9
+
+
+def test_too_little_memory_says_what_to_do(copied, monkeypatch):
+    def fail(*_):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(checkpoint, "_place", fail)
+    with pytest.raises(MemoryError, match="bfloat16, on a mesh of several devices"):
+        models.load(copied("3.5 tied"))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,13 @@ def test_drafts_change_the_steps_alone(plain):
     assert 2 < gained <= 4
 
 
+def test_only_newlines_part_prompts():
+    text = "a\x0cb\r\n\u2028c\n\n"
+    result = generate("--max-tokens", "1", "--rows", "1", "--batch", "-", text=text)
+    texts = result.stdout.split("-" * 40 + "\n")[1:]
+    assert [text[:3] for text in texts] == ["a\x0cb", "\u2028c" + texts[1][2]]
+
+
 def test_a_batch_has_the_texts_of_its_prompts(plain):
     result = generate(*SHORT, "--batch", "-", text="class Lock\n\ndef read_\n")
     assert result.exit_code == 0

@@ -63,9 +63,12 @@ def body(hlo: str) -> list[str]:
     lines = (line.strip() for line in step.splitlines() if " = " in line)
     found = [line for line in lines if not re.search(free, line)]
     places = (re.search(r'op_name="([^"]*)"', line) for line in found)
+    results = (
+        re.match(r"(\(.*?\)|\S+) [\w-]+\(", line.split(" = ", 1)[1]) for line in found
+    )
     return [
-        f"{line.split(' = ')[1][:60]} {place[1] if place else ''}"
-        for line, place in zip(found, places, strict=True)
+        f"{result[0] if result else line} {place[1] if place else ''}"
+        for line, result, place in zip(found, results, places, strict=True)
     ]
 
 
@@ -90,15 +93,15 @@ def test_states_and_caches_stay_where_they_are(drafts):
 def test_weights_are_read_where_they_are():
     """No matrix is joined with another, transposed or written in parts."""
     for line in body(compiled(0).hlo):
-        made = re.match(r"\(?\w+\[([\d,]*)\]", line)
-        sizes = [int(size) for size in made[1].split(",") if size] if made else []
-        assert not (len(sizes) == 2 and min(sizes) >= 512), line
+        for made in re.findall(r"\w+\[([\d,]+)\]", line.split(" /")[0]):
+            sizes = [int(size) for size in made.split(",")]
+            assert not (len(sizes) == 2 and min(sizes) >= 512), line
 
 
 @pytest.mark.parametrize("layer", LAUNCHES)
 def test_launches_of_a_layer(layer):
     found = [line for line in body(compiled(0).hlo) if f"/{layer}/" in line]
-    assert len(found) <= LAUNCHES[layer], "\n".join(found)
+    assert LAUNCHES[layer] - 3 <= len(found) <= LAUNCHES[layer], "\n".join(found)
 
 
 def test_a_step_waits_for_its_host_once_in_four():

@@ -65,7 +65,7 @@ def test_greedy_takes_the_models_most_likely_token():
 
 
 @pytest.mark.parametrize("speculative", [1, 2, 3, 4])
-def test_speculative_greedy_is_plaingreedy(speculative):
+def test_speculative_greedy_is_plain_greedy(speculative):
     requests, figures = greedy(speculative)
     assert tokens(requests) == tokens(greedy(0)[0])
     assert 1.3 < figures.mean_accepted < 0.9 * (1 + speculative)

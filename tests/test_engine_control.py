@@ -1,6 +1,7 @@
 """Saving, cancelling, interrupting; what fails and what is refused."""
 
 import dataclasses
+import functools
 import signal
 import threading
 
@@ -22,7 +23,7 @@ from engines import (
 )
 from jax.errors import JaxRuntimeError
 
-from gdn_jax import Engine, models
+from gdn_jax import Engine, generate, models
 from gdn_jax.generation import engine as engine_module
 from gdn_jax.generation import steps
 
@@ -132,11 +133,40 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch, interruptible):
 def test_ctrl_c_is_not_lost_where_the_loop_is_left(monkeypatch, interruptible):
     engine = make_engine()
     engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
-    _interrupting(engine, monkeypatch)
-    run = engine.run()
-    next(run)
+    with monkeypatch.context() as patch:
+        _interrupting(engine, patch)
+        for _ in engine.run():
+            break
     with pytest.raises(KeyboardInterrupt):
-        run.close()
+        engine.step()
+    finish(engine)
+
+
+def test_ctrl_c_while_tokens_are_given_loses_none(monkeypatch, interruptible):
+    model, params = make()
+    given = {}
+
+    def give(index, new):
+        given.setdefault(index, []).extend(new)
+        if index == 0:
+            signal.raise_signal(signal.SIGINT)
+
+    call = functools.partial(generate, model, params, PROMPTS, stop=())
+    with pytest.raises(KeyboardInterrupt):
+        call(max_tokens=NEW, on_tokens=give)
+    assert given == {i: [text[0]] for i, text in enumerate(call(max_tokens=1))}
+
+
+def test_a_request_of_another_engine_is_told():
+    engine = make_engine()
+    request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
+    engine.step()
+    other = make_engine()
+    other.submit(PROMPTS[1], max_tokens=2, stop=())
+    other.step()
+    with pytest.raises(ValueError, match="one of this engine's `requests`"):
+        other.cancel(request)
+    finish(other)
 
 
 def test_an_engine_keeps_the_parameters_it_was_given():
@@ -253,7 +283,7 @@ def test_a_model_without_a_head_drafts_nothing():
         (dict(prompt=[1] * 80), r"at most num_positions = 96 in all; got 80 tokens, "),
         (dict(max_tokens=0), "max_tokens must be an int >= 1; got 0"),
         (dict(max_tokens=9.0), "max_tokens must be an int >= 1"),
-        (dict(temperature=-1.0), "temperature must be finite, >= 0"),
+        (dict(temperature=-1.0), "temperature must be finite in float32, >= 0"),
         (dict(temperature=float("nan")), "temperature must be finite"),
         (dict(temperature=None), "temperature must be a number; got None"),
         (dict(top_p="abc"), "top_p must be a number; got 'abc'"),

@@ -82,7 +82,8 @@ def test_prompts_draw_with_keys_of_their_own():
 
 
 def test_calls_of_like_sizes_compile_once():
-    _generate()
+    for temperature in (0.0, 1.0):
+        _generate(temperature=temperature)
     sizes = steps.prefill._cache_size(), steps.decode._cache_size()
     _generate(prompts(5, 2, 9, 12), max_tokens=99, temperature=0.5, stop=(1, 2))
     assert (steps.prefill._cache_size(), steps.decode._cache_size()) == sizes
@@ -141,9 +142,12 @@ def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
             r"prompts\[1\] must be a list of token ids; got 'a'",
         ),
         (dict(prompts=[[1], [50]]), r"prompts\[1\] must be token ids in \[0, 50\)"),
-        (dict(prompts=[[]]), "prompt must be one token at least"),
+        (dict(prompts=[[]]), r"prompts\[0\] must be one token at least"),
         (dict(max_tokens=0), "max_tokens must be an int >= 1"),
-        (dict(temperature=-1), "temperature must be finite, >= 0"),
+        (dict(temperature=-1), "temperature must be finite in float32, >= 0"),
+        (dict(temperature=1e39), "temperature must be finite in float32, >= 0"),
+        (dict(stop=[[1], [2, 3]]), "stop must be a list of token ids"),
+        (dict(max_tokens=2**20), "prompts must be max_position_embeddings = 32768"),
         (dict(speculative=None), "speculative must be an int; got None"),
         (dict(seed=0.5), "seed must be an int"),
         (dict(stop=[-1]), r"stop must be token ids in \[0, 50\)"),

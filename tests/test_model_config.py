@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jaxtyping
 import pytest
 
 from gdn_jax.models import Config
@@ -195,7 +196,25 @@ def test_every_fault_of_a_file_is_in_one_error():
     ("changes", "told"),
     [
         (dict(model_type="llama"), "model_type is 'llama', wanted one of qwen3_next"),
-        (dict(num_hidden_layers=0), "layer_types is empty"),
+        (dict(num_hidden_layers=0), "num_hidden_layers is 0, wanted an int >= 1"),
+        (dict(num_hidden_layers="4"), "num_hidden_layers is '4', wanted an int >= 1"),
+        (dict(full_attention_interval=0), "full_attention_interval is 0, wanted an"),
+        (dict(layer_types=[], num_hidden_layers=None), "layer_types is empty"),
+        (dict(hidden_size="64"), "hidden_size is '64', wanted int"),
+        (dict(vocab_size=True), "vocab_size is True, wanted int"),
+        (dict(head_dim=0), "head_dim is 0, wanted > 0"),
+        (
+            dict(num_attention_heads=3, num_key_value_heads=2),
+            "num_attention_heads is 3, wanted a multiple of num_key_value_heads = 2",
+        ),
+        (
+            dict(linear_num_value_heads=3, linear_num_key_heads=2),
+            "linear_num_value_heads is 3, wanted a multiple of linear_num_key_heads",
+        ),
+        (
+            dict(head_dim=6, partial_rotary_factor=0.5),
+            "partial_rotary_factor is 0.5, wanted an even part of head_dim = 6",
+        ),
         (dict(layer_types=["sliding_attention"] * 8), "'sliding_attention', wanted"),
         (dict(intermediate_size=0), r"layers \[0, 1, 2, 3, 4, 5, 6, 7\] have no"),
         (dict(num_experts=4, num_experts_per_tok=5), "is 5, wanted 1 to num_exp"),
@@ -205,7 +224,8 @@ def test_every_fault_of_a_file_is_in_one_error():
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
-def test_a_model_that_cannot_be_is_refused(changes, told):
+def test_a_model_that_cannot_be_is_refused(changes, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=told):
         read(**changes)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.linen import unbox
 
-from gdn_jax import models, testing
+from gdn_jax import _triton, models, testing
 
 N, M, S, PROMPT = 3, 32, 3, 9
 CONFIG = dict(
@@ -91,6 +91,26 @@ def decode(kind, dtype, implementation):
 @functools.cache
 def exact(kind):
     return decode(kind, jnp.float32, "xla")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_layer_leaves_its_kernels_to_xla(kind, monkeypatch):
+    config, params = params_of(kind)
+    model = models.Model(config, dtype=jnp.bfloat16, implementation="interpret")
+    launch, seen = _triton.launch, set()
+
+    def record(kernel, *args, **keywords):
+        seen.add(getattr(kernel, "func", kernel).__name__.removesuffix("_kernel"))
+        return launch(kernel, *args, **keywords)
+
+    monkeypatch.setattr(_triton, "launch", record)
+    jax.clear_caches()  # what was traced is not launched again
+    state = model.init_state(N, M)
+    jax.eval_shape(model.apply, params, jnp.zeros((N, 1), jnp.int32), state)
+    wanted = {"few_rows", "add_norm", "conv", "fused_update", "attend"}
+    if kind == "qwen3_next":
+        wanted |= {"choose", "sort", "dot"}
+    assert seen - {"combine"} == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)

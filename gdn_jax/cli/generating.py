@@ -39,6 +39,10 @@ def generate(
         str | None,
         typer.Option(help="Many prompts: a file with one a line, or - for stdin."),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Texts that grow at once. Default: all, up to 64."),
+    ] = None,
     speculative: Annotated[
         int, typer.Option(min=0, help="Drafts a step, by the model's own head.")
     ] = 0,
@@ -60,7 +64,12 @@ def generate(
         network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
         tokens = [tokenizer.encode(text) for text in prompts]
         engine = make_engine(
-            network, params, tokens, max_tokens=max_tokens, drafts=speculative
+            network,
+            params,
+            tokens,
+            max_tokens=max_tokens,
+            drafts=speculative,
+            num_rows=rows,
         )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
         with notes.status("compiling"):
@@ -113,8 +122,10 @@ def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[st
         return [PROMPT if prompt is None else prompt]
     if prompt is not None:
         raise ValueError("PROMPT and --batch exclude each other.")
-    text = sys.stdin.read() if batch == "-" else pathlib.Path(batch).read_text()
-    prompts = [line for line in text.splitlines() if line]
+    is_stdin = batch == "-"
+    text = sys.stdin.read() if is_stdin else pathlib.Path(batch).read_text("utf-8")
+    # not splitlines, which cuts at form feeds too
+    prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line]
     if not prompts:
         raise ValueError(f"--batch {batch} has no prompts; it wants one a line.")
     return prompts

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 console = Console()
+errors = Console(stderr=True, highlight=False)
 
 
 def train(
@@ -71,7 +72,7 @@ def train(
                 dtype=dtype,
             )
     except (ValueError, OSError) as error:
-        console.print(str(error), style="red", markup=False)
+        errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     baseline = kneser_ney.bits_per_byte(corpus.train, corpus.held_out)
     console.print(

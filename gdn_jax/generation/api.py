@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gdn_jax.generation.engine import Engine
+from gdn_jax.generation.interrupts import Interrupts
 from gdn_jax.generation.requests import TokenIds, token_ids
 from gdn_jax.generation.sizes import integer, power_of_two
 from gdn_jax.models.model import Model
@@ -58,8 +59,8 @@ def generate(
     other prompts, up to rounding: batches of other sizes may add up in other orders,
     which can decide between tokens that are all but equally likely.
 
-    Ctrl-C waits for the end of the device's call at hand, of 16 steps at most, and then
-    raises KeyboardInterrupt; what came till then `on_tokens` has been given. To go on
+    Ctrl-C waits for the end of the device's call at hand, of 16 steps at most, and of
+    `on_tokens` with what it gave, and then raises KeyboardInterrupt. To go on
     after it, or after a crash, run an `Engine`, which can be saved.
 
     Args:
@@ -90,6 +91,10 @@ def generate(
         token_ids(f"prompts[{i}]", prompt, config.vocab_size)
         for i, prompt in enumerate(prompts)
     ]
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            wanted, remedy = "one token at least", "Begin with some text."
+            checks.fail(f"prompts[{i}]", "no tokens", wanted, remedy)
     checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
     drafts, seed = integer("speculative", speculative), integer("seed", seed)
     if not prompts:
@@ -116,12 +121,15 @@ def generate(
         for i, prompt in enumerate(prompts)
     ]
     given = [0] * len(requests)
-    for changed in engine.run():
-        for request in changed:
-            new = request.tokens[given[request.number] :]
-            given[request.number] += len(new)
-            if on_tokens is not None:
-                on_tokens(request.number, new)
+    interrupts = Interrupts()
+    while engine.requests:
+        with interrupts:
+            for request in engine.step():
+                new = request.tokens[given[request.number] :]
+                given[request.number] += len(new)
+                if on_tokens is not None:
+                    on_tokens(request.number, new)
+        interrupts.deliver()
     if not details:
         return [request.tokens for request in requests]
     return [
@@ -144,17 +152,25 @@ def make_engine(
 
     Its sizes are rounded up, so that calls of like sizes share their compilations.
     """
-    longest = max(map(len, prompts)) + max_tokens + drafts
+    longest = max(map(len, prompts)) + max_tokens
+    most = model.config.max_position_embeddings
+    if "full_attention" in model.config.layer_types and longest > most:
+        wanted = f"max_position_embeddings = {most} tokens at most, with its text"
+        remedy = "Shorten it, or ask for fewer tokens: the model has learned no more."
+        checks.fail("prompts", f"{longest}", wanted, remedy)
+    longest += drafts
     if num_rows is None:
         num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
-    ends = model.config.eos_token_id if stop is None else stop
+    ends = model.config.eos_token_id
+    if stop is not None:
+        ends = token_ids("stop", stop, model.config.vocab_size)
     return Engine(
         model,
         params,
         num_rows=num_rows,
         num_positions=-(-longest // POSITIONS_STEP) * POSITIONS_STEP,
         speculative=drafts,
-        max_stop=max(LEAST_STOP, np.size(ends)),
+        max_stop=max(LEAST_STOP, len(ends)),
     )
 
 

@@ -23,6 +23,7 @@ from gdn_jax.generation.sizes import (
 )
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
 
 
 class Engine:
@@ -99,6 +100,7 @@ class Engine:
         self.running: dict[int, Request] = {}
         self.figures = Figures()
         self._submitted = 0
+        self._interrupts = Interrupts()
 
     @property
     def requests(self) -> list[Request]:
@@ -131,7 +133,8 @@ class Engine:
             run at once may differ.
           seed: any int, of which the last 64 bits count. Of this request alone: its
             draws depend on no other's, and are those of another with the same seed.
-          stop: tokens that end the text; None: the config's `eos_token_id`; (): none.
+          stop: tokens that end the text; None: those of the config's `eos_token_id`
+            that the vocabulary has; (): none.
 
         Raises:
           ValueError: the request is wrong, or longer than the engine has room for.
@@ -156,9 +159,17 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request of this engine; what it has stays."""
+        """Ends a request of this engine; what it has stays.
+
+        Raises:
+          ValueError: it is another engine's.
+        """
         if request.finish_reason is not None:
             return
+        if not any(request is own for own in self.requests):
+            wanted = "one of this engine's `requests`"
+            remedy = "A restored engine has requests of its own."
+            checks.fail("request", f"number {request.number}", wanted, remedy)
         if request.row is None:
             self.queue.remove(request)
         else:
@@ -174,19 +185,19 @@ class Engine:
 
         Yields the requests that gained tokens. Ctrl-C during a call, in the main
         thread, waits for its end: once its tokens are yielded, KeyboardInterrupt is
-        raised with the state whole, so that the engine can be saved, or `run` again. A
-        second Ctrl-C does not wait, and may lose the state.
+        raised with the state whole, so that the engine can be saved, or `run` again. If
+        the loop was left by then, the engine's next `step`, `run` or `save` raises it.
+        A second Ctrl-C does not wait, and may lose the state.
 
         Raises:
           as `step`.
         """
         while self.queue or self.running:
-            with Interrupts() as interrupts:
+            self._interrupts.deliver()
+            with self._interrupts:
                 changed = self.step()
-            try:
-                yield changed
-            finally:  # also where the caller leaves its loop here
-                interrupts.deliver()
+            yield changed
+        self._interrupts.deliver()
 
     def step(self) -> list[Request]:
         """One call of the device: a piece of prompts if any is unread, else a block.
@@ -197,6 +208,7 @@ class Engine:
           MemoryError: the device has no room for the call.
           RuntimeError: the state was lost in a call that failed.
         """
+        self._interrupts.deliver()
         if not self.running:
             self._admit()
         if not self.running:
@@ -218,6 +230,7 @@ class Engine:
         Raises:
           RuntimeError: the state was lost in a call that failed.
         """
+        self._interrupts.deliver()
         self._check_state()
         notes = saving.Notes(
             saving.fingerprint(self.model),

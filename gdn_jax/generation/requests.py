@@ -143,9 +143,11 @@ def make_request(
     if not request.prompt:
         wanted, remedy = "one token at least", "Begin with some text."
         checks.fail("prompt", "no tokens", wanted, remedy)
-    if not 0 <= request.temperature < float("inf"):
+    if request.max_tokens >= 2**31:
+        checks.fail("max_tokens", max_tokens, "in [1, 2^31)", "It is an int32.")
+    if not 0 <= request.temperature <= float(np.finfo(np.float32).max):
         remedy = "0 takes the most likely token."
-        checks.fail("temperature", temperature, "finite, >= 0", remedy)
+        checks.fail("temperature", temperature, "finite in float32, >= 0", remedy)
     if not 0 < request.top_p <= 1:
         checks.fail("top_p", top_p, "in (0, 1]", "1 is off.")
     if not 0 <= request.top_k < 2**31:

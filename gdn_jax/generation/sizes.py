@@ -71,5 +71,5 @@ def memory_errors(sizes: Sizes, num_bytes: Callable[[], int]) -> Iterator[None]:
             f"{num_bytes() / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
             f"{sizes.num_positions}, speculative = {sizes.speculative}) and calls of "
             f"prefill_tokens = {sizes.prefill_tokens}. Make the engine with less of "
-            "one of these."
+            "one of these; num_positions holds a prompt and its max_tokens."
         ) from error

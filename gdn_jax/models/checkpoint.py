@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -27,6 +28,7 @@ from gdn_jax.models.placement import AXES, MeshAxes
 from gdn_jax.ops import checks
 
 Params = dict[str, Any]
+GENERATION = "generation_config.json"
 
 
 def load(
@@ -70,6 +72,7 @@ def load(
       ValueError: config.json has keys or values that are not known; or tensors are
         missing, too many, twice, of other shapes or dtypes, or files are broken. Each
         lists every fault. Or the mesh lacks an axis.
+      MemoryError: the devices have too little memory.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -87,8 +90,8 @@ def load(
     )
     dtype = _dtype_of(dtype, folder)
     model = Model(config, dtype=dtype, param_dtype=dtype)
-    targets = find_targets(model)
     try:
+        targets = find_targets(model)
         pieces = cover.cover(
             folder,
             targets,
@@ -101,7 +104,8 @@ def load(
     total = sum(target.nbytes for target in targets.values())
     with _bar(progress, f"loading {path.name}", total) as advance:
         for name, target in targets.items():
-            params[name] = _place(pieces[name], target, mesh, axes)
+            with _memory_errors(path, total):
+                params[name] = _place(pieces[name], target, mesh, axes)
             advance(target.nbytes)
     return model, unflatten_dict(params, sep="/")
 
@@ -116,7 +120,8 @@ def save(
     """Writes config.json and safetensors, as `load` and transformers read them.
 
     Everything is written beside the old files first, so that a save that is stopped
-    leaves these as they were. Other files of the folder, a tokenizer's, stay.
+    leaves these as they were. Other files of the folder, a tokenizer's, stay; in a
+    generation_config.json eos_token_id becomes the model's.
 
     Args:
       path: the folder; made if there is none.
@@ -152,6 +157,9 @@ def save(
     with files.replacing(pathlib.Path(path)) as new:
         dtype = arrays["embed/embedding"].dtype.name
         files.write_json(new / "config.json", model.config.to_hf() | dict(dtype=dtype))
+        if (old := pathlib.Path(path) / GENERATION).is_file():
+            eos = dict(eos_token_id=list(model.config.eos_token_id) or None)
+            files.write_json(new / GENERATION, configs.read(old) | eos)
         files.write_shards(new, sizes, get, max_shard_bytes)
 
 
@@ -190,6 +198,20 @@ def _place(
 
 
 @contextlib.contextmanager
+def _memory_errors(path: pathlib.Path, total: int) -> Iterator[None]:
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"the device has too little memory for the {total / 1e9:.3g} GB of "
+            f"{path}. Load them in bfloat16, on a mesh of several devices, or load a "
+            f"smaller model."
+        ) from error
+
+
+@contextlib.contextmanager
 def _bar(
     progress: bool | None, text: str, total: int
 ) -> Iterator[Callable[[int], None]]:
@@ -212,7 +234,7 @@ def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
 
 def _eos_token_id(path: pathlib.Path) -> tuple[int, ...]:
     """Where transformers stops to generate, if there is a file that says so."""
-    path = path / "generation_config.json"
+    path = path / GENERATION
     found = configs.read(path).get("eos_token_id") if path.is_file() else None
     return () if found is None else configs.as_tuple(found)
 

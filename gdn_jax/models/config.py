@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 # Text models by their `model_type`; a multimodal checkpoint's is without "_text".
@@ -64,6 +64,24 @@ OTHER_KEYS = (
     "full_attention_interval",
     "mtp_layer_types",
     "rope_parameters",
+)
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+DIVISIBLE = (
+    ("num_attention_heads", "num_key_value_heads"),
+    ("linear_num_value_heads", "linear_num_key_heads"),
 )
 # Rope over a picture's axes; for text the three positions are one.
 ROPE_INERT = frozenset(("mrope_section", "mrope_interleaved"))
@@ -211,8 +229,8 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
     for key, allowed in FIXED.items():
         if (value := config.pop(key, allowed[0])) not in allowed:
             faults.append(f"{key} is {value!r}, only {allowed[0]!r} is built")
-    layers = config.pop("num_hidden_layers", None)
-    interval = config.pop("full_attention_interval", 4)
+    layers = _pop_count(config, "num_hidden_layers", None, faults)
+    interval = _pop_count(config, "full_attention_interval", 4, faults)
     types = config.pop("layer_types", None)
     if types is None and layers is not None:
         types = [LAYER_TYPES[(i + 1) % interval == 0] for i in range(layers)]
@@ -241,6 +259,16 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(MODEL_TYPES)}; a key that changes nothing may be deleted."
         )
     return fields
+
+
+def _pop_count(config: dict[str, Any], key: str, default: Any, faults: list[str]):
+    value = config.pop(key, None)
+    if value is None:
+        return default
+    if type(value) is not int or value < 1:
+        faults.append(f"{key} is {value!r}, wanted an int >= 1")
+        return default
+    return value
 
 
 def _rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
@@ -272,6 +300,22 @@ def as_tuple(value: Any) -> tuple:
 
 
 def _faults(config: Config):
+    wrong = list(_wrong_types(config))
+    yield from wrong or _wrong_values(config)
+
+
+def _wrong_types(config: Config):
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind: Any = get_origin(field.type) or field.type
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
+            yield f"{field.name} is {value!r}, wanted {kind.__name__}"
+        elif field.name in POSITIVE and not value > 0:
+            yield f"{field.name} is {value!r}, wanted > 0"
+
+
+def _wrong_values(config: Config):
     if config.model_type not in MODEL_TYPES:
         wanted = ", ".join(MODEL_TYPES)
         yield f"model_type is {config.model_type!r}, wanted one of {wanted}"
@@ -286,6 +330,17 @@ def _faults(config: Config):
         dense = [i for i in range(layers) if not config.is_sparse(i)]
         if dense:
             yield f"intermediate_size is 0, but layers {dense} have no experts"
+    for whole, part in DIVISIBLE:
+        if getattr(config, whole) % getattr(config, part):
+            yield (
+                f"{whole} is {getattr(config, whole)}, wanted a multiple of {part} = "
+                f"{getattr(config, part)}"
+            )
+    if config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
+        yield (
+            f"partial_rotary_factor is {config.partial_rotary_factor}, wanted an even "
+            f"part of head_dim = {config.head_dim}"
+        )
     if config.num_experts and not 0 < config.num_experts_per_tok <= config.num_experts:
         yield (
             f"num_experts_per_tok is {config.num_experts_per_tok}, wanted 1 to "
