@@ -153,10 +153,13 @@ def measure(
             }
             | profile(kernels)
         )
-    rows[0]["saved_us_a_layer"] = statistics.median(
+    saved = [
         1e3 * (unfused - fused) / point.num_linear
         for fused, unfused in zip(ms["fused"], ms["unfused"], strict=True)
-    )
+    ]
+    rows[0]["saved_us_a_layer"] = statistics.median(saved)
+    first, _, third = statistics.quantiles(saved, n=4)
+    rows[0]["saved_us_quartiles"] = first, third
     return rows
 
 

@@ -14,7 +14,8 @@ NOTE = (
     "brackets, how many times its floor a step takes: the time of copying the bytes "
     "that no step can do without, weights that are used, keys and values, states. "
     "Saved are the microseconds of the fused update against gates and rule in two "
-    "launches."
+    "launches, in turn with it; from 64 texts on the GPU's clock, which its power "
+    "limits, moves by more from block to block."
 )
 
 
@@ -46,12 +47,19 @@ def size_of(result: dict) -> float:
     return max((row["gigabytes"]["weights"] for row in timed), default=0.0)
 
 
+def saved(row: dict) -> str:
+    """With the quartiles of single rounds, where the file has them."""
+    spread = row.get("saved_us_quartiles")
+    within = "" if spread is None else " ({:.1f} to {:.1f})".format(*spread)
+    return f"{row['saved_us_a_layer']:.1f}{within}"
+
+
 CELLS = {
     "ms a token": lambda row: (
         f"{row['ms_a_token']:.2f} ({row['ms_a_step'] / row['floor_ms']:.2f})"
     ),
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
-    "us saved a layer": lambda row: f"{row['saved_us_a_layer']:.1f}",
+    "us saved a layer": saved,
 }
 
 
@@ -95,6 +103,7 @@ def draw(axis, result: dict) -> None:
     """Bars of a model: plain and, hatched, with drafts beside."""
     batches, width = batches_of(result), 0.8 / len(DRAFTS)
     above = dict(textcoords="offset points", ha="center", fontsize=8)
+    highest = 0.0
     for i, drafts in enumerate(DRAFTS):
         look = dict(edgecolor="white", linewidth=0, hatch="///" if drafts else None)
         for N, row in rows_of(result, drafts).items():
@@ -110,11 +119,11 @@ def draw(axis, result: dict) -> None:
             ends = at - width / 2, at + width / 2
             axis.hlines(row["ms_a_token"] / ratio, *ends, "black", linewidth=1.5)
             axis.annotate(f"{ratio:.2f}", (at, top), (0, 2), **above)
+            highest = max(highest, top)
     axis.set_title(model_of(result))
     axis.set_xticks(range(len(batches)), [str(N) for N in batches])
     axis.set_xlim(-0.6, len(batches) - 0.4)
-    axis.margins(y=0.1)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.12 * highest)
     axis.set_xlabel("texts at once")
     axis.grid(alpha=0.3, axis="y")
     axis.set_axisbelow(True)
