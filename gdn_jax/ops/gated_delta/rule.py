@@ -105,10 +105,10 @@ class Arithmetic(NamedTuple):
 
 
 class Token(NamedTuple):
-    """What a token brings before it meets a state: all that no row of V changes.
+    """What q and k bring before they meet a state.
 
-    q and k stay as they came; their norms and the scale are factors of the sums they
-    enter. `decay` is one array for all of K, or chunks like q and k (KDA).
+    They stay as they came; their norms and the scale are factors of the sums they
+    enter.
     """
 
     q: Chunks
@@ -116,15 +116,11 @@ class Token(NamedTuple):
     q_factor: Array
     k_factor: Array
     qk: Array
-    decay: Array | Chunks
-    beta: Array
 
 
 def prepare(
     q: Chunks,
     k: Chunks,
-    decay: Array | Chunks,
-    beta: Array,
     arithmetic: Arithmetic,
     *,
     scale: float,
@@ -135,28 +131,33 @@ def prepare(
     if qk_l2norm:
         q_factor = lax.rsqrt(arithmetic.dot(q, q) + EPSILON) * scale
         k_factor = lax.rsqrt(arithmetic.dot(k, k) + EPSILON)
-    return Token(q, k, q_factor, k_factor, qk * q_factor * k_factor, decay, beta)
+    return Token(q, k, q_factor, k_factor, qk * q_factor * k_factor)
 
 
 def update(
-    state: Chunks, token: Token, v: Array, arithmetic: Arithmetic
+    state: Chunks,
+    token: Token,
+    decay: Array | Chunks,
+    beta: Array,
+    v: Array,
+    arithmetic: Arithmetic,
 ) -> tuple[Chunks, Array]:
     """(state, out) after one token; everything broadcasts, and out has v's shape.
+    `decay` is one array for all of K, or chunks like q and k (KDA).
 
     The rule S' = decay S, u = beta (v - S' k), S = S' + u k^T, o = S q, with both
     products taken from the state as it was read: S q = S' q + u (k . q). The two sums
     over K then do not wait for each other.
     """
-    predicted = _recall(state, token.decay, token.k, arithmetic) * token.k_factor
-    recalled = _recall(state, token.decay, token.q, arithmetic) * token.q_factor
-    u = token.beta * (v - predicted)
+    predicted = _recall(state, decay, token.k, arithmetic) * token.k_factor
+    recalled = _recall(state, decay, token.q, arithmetic) * token.q_factor
+    u = beta * (v - predicted)
     out = arithmetic.multiply_add(u, token.qk, recalled)
-    per_k = isinstance(token.decay, tuple)
-    decay = token.decay if per_k else (token.decay,) * len(state)
+    decays = decay if isinstance(decay, tuple) else (decay,) * len(state)
     scaled = u * token.k_factor
     new = tuple(
         arithmetic.multiply_add(scaled, k, d * s)
-        for s, k, d in zip(state, token.k, decay, strict=True)
+        for s, k, d in zip(state, token.k, decays, strict=True)
     )
     return new, out
 

@@ -78,12 +78,15 @@ def fused_update_kernel(
 
 def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -> None:
     row = store.row
-    token, target = tokens.load(row.begin), _load_target(x, row, np.int32(0))
+    keys, gates = tokens.load(row.begin)
+    target = _load_target(x, row, np.int32(0))
     values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
-    token = tokens.prepare(tokens.gate(token))
+    # the sums of q and k while A_log, which no kernel read before, is on its way
+    token = tokens.prepare(keys)
+    decay, beta = tokens.gate(gates)
     for tile, state, v in zip(tiles, loaded, values, strict=True):
-        v = v.astype(jnp.float32)
-        state, out = rule.update(unpack(state), token, v, tokens.arithmetic)
+        state, v = unpack(state), v.astype(jnp.float32)
+        state, out = rule.update(state, token, decay, beta, v, tokens.arithmetic)
         out, kept = jnp.where(row.live, out, 0.0), state
         if store.options.per_token_states:
             kept = tuple(jnp.where(row.live, part, 0.0) for part in state)
@@ -97,7 +100,7 @@ def _walk_tokens(
     """Loads a token while it works on the one before, and finds its gates, which wait
     for no state, before the step that needs them. A dead row takes no step."""
     row = store.row
-    early, late = tokens.gate, _as_it_is
+    early, late = tokens.gate, _as_they_are
     if tokens.per_k or tile.in_k is not None:
         # no registers to hold them: as many gates as k has values, or masks along K
         early, late = late, early
@@ -106,25 +109,24 @@ def _walk_tokens(
         """All that a step reads; past the row's end, what lies there."""
         at = jnp.minimum(row.begin + step, np.int32(x.q.shape[0] - 1))
         # q and k first: after v, ptxas takes 140 registers where 128 do (16 rows, bf16)
-        return (
-            tokens.load(at),
-            tile.load_v(x.v, at, store.head),
-            _load_target(x, row, step),
-        )
+        keys, gates = tokens.load(at)
+        v = tile.load_v(x.v, at, store.head)
+        return gates, (keys, v, _load_target(x, row, step))
 
     def body(step, carry):
-        state, (token, v, target) = carry
+        state, gates, (keys, v, target) = carry
         following = load(step + 1)
-        token, v = tokens.prepare(late(token)), v.astype(jnp.float32)
-        state, out = rule.update(state, token, v, tokens.arithmetic)
+        token, v = tokens.prepare(keys), v.astype(jnp.float32)
+        decay, beta = late(gates)
+        state, out = rule.update(state, token, decay, beta, v, tokens.arithmetic)
         store.token(tile, step, state, out, target, True)
-        token, *others = following
-        return state, (early(token), *others)
+        gates, others = following
+        return state, early(gates), others
 
     steps = jnp.where(row.live, row.length, np.int32(0))
-    token, *others = load(np.int32(0))
-    carry = unpack(loaded), (early(token), *others)
-    state, _ = lax.fori_loop(0, steps, body, carry)
+    gates, others = load(np.int32(0))
+    carry = unpack(loaded), early(gates), others
+    state, *_ = lax.fori_loop(0, steps, body, carry)
     dead = jnp.where(row.live, np.int32(0), row.length)
     store.clear(tile, dead)
     store.end(tile, state)
@@ -137,27 +139,18 @@ def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
     return x.slots[row.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
 
 
-def _as_it_is(token: "_Loaded") -> "_Loaded":
-    return token
-
-
-class _Loaded(NamedTuple):
-    """A token's q and k, and its gates: a and b as they came, or decay and beta."""
-
-    q: rule.Chunks
-    k: rule.Chunks
-    decay: rule.Chunks
-    beta: Array
+def _as_they_are(gates: Any) -> Any:
+    return gates
 
 
 class _Tokens(NamedTuple):
-    """Reads a head's tokens (`load`), makes decay and beta of their gates (`gate`), and
-    of all what the update takes (`prepare`): apart, so that a token can be on its way
-    during another's work."""
+    """Reads a head's tokens (`load`: q and k, a and b), and makes of q and k what the
+    update takes (`prepare`), of a and b decay and beta (`gate`): apart, so that a token
+    can be on its way during another's work."""
 
-    load: Callable[[Array], _Loaded]
-    gate: Callable[[_Loaded], _Loaded]
-    prepare: Callable[[_Loaded], rule.Token]
+    load: Callable[[Array], tuple[Any, Any]]
+    prepare: Callable[[Any], rule.Token]
+    gate: Callable[[Any], tuple[Any, Array]]
     arithmetic: rule.Arithmetic
     per_k: bool
 
@@ -178,35 +171,35 @@ class _Tokens(NamedTuple):
             A_log = x.gates.A_log[head].astype(jnp.float32)
             dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
 
-        def load(at: Array) -> _Loaded:
+        def load(at: Array) -> tuple[Any, Any]:
             q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
             a, b = x.gates.per_token
-            return _Loaded(q, k, load_decay(a, at, head), b[at, head])
+            return (q, k), (load_decay(a, at, head), b[at, head])
 
-        def gate(token: _Loaded) -> _Loaded:
-            log_decay = float_decay(token.decay)
-            beta = token.beta.astype(jnp.float32)
-            if not isinstance(x.gates, Gates):
-                log_decay = tuple(
-                    rule.log_decay(A_log, logits, bias, options.gating, rule.QUICK)
-                    for logits, bias in zip(log_decay, dt_bias, strict=True)
-                )
-                beta = rule.beta(beta, options.gating, rule.QUICK)
-            decay = tuple(map(rule.QUICK.exp, log_decay))
-            return token._replace(decay=decay, beta=beta)
-
-        def prepare(token: _Loaded) -> rule.Token:
+        def prepare(keys) -> rule.Token:
+            q, k = keys
             return rule.prepare(
-                unpack(token.q),
-                unpack(token.k),
-                token.decay if per_k else token.decay[0],
-                token.beta,
+                unpack(q),
+                unpack(k),
                 arithmetic,
                 scale=options.scale,
                 qk_l2norm=options.qk_l2norm,
             )
 
-        return cls(load, gate, prepare, arithmetic, per_k)
+        def gate(gates) -> tuple[Any, Array]:
+            a, b = float_decay(gates[0]), gates[1].astype(jnp.float32)
+            if isinstance(x.gates, Gates):
+                log_decay, beta = a, b
+            else:
+                log_decay = tuple(
+                    rule.log_decay(A_log, logits, bias, options.gating, rule.QUICK)
+                    for logits, bias in zip(a, dt_bias, strict=True)
+                )
+                beta = rule.beta(b, options.gating, rule.QUICK)
+            decay = tuple(map(rule.QUICK.exp, log_decay))
+            return decay if per_k else decay[0], beta
+
+        return cls(load, prepare, gate, arithmetic, per_k)
 
 
 class _Store(NamedTuple):

@@ -25,8 +25,8 @@ def xla(x: Inputs, options: Options) -> tuple[Array, Array]:
         state, stored, out = carry
         live = step < length
         token = jnp.where(live, rows.begin + step, 0)
-        prepared, v = _token(x, options, live, token)
-        (new,), now = rule.update((state,), prepared, v, ARITHMETIC)
+        prepared, decay, beta, v = _token(x, options, live, token)
+        (new,), now = rule.update((state,), prepared, decay, beta, v, ARITHMETIC)
         state = jnp.where(live[:, None, None, None], new, state)
         token = jnp.where(live, token, num_tokens)
         out = out.at[token].set(now[..., 0].astype(out.dtype), mode="drop")
@@ -52,8 +52,8 @@ def xla(x: Inputs, options: Options) -> tuple[Array, Array]:
 
 
 def _token(x: Inputs, options: Options, live: Array, token: Array):
-    """One token of every row, shaped to broadcast against [N HV V K], and its v; zeros
-    where a row has no such token."""
+    """One token of every row, shaped to broadcast against [N HV V K], its decay, beta
+    and v; zeros where a row has no such token."""
 
     def take(y):
         return _select(live, y[token]).astype(jnp.float32)
@@ -77,13 +77,11 @@ def _token(x: Inputs, options: Options, live: Array, token: Array):
     prepared = rule.prepare(
         (q,),
         (k,),
-        (decay,) if per_k else decay,
-        beta,
         ARITHMETIC,
         scale=options.scale,
         qk_l2norm=options.qk_l2norm,
     )
-    return prepared, v
+    return prepared, (decay,) if per_k else decay, beta, v
 
 
 ARITHMETIC = rule.Arithmetic(
