@@ -1,6 +1,5 @@
 """What of the benchmarks runs without a GPU: their problems, inputs and checks."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -8,11 +7,10 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import gdn_jax
-from gdn_jax import ConvConfig, models
+from gdn_jax import ConvConfig
 from gdn_jax.training import text
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -119,47 +117,6 @@ def test_right_products_of_experts_pass_and_others_do_not(monkeypatch):
         call.run(i)
         errors = common.errors_of(expected, call.result())
         assert common.passed(tolerance, errors) == (i == 0)
-
-
-SMALL = dict(linear_num_key_heads=2, linear_num_value_heads=4)
-SMALL |= dict(linear_key_head_dim=16, linear_value_head_dim=16, head_dim=16)
-
-
-@pytest.fixture
-def small_model(monkeypatch):
-    """Four layers, as `geometries` and `generate` see them."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    geometries, generate = map(importlib.import_module, ("geometries", "generate"))
-    config = geometries.dense(64, 4, 2, 1, intermediate_size=96, **SMALL)
-    config = dataclasses.replace(config, vocab_size=128)
-    monkeypatch.setitem(geometries.MODELS, "small", config)
-    monkeypatch.setattr(geometries, "make_model", models.Model)
-    return geometries, generate, config
-
-
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_blocks_of_a_model_give_the_tokens_they_are_timed_for(drafts, small_model):
-    """Fused and unfused; drafts stand as the pattern says, whatever weights say."""
-    geometries, generate, config = small_model
-    point = geometries.Point("small", 3, drafts, "float32")
-    params = geometries.random_of(geometries.param_shapes(config), 0)
-    for update in generate.UPDATES:
-        block = generate.block_of(update)
-        _, emitted = block(models.Model(config), params, geometries.make_state(point))
-        wanted = point.tokens_a_step * geometries.STEPS
-        assert np.abs(np.asarray(emitted.num_tokens) - wanted).max() <= 1
-
-
-def test_the_least_bytes_of_a_step(small_model):
-    geometries, _, config = small_model
-    least = geometries.least_bytes(geometries.Point("small", 3, 0, "float32"))
-    params = geometries.param_shapes(config)["params"]
-    unused = ("embed", "mtp", "norm")
-    used = {k: v for k, v in params.items() if k not in unused}
-    assert least["weights"] == geometries.num_bytes(used)
-    assert least["kv"] == 2 * 3 * 16 * 1024 * 4  # k and v, rows, dim, positions
-    rule, conv = 4 * 16 * 16, (2 * 2 * 16 + 4 * 16) * 4  # of a row
-    assert least["state"] == 3 * 3 * 2 * (rule + conv) * 4  # layers, rows, in and out
 
 
 def test_other_launches_of_the_chunked_kernels_are_told_apart(monkeypatch):

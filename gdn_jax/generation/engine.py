@@ -18,8 +18,8 @@ from gdn_jax.generation.sizes import (
     SHORTEST_PIECE,
     Sizes,
     check_sizes,
-    memory_errors,
     power_of_two,
+    too_large,
 )
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
@@ -270,7 +270,7 @@ class Engine:
         return engine
 
     def _memory_errors(self) -> AbstractContextManager[None]:
-        return memory_errors(self.sizes, lambda: self.state_bytes)
+        return checks.memory_errors(lambda: too_large(self.sizes, self.state_bytes))
 
     def _check_state(self) -> None:
         if self.state.token.is_deleted():

@@ -1,12 +1,9 @@
 """How large an engine is, and what it says when that is too much."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from jax.errors import JaxRuntimeError
 
 from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
@@ -58,18 +55,12 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-@contextlib.contextmanager
-def memory_errors(sizes: Sizes, num_bytes: Callable[[], int]) -> Iterator[None]:
-    """Turns the device's lack of memory into an error that says what to reduce."""
-    try:
-        yield
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(
-            f"the device has too little memory beside the model's for a state of "
-            f"{num_bytes() / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
-            f"{sizes.num_positions}, speculative = {sizes.speculative}) and calls of "
-            f"prefill_tokens = {sizes.prefill_tokens}. Make the engine with less of "
-            "one of these; num_positions holds a prompt and its max_tokens."
-        ) from error
+def too_large(sizes: Sizes, num_bytes: int) -> str:
+    """What to reduce of an engine for whose state the device has no room."""
+    return (
+        f"the device has too little memory beside the model's for a state of "
+        f"{num_bytes / 1e9:.3g} GB (num_rows = {sizes.num_rows}, num_positions = "
+        f"{sizes.num_positions}, speculative = {sizes.speculative}) and calls of "
+        f"prefill_tokens = {sizes.prefill_tokens}. Make the engine with less of "
+        "one of these; num_positions holds a prompt and its max_tokens."
+    )

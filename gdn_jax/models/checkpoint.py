@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -104,7 +103,7 @@ def load(
     total = sum(target.nbytes for target in targets.values())
     with _bar(progress, f"loading {path.name}", total) as advance:
         for name, target in targets.items():
-            with _memory_errors(path, total):
+            with checks.memory_errors(lambda: _too_large(path, total)):
                 params[name] = _place(pieces[name], target, mesh, axes)
             advance(target.nbytes)
     return model, unflatten_dict(params, sep="/")
@@ -197,18 +196,11 @@ def _place(
     return array.block_until_ready()  # until then the host holds it as well
 
 
-@contextlib.contextmanager
-def _memory_errors(path: pathlib.Path, total: int) -> Iterator[None]:
-    try:
-        yield
-    except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(
-            f"the device has too little memory for the {total / 1e9:.3g} GB of "
-            f"{path}. Load them in bfloat16, on a mesh of several devices, or load a "
-            f"smaller model."
-        ) from error
+def _too_large(path: pathlib.Path, total: int) -> str:
+    return (
+        f"the device has too little memory for the {total / 1e9:.3g} GB of {path}. "
+        "Load them in bfloat16, on a mesh of several devices, or load a smaller model."
+    )
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 Every message names the argument, what came, what was wanted and a way out.
 """
 
+import contextlib
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.errors import JaxRuntimeError
 
 from gdn_jax.ops.batch import Batch
 
@@ -19,6 +22,17 @@ STATIC = "It is static: close over it instead of passing it through jit."
 
 def fail(name: str, got: object, wanted: str, remedy: str) -> None:
     raise ValueError(f"{name} must be {wanted}; got {got}. {remedy}")
+
+
+@contextlib.contextmanager
+def memory_errors(text: Callable[[], str]) -> Iterator[None]:
+    """Turns the device's lack of memory into an error that says what to do."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(text()) from error
 
 
 def floating(name: str, x: Any) -> Array:
