@@ -10,6 +10,7 @@ import itertools
 import json
 import pathlib
 import statistics
+from typing import Any
 
 import common
 import jax
@@ -31,12 +32,15 @@ VALUES_IN_A_LANE = 64  # of state, at most; more would spill
 
 
 STATES = ("float32", "bfloat16")
-OLMO = dict(H=30, HV=30, K=96, V=192)
+OLMO: dict[str, Any] = dict(H=30, HV=30, K=96, V=192)
 SUITES = {
     "decode": [
         Problem(N, state_dtype=s) for s in STATES for N in (1, 8, 64, 256, 1024)
     ],
     "verify": [Problem(N, T=4, state_dtype=s) for s in STATES for N in (1, 8, 64, 128)],
+    "few": [
+        Problem(N, T=4, dense=True, state_dtype=s) for s in STATES for N in (1, 8, 64)
+    ],
     "olmo": [Problem(N, **OLMO, state_dtype=s) for s in STATES for N in (8, 64, 256)],
 }
 
@@ -119,7 +123,9 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
         "K": problem.K,
         "V": problem.V,
         "state_dtype": problem.state_dtype,
-        "single_token": problem.T == 1,
+        "walk": tuning.find_walk(
+            problem.T if problem.T == 1 or problem.dense else None
+        ),
         "heads": problem.N * problem.HV,
         "config": vars(best["config"]),
         "reason": (

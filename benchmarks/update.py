@@ -23,7 +23,9 @@ INPUTS = "normal q, k, v, a, b, dt_bias; state 0.1 * normal; A in [1, 16]"
 class Problem:
     """One call: N rows of T tokens. T > 1 is a checkpoint verify with T columns.
 
-    `gib` makes the pool at least so large: past 4 GiB offsets take 64 bits.
+    `dense` rows lie side by side [N T], so that the kernel knows their length; others
+    are packed, as engines pass them. `gib` makes the pool at least so large: past 4 GiB
+    offsets take 64 bits.
     """
 
     N: int
@@ -35,6 +37,7 @@ class Problem:
     state_dtype: str = "float32"
     act_dtype: str = "bfloat16"
     gib: int = 0
+    dense: bool = False
 
     @property
     def title(self) -> str:
@@ -99,22 +102,28 @@ TOKENS = ("q", "k", "v", "A_log", "a", "b", "dt_bias")
 
 
 def boundaries(problem: Problem) -> jax.Array | None:
-    """`cu_seqlens`, as engines pass it when rows have several tokens."""
-    if problem.T == 1:
+    """`cu_seqlens` of packed rows of several tokens."""
+    if problem.T == 1 or problem.dense:
         return None
     return jnp.arange(problem.N + 1, dtype=jnp.int32) * problem.T
 
 
 def update(state, tokens, slots, accepted, bounds, *, unfused=False, **options):
-    """Our op on packed tokens; `unfused` is the pair of gates and recurrent_update."""
+    """Our op; `unfused` is the pair of gates and recurrent_update. Tokens come packed,
+    and are folded where rows are dense."""
     q, k, v, A_log, a, b, dt_bias = tokens
     options |= dict(slots=slots, num_accepted=accepted, cu_seqlens=bounds)
-    if not unfused:
-        return gdn_jax.fused_update(state, *tokens, **options)
-    log_decay, beta = gdn_jax.gates(
-        A_log, a, b, dt_bias, implementation=options["implementation"]
-    )
-    return gdn_jax.recurrent_update(state, q, k, v, log_decay, beta, **options)
+    if slots.ndim == 2 and bounds is None:
+        q, k, v, a, b = (x.reshape(*slots.shape, *x.shape[1:]) for x in (q, k, v, a, b))
+    if unfused:
+        implementation = options["implementation"]
+        gates = gdn_jax.gates(A_log, a, b, dt_bias, implementation=implementation)
+        state, out = gdn_jax.recurrent_update(state, q, k, v, *gates, **options)
+    else:
+        state, out = gdn_jax.fused_update(
+            state, q, k, v, A_log, a, b, dt_bias, **options
+        )
+    return state, out.reshape(-1, *out.shape[-2:])
 
 
 def ours(problem: Problem, inputs: Mapping[str, Any], *, unfused=False, **options):

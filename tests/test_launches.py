@@ -73,37 +73,40 @@ def test_tiles_hold_every_value_of_a_state_once(config, shape, dtype):
     assert np.array_equal(held, want)
 
 
-def _find(dtype, heads, device="NVIDIA H200", K=128, single_token=True):
-    return tuning.find_config(
-        device, K, 128, dtype, heads=heads, single_token=single_token
-    )
+def _find(dtype, heads, device="NVIDIA H200", K=128, walk="one"):
+    return tuning.find_config(device, K, 128, dtype, heads=heads, walk=walk)
 
 
-def _rows(dtype, single_token=True):
+def _rows(dtype, walk="one"):
     rows = (
         row
         for row in tuning.table("NVIDIA H200")
-        if (row.K, row.V, row.state_dtype, row.single_token)
-        == (128, 128, dtype, single_token)
+        if (row.K, row.V, row.state_dtype, row.walk) == (128, 128, dtype, walk)
     )
     return sorted(rows, key=lambda row: row.heads)
 
 
-@pytest.mark.parametrize("single_token", [True, False])
+@pytest.mark.parametrize("walk", ["one", "few", "any"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_call_takes_the_smallest_bucket_that_holds_it(dtype, single_token):
-    rows, below = _rows(dtype, single_token), 0
+def test_a_call_takes_the_smallest_bucket_that_holds_it(dtype, walk):
+    rows, below = _rows(dtype, walk), 0
     for row in rows:
         for heads in (below + 1, row.heads):
-            assert _find(dtype, heads, single_token=single_token) == row.config
+            assert _find(dtype, heads, walk=walk) == row.config
         below = row.heads
-    past = _find(dtype, 2 * below, single_token=single_token)
+    past = _find(dtype, 2 * below, walk=walk)
     assert past == rows[-1].config
 
 
 def test_float16_takes_bfloat16s_rows():
     for row in _rows("bfloat16"):
         assert _find("float16", row.heads) == row.config
+
+
+def test_few_tokens_that_were_not_measured_take_the_rows_of_any(monkeypatch):
+    rows = tuple(row for row in tuning.table("NVIDIA H200") if row.walk != "few")
+    monkeypatch.setattr(tuning, "table", lambda kind: rows)
+    assert _find("float32", 32, walk="few") == _find("float32", 32, walk="any")
 
 
 @pytest.mark.parametrize("unknown", [dict(device="NVIDIA H20"), dict(K=80)])

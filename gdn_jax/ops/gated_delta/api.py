@@ -253,7 +253,7 @@ def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
             V,
             x.state.dtype,
             heads=x.num_rows * x.v.shape[1],
-            single_token=options.tokens_per_row == 1,
+            walk=tuning.find_walk(options.tokens_per_row),
         )
         return run(COMPILED, options, launch, x)
 

@@ -17,10 +17,16 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import Gates, Inputs, Options, find_rows
+from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig
+from gdn_jax.ops.gated_delta.tokens import Tokens
+from gdn_jax.ops.gated_delta.tuning import (
+    GROUP,
+    MAX_HEAD_DIM,
+    LaunchConfig,
+    find_walk,
+)
 
 MAX_VALUES_IN_A_LANE = 128  # beyond, registers spill and compiling takes minutes
 
@@ -55,7 +61,7 @@ def fused_update_kernel(
     if x.cu_seqlens is not None:
         length = jnp.where(is_row, row.length, 0)
         row = row._replace(length=length, live=row.live & is_row)
-    tokens = _Tokens.of(x, head, tiles[0], options, arithmetic)
+    tokens = Tokens.of(x, head, tiles[0], options, arithmetic)
     store = _Store(x, new_ref, out_ref, head, row, options)
 
     # All loads before any work: what is in flight decides the speed.
@@ -76,9 +82,9 @@ def fused_update_kernel(
             clear_unowned(x, new_ref, out_ref, program, config, options)
 
 
-def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -> None:
+def _take_one_token(x: Any, tiles, loaded, tokens: Tokens, store: "_Store") -> None:
     row = store.row
-    keys, gates = tokens.load(row.begin)
+    keys, gates = tokens.load_keys(row.begin), tokens.load_gates(row.begin)
     target = _load_target(x, row, np.int32(0))
     values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
     # the sums of q and k while A_log, which no kernel read before, is on its way
@@ -94,42 +100,88 @@ def _take_one_token(x: Any, tiles, loaded, tokens: "_Tokens", store: "_Store") -
         store.end(tile, state)
 
 
-def _walk_tokens(
-    x: Any, tile: Tile, loaded, tokens: "_Tokens", store: "_Store"
-) -> None:
-    """Loads a token while it works on the one before, and finds its gates, which wait
-    for no state, before the step that needs them. A dead row takes no step."""
-    row = store.row
-    early, late = tokens.gate, _as_they_are
-    if tokens.per_k or tile.in_k is not None:
-        # no registers to hold them: as many gates as k has values, or masks along K
-        early, late = late, early
+def _walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "_Store") -> None:
+    """Loads a token while it works on the one before. A dead row takes no step."""
+    row, last = store.row, np.int32(x.q.shape[0] - 1)
+    # no registers to hold as many gates as k has values, or masks along K
+    alone = tokens.per_k or tile.in_k is not None
 
     def load(step):
         """All that a step reads; past the row's end, what lies there."""
-        at = jnp.minimum(row.begin + step, np.int32(x.q.shape[0] - 1))
+        at = jnp.minimum(row.begin + step, last)
         # q and k first: after v, ptxas takes 140 registers where 128 do (16 rows, bf16)
-        keys, gates = tokens.load(at)
+        keys = tokens.load_keys(at)
+        logits = tokens.load_gates(at) if alone else None
         v = tile.load_v(x.v, at, store.head)
-        return gates, (keys, v, _load_target(x, row, step))
+        return keys, logits, v, _load_target(x, row, step)
 
-    def body(step, carry):
-        state, gates, (keys, v, target) = carry
+    def take(gates, step, carry):
+        state, (keys, logits, v, target) = carry
         following = load(step + 1)
         token, v = tokens.prepare(keys), v.astype(jnp.float32)
-        decay, beta = late(gates)
+        decay, beta = gates(step, logits)
         state, out = rule.update(state, token, decay, beta, v, tokens.arithmetic)
         store.token(tile, step, state, out, target, True)
-        gates, others = following
-        return state, early(gates), others
+        return state, following
+
+    def begin():
+        return unpack(loaded), load(np.int32(0))
 
     steps = jnp.where(row.live, row.length, np.int32(0))
-    gates, others = load(np.int32(0))
-    carry = unpack(loaded), early(gates), others
-    state, *_ = lax.fori_loop(0, steps, body, carry)
+    if alone:
+        own = functools.partial(take, lambda step, logits: tokens.gate(logits))
+        state, _ = lax.fori_loop(0, steps, own, begin())
+    else:
+        is_one_group = find_walk(store.options.tokens_per_row) == "few"
+        groups = _Groups(tokens, row.begin, last, steps)
+        state, _ = groups.walk(begin, take, is_one_group)
     dead = jnp.where(row.live, np.int32(0), row.length)
     store.clear(tile, dead)
     store.end(tile, state)
+
+
+class _Groups(NamedTuple):
+    """A row's tokens by groups. Every lane of a program would find the same gates; so a
+    lane finds those of one token of a group, and each step takes them from there."""
+
+    tokens: Tokens
+    begin: Array
+    last: np.int32
+    steps: Array
+
+    def walk(self, begin: Callable[[], Any], take: Callable[..., Any], is_one: bool):
+        size = np.int32(GROUP)
+        logits = self._load(np.int32(0))
+        carry = begin()
+        if is_one:
+            gates = self.tokens.gate(logits)
+            return self._walk_one(np.int32(0), gates, take, carry)
+
+        def walk_next(number, carry):
+            (logits, carry), first = carry, number * size
+            gates = self.tokens.gate(logits)
+            following = self._load(first + size)
+            return following, self._walk_one(first, gates, take, carry)
+
+        groups = (self.steps + size - 1) // size
+        return lax.fori_loop(0, groups, walk_next, (logits, carry))[1]
+
+    def _load(self, first):
+        at = jnp.minimum(self.begin + first + _members(), self.last)
+        return self.tokens.load_gates(at)
+
+    def _walk_one(self, first, gates, take: Callable[..., Any], carry):
+        def pick(step, logits):
+            del logits  # a token has none of its own here
+            is_it = _members() == step - first
+            return tuple(jnp.sum(jnp.where(is_it, each, 0.0)) for each in gates)
+
+        end = jnp.minimum(self.steps, first + np.int32(GROUP))
+        return lax.fori_loop(first, end, functools.partial(take, pick), carry)
+
+
+def _members() -> Array:
+    return jnp.arange(GROUP, dtype=jnp.int32)
 
 
 def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
@@ -137,69 +189,6 @@ def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
     if x.slots is None or len(x.slots.shape) == 1:
         return None
     return x.slots[row.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
-
-
-def _as_they_are(gates: Any) -> Any:
-    return gates
-
-
-class _Tokens(NamedTuple):
-    """Reads a head's tokens (`load`: q and k, a and b), and makes of q and k what the
-    update takes (`prepare`), of a and b decay and beta (`gate`): apart, so that a token
-    can be on its way during another's work."""
-
-    load: Callable[[Array], tuple[Any, Any]]
-    prepare: Callable[[Any], rule.Token]
-    gate: Callable[[Any], tuple[Any, Array]]
-    arithmetic: rule.Arithmetic
-    per_k: bool
-
-    @classmethod
-    def of(
-        cls, x: Any, head, tile: Tile, options: Options, arithmetic: rule.Arithmetic
-    ) -> "_Tokens":
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
-        per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
-
-        def load_decay(ref, *index) -> rule.Chunks:
-            return tile.load_k(ref, *index) if per_k else (ref[index],)
-
-        def float_decay(loaded: rule.Chunks) -> rule.Chunks:
-            return unpack(loaded) if per_k else (loaded[0].astype(jnp.float32),)
-
-        if not isinstance(x.gates, Gates):
-            A_log = x.gates.A_log[head].astype(jnp.float32)
-            dt_bias = float_decay(load_decay(x.gates.dt_bias, head))
-
-        def load(at: Array) -> tuple[Any, Any]:
-            q, k = (tile.load_k(ref, at, key_head) for ref in (x.q, x.k))
-            a, b = x.gates.per_token
-            return (q, k), (load_decay(a, at, head), b[at, head])
-
-        def prepare(keys) -> rule.Token:
-            q, k = keys
-            return rule.prepare(
-                unpack(q),
-                unpack(k),
-                arithmetic,
-                scale=options.scale,
-                qk_l2norm=options.qk_l2norm,
-            )
-
-        def gate(gates) -> tuple[Any, Array]:
-            a, b = float_decay(gates[0]), gates[1].astype(jnp.float32)
-            if isinstance(x.gates, Gates):
-                log_decay, beta = a, b
-            else:
-                log_decay = tuple(
-                    rule.log_decay(A_log, logits, bias, options.gating, rule.QUICK)
-                    for logits, bias in zip(a, dt_bias, strict=True)
-                )
-                beta = rule.beta(b, options.gating, rule.QUICK)
-            decay = tuple(map(rule.QUICK.exp, log_decay))
-            return decay if per_k else decay[0], beta
-
-        return cls(load, prepare, gate, arithmetic, per_k)
 
 
 class _Store(NamedTuple):

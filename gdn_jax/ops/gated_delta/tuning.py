@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+from typing import Literal
 
 import numpy as np
 from jax.experimental import pallas as pl
@@ -11,6 +12,7 @@ from jax.experimental import pallas as pl
 from gdn_jax._triton import check_launch
 
 MAX_HEAD_DIM = 256  # of K and V: what fits a program
+GROUP = 4  # tokens whose gates are found at once; with 8, registers spill occupancy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,18 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
     return ChunkConfig(16, num_warps=8 if wide else 4, num_stages=stages)
 
 
+Walk = Literal["one", "few", "any"]
+
+
+def find_walk(tokens_per_row: int | None) -> Walk:
+    """How the kernel goes over a row's tokens: one without a loop, a group of them
+    whose gates are found at once, or group by group where the host does not know how
+    many there are, or they are more."""
+    if tokens_per_row is None or tokens_per_row > GROUP:
+        return "any"
+    return "one" if tokens_per_row == 1 else "few"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """A measured row. It serves calls of at most `heads` rows times value heads."""
@@ -95,7 +109,7 @@ class Tuned:
     K: int
     V: int
     state_dtype: str
-    single_token: bool
+    walk: Walk
     heads: int
     config: LaunchConfig
     reason: str
@@ -118,24 +132,24 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
 
 
 def find_config(
-    device_kind: str, K: int, V: int, state_dtype, *, heads: int, single_token: bool
+    device_kind: str, K: int, V: int, state_dtype, *, heads: int, walk: Walk
 ) -> LaunchConfig:
     """The tuned config of the smallest bucket that holds the call, past the last bucket
     the last one's; the heuristic for a device or a shape that was never measured.
 
-    `heads` is rows times value heads (under vmap those of one call); `single_token` is
-    static: one token a row. float16 takes bfloat16's rows: what counts is the size.
+    `heads` is rows times value heads (under vmap those of one call). float16 takes
+    bfloat16's rows: what counts is the size. Where few tokens were not measured they
+    take the rows of any number.
     """
     name = np.dtype(state_dtype).name
-    key = (K, V, "bfloat16" if name == "float16" else name, single_token)
-    rows = sorted(
-        (
-            row
-            for row in table(device_kind)
-            if (row.K, row.V, row.state_dtype, row.single_token) == key
-        ),
-        key=lambda row: row.heads,
-    )
+    shape = (K, V, "bfloat16" if name == "float16" else name)
+    measured = [
+        row for row in table(device_kind) if (row.K, row.V, row.state_dtype) == shape
+    ]
+    rows = [row for row in measured if row.walk == walk]
+    if not rows and walk == "few":
+        rows = [row for row in measured if row.walk == "any"]
+    rows.sort(key=lambda row: row.heads)
     if not rows:
         return heuristic(K, V)
     return next((row for row in rows if heads <= row.heads), rows[-1]).config
