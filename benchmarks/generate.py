@@ -1,4 +1,4 @@
-"""Decoding by whole models: python benchmarks/generate.py [--model M]
+"""Decoding by whole models: python benchmarks/generate.py [--model M] [--rows N]
 
 A block of steps of `gdn_jax.Engine`, plain and speculative, in the geometry of Qwen3.5
 and of as many layers of Qwen3-Next as fit one GPU: fused against unfused update, taking
@@ -12,6 +12,7 @@ import json
 import pathlib
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -185,20 +186,35 @@ def absent(point: Point, reason: str) -> list[dict[str, Any]]:
     return [dataclasses.asdict(point) | {"update": "fused", "absent": reason}]
 
 
-def points(model: str, quick: bool) -> list[Point]:
+def points(model: str, quick: bool, batches: Iterable[int]) -> list[Point]:
     if quick:
         return [Point(model, *kind) for kind in ((8, 0, "float32"), (8, 3, "bfloat16"))]
     return [
         Point(model, N, drafts, dtype)
         for dtype in STATES
         for drafts in DRAFTS
-        for N in BATCHES
+        for N in batches
     ]
 
 
-def run_model(name: str, quick: bool, result: dict[str, Any], path: pathlib.Path):
+def others_of(path: pathlib.Path, measured: list[Point]) -> list[dict[str, Any]]:
+    """The rows of a results file of which no point is measured now, each with the
+    commit and the date that it is of."""
+    if not path.is_file():
+        return []
+    old = json.loads(path.read_text())
+    of = {"commit": old["commit"], "date": old["date"]}
+    fields = [field.name for field in dataclasses.fields(Point)]
+    points = [dataclasses.asdict(point) for point in measured]
+    rows = [of | row for row in old["rows"]]
+    return [row for row in rows if {name: row[name] for name in fields} not in points]
+
+
+def run_model(
+    needed: dict[Point, tuple[int, int]], result: dict[str, Any], path: pathlib.Path
+):
     """Programs are compiled first, so that nothing else runs while one is timed."""
-    needed = {point: memory(point) for point in points(name, quick)}
+    name = next(iter(needed)).model
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = {
             point: begin_compiling(point, pool)
@@ -220,12 +236,14 @@ def run_model(name: str, quick: bool, result: dict[str, Any], path: pathlib.Path
         else:
             rows = absent(point, reason)
         console.print(table(rows))
-        result["rows"] += rows
+        of = {"commit": result["commit"], "date": result["date"]}
+        result["rows"] += [of | row for row in rows]
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(
     model: list[str] = typer.Option(list(MODELS)),  # noqa: B008
+    rows: list[int] = typer.Option(list(BATCHES)),  # noqa: B008
     quick: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
@@ -235,11 +253,14 @@ def main(
         f"wall clock of a block of {STEPS} steps, median of {ROUNDS} to {MOST_ROUNDS}"
     )
     result["copy_tb_per_s"] = timing.copy_bandwidth()
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
+    committed = RESULTS / result["device"].lower().replace(" ", "_")
+    folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
     for name in model:
-        path = folder / f"generate_{name.split(',')[0].lower()}.json"
-        run_model(name, quick, result | {"rows": []}, path)
+        file = f"generate_{name.split(',')[0].lower()}.json"
+        needed = {point: memory(point) for point in points(name, quick, rows)}
+        others = others_of(committed / file, list(needed))
+        run_model(needed, result | {"rows": others}, folder / file)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 
 import numpy as np
@@ -49,3 +50,21 @@ def test_the_least_bytes_of_a_step(small_model):
     assert least["kv"] == 2 * 3 * 16 * 1024 * 4  # k and v, rows, dim, positions
     rule, conv = 4 * 16 * 16, (2 * 2 * 16 + 4 * 16) * 4  # of a row
     assert least["state"] == 3 * 3 * 2 * (rule + conv) * 4  # layers, rows, in and out
+
+
+def test_a_part_measured_again_keeps_the_other_rows(small_model, tmp_path):
+    geometries, generate, _ = small_model
+    path = tmp_path / "generate_small.json"
+    assert generate.others_of(path, []) == []
+
+    def row(N, **others):
+        point = geometries.Point("small", N, 0, "float32")
+        return dataclasses.asdict(point) | {"update": "fused"} | others
+
+    rows = [row(1), row(8), row(64, commit="older", date="then")]
+    path.write_text(json.dumps({"commit": "old", "date": "once", "rows": rows}))
+    measured = generate.points("small", quick=False, batches=[8])
+    kept = generate.others_of(path, measured)
+    assert [each["rows"] for each in kept] == [1, 64]
+    assert [each["commit"] for each in kept] == ["old", "older"]
+    assert [each["date"] for each in kept] == ["once", "then"]

@@ -87,6 +87,20 @@ def table(result: dict) -> list[str]:
         "",
         *absences,
         source(result),
+        *earlier(result),
+    ]
+
+
+def earlier(result: dict) -> list[str]:
+    """What of a table was measured at other commits than its file's last run."""
+    batches: dict[str, set[int]] = {}
+    for drafts in DRAFTS:
+        for N, row in rows_of(result, drafts).items():
+            if row.get("commit", result["commit"]) != result["commit"]:
+                batches.setdefault(row["commit"][:10], set()).add(N)
+    return [
+        f"N = {', '.join(map(str, sorted(each)))}: commit {commit}."
+        for commit, each in batches.items()
     ]
 
 
