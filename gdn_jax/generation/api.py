@@ -70,9 +70,9 @@ def generate(
       temperature: 0 takes the most likely token; otherwise of the softmax.
       top_p: in (0, 1]; sample only from the most likely tokens that have this share.
       top_k: sample only from so many; 0: from all.
-      speculative: tokens that the multi-token prediction head drafts a step, which
-        then cost fewer steps: the same texts at temperature 0, up to rounding, and
-        texts of the same distribution otherwise. 0: none.
+      speculative: tokens that the multi-token prediction head drafts a step, 8 at
+        most, which then cost fewer steps: the same texts at temperature 0, up to
+        rounding, and texts of the same distribution otherwise. 0: none.
       seed: any int; each prompt draws with a key of seed and index.
       stop: tokens that end a text; None: the config's `eos_token_id`; (): none.
       num_rows: prompts at once; the others wait. None: all, but 64 at most.

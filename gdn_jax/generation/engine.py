@@ -69,8 +69,8 @@ class Engine:
           model, params: as `models.load` gives them.
           num_rows: P, texts that grow at once.
           num_positions: M, tokens of the longest prompt with its text and drafts.
-          speculative: D, drafts of a step by the multi-token prediction head; 0 for
-            plain decoding.
+          speculative: D, drafts of a step by the multi-token prediction head, 8 at
+            most; 0 for plain decoding.
           steps_per_call: most steps of a block; tokens are seen after each block.
           prefill_tokens: most tokens of prompts read in one call, padding included.
           max_stop: most tokens of a request's `stop`.

@@ -9,6 +9,9 @@ from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
+# A draft hangs on those before it, so that fewer and fewer stand; and each is a part of
+# the step's program, so that many compile without end.
+MOST_DRAFTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Sizes:
 
 def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
     drafts = integer("speculative", sizes.pop("speculative"))
-    if drafts < 0:
-        checks.fail("speculative", drafts, ">= 0", "It is a count of drafts.")
+    if not 0 <= drafts <= MOST_DRAFTS:
+        remedy = "It is a count of drafts, of which the first few stand most often."
+        checks.fail("speculative", drafts, f"in [0, {MOST_DRAFTS}]", remedy)
     layers = model.config.num_mtp_layers
     if drafts and layers != 1:
         wanted = f"0 for a model with {layers} MTP layers"
