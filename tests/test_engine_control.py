@@ -225,6 +225,12 @@ def test_out_of_memory_says_what_to_reduce(monkeypatch):
             make_engine()
 
 
+def test_a_state_larger_than_memory_is_not_made(monkeypatch):
+    monkeypatch.setattr(engine_module, "init_state", pytest.fail)
+    with pytest.raises(MemoryError, match=r"\(num_rows = 1000000000, num_positions"):
+        make_engine(num_rows=10**9)
+
+
 def test_a_lost_state_is_told(monkeypatch, tmp_path):
     engine = make_engine()
     request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())

@@ -17,6 +17,7 @@ from gdn_jax.generation.requests import Figures, Request, TokenIds, make_request
 from gdn_jax.generation.sizes import (
     SHORTEST_PIECE,
     Sizes,
+    check_memory,
     check_sizes,
     power_of_two,
     too_large,
@@ -101,6 +102,7 @@ class Engine:
         self.figures = Figures()
         self._submitted = 0
         self._interrupts = Interrupts()
+        check_memory(sizes, self.state_bytes)
 
     @property
     def requests(self) -> list[Request]:
