@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from gdn_jax.models import config as configs
-from gdn_jax.models import cover, files, placement, rules
+from gdn_jax.models import config_file, cover, files, placement, rules
 from gdn_jax.models.config import Config
 from gdn_jax.models.cover import Piece, Target
 from gdn_jax.models.files import Folder
@@ -76,20 +75,17 @@ def load(
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. Download the model's files there.")
-    config = Config.from_hf(path)
+    config = _with_ends(Config.from_hf(path), path)
     if mesh is not None:
         placement.check_mesh(mesh, axes)
     folder = files.read_folder(path)
     names = [rules.canonical(tensor.name) for tensor in folder.tensors]
     names += map(rules.canonical, folder.lost or ())
-    config = dataclasses.replace(
-        config,
-        num_mtp_layers=rules.count_mtp_layers(names),
-        eos_token_id=_eos_token_id(path) or config.eos_token_id,
-    )
+    layers = rules.count_mtp_layers(names)
     dtype = _dtype_of(dtype, folder)
-    model = Model(config, dtype=dtype, param_dtype=dtype)
     try:
+        config = dataclasses.replace(config, num_mtp_layers=layers)
+        model = Model(config, dtype=dtype, param_dtype=dtype)
         targets = find_targets(model)
         pieces = cover.cover(
             folder,
@@ -158,7 +154,7 @@ def save(
         files.write_json(new / "config.json", model.config.to_hf() | dict(dtype=dtype))
         if (old := pathlib.Path(path) / GENERATION).is_file():
             eos = dict(eos_token_id=list(model.config.eos_token_id) or None)
-            files.write_json(new / GENERATION, configs.read(old) | eos)
+            files.write_json(new / GENERATION, config_file.read(old) | eos)
         files.write_shards(new, sizes, get, max_shard_bytes)
 
 
@@ -224,11 +220,16 @@ def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
     return checks.float_dtype("dtype", dtype, "None: as saved.")
 
 
-def _eos_token_id(path: pathlib.Path) -> tuple[int, ...]:
-    """Where transformers stops to generate, if there is a file that says so."""
+def _with_ends(config: Config, path: pathlib.Path) -> Config:
+    """With those where transformers stops to generate, if a file says so."""
     path = path / GENERATION
-    found = configs.read(path).get("eos_token_id") if path.is_file() else None
-    return () if found is None else configs.as_tuple(found)
+    found = config_file.read(path).get("eos_token_id") if path.is_file() else None
+    if found in (None, []):
+        return config
+    try:
+        return dataclasses.replace(config, eos_token_id=config_file.as_tuple(found))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _check_params(arrays: dict[str, jax.Array], targets: dict[str, Target]) -> None:
