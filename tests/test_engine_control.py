@@ -313,6 +313,16 @@ def test_a_wrong_request_is_told(change, text, monkeypatch):
     assert not engine.queue
 
 
+def test_attention_has_learned_so_many_positions():
+    engine = Engine(*make(max_position_embeddings=64), **SIZES)
+    engine.submit([1] * 44, max_tokens=20)
+    told = "prompt must be at most max_position_embeddings = 64 tokens in all; got 45"
+    with pytest.raises(ValueError, match=told):
+        engine.submit([1] * 45, max_tokens=20)
+    without = make(max_position_embeddings=64, layer_types=("linear_attention",))
+    Engine(*without, **SIZES).submit([1] * 45, max_tokens=20)
+
+
 @pytest.mark.parametrize(
     "kind", [tuple, np.array, jnp.array, lambda x: np.array(x, np.uint8)]
 )

@@ -147,7 +147,11 @@ def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
         (dict(temperature=-1), "temperature must be finite in float32, >= 0"),
         (dict(temperature=1e39), "temperature must be finite in float32, >= 0"),
         (dict(stop=[[1], [2, 3]]), "stop must be a list of token ids"),
-        (dict(max_tokens=2**20), "prompts must be max_position_embeddings = 32768"),
+        (
+            dict(max_tokens=32760),
+            r"prompts\[1\] must be at most max_position_embeddings = 32768 tokens in "
+            "all; got 16 tokens, with 32760 new ones",
+        ),
         (dict(speculative=None), "speculative must be an int; got None"),
         (dict(seed=0.5), "seed must be an int"),
         (dict(stop=[-1]), r"stop must be token ids in \[0, 50\)"),

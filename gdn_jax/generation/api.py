@@ -7,7 +7,7 @@ import numpy as np
 
 from gdn_jax.generation.engine import Engine
 from gdn_jax.generation.interrupts import Interrupts
-from gdn_jax.generation.requests import TokenIds, token_ids
+from gdn_jax.generation.requests import TokenIds, check_length, token_ids
 from gdn_jax.generation.sizes import integer, power_of_two
 from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
@@ -152,13 +152,9 @@ def make_engine(
 
     Its sizes are rounded up, so that calls of like sizes share their compilations.
     """
-    longest = max(map(len, prompts)) + max_tokens
-    most = model.config.max_position_embeddings
-    if "full_attention" in model.config.layer_types and longest > most:
-        wanted = f"max_position_embeddings = {most} tokens at most, with its text"
-        remedy = "Shorten it, or ask for fewer tokens: the model has learned no more."
-        checks.fail("prompts", f"{longest}", wanted, remedy)
-    longest += drafts
+    for i, prompt in enumerate(prompts):  # before there is an engine for its length
+        check_length(f"prompts[{i}]", len(prompt), max_tokens, model.config)
+    longest = max(map(len, prompts)) + max_tokens + drafts
     if num_rows is None:
         num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
     ends = model.config.eos_token_id

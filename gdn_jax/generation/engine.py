@@ -139,7 +139,8 @@ class Engine:
             that the vocabulary has; (): none.
 
         Raises:
-          ValueError: the request is wrong, or longer than the engine has room for.
+          ValueError: the request is wrong, or longer than the model has learned or
+            than the engine has room for.
         """
         config = self.model.config
         if stop is None:
@@ -153,7 +154,7 @@ class Engine:
             top_k=top_k,
             seed=seed,
             stop=stop,
-            vocab_size=config.vocab_size,
+            config=config,
             sizes=self.sizes,
         )
         self._submitted += 1
