@@ -10,6 +10,7 @@ from gdn_jax.generation.interrupts import Interrupts
 from gdn_jax.generation.requests import TokenIds, check_length, token_ids
 from gdn_jax.generation.sizes import integer, power_of_two
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import check_params
 from gdn_jax.ops import checks
 
 MOST_ROWS = 64
@@ -86,6 +87,7 @@ def generate(
       ValueError: the call is wrong; the text names the argument and the remedy.
       MemoryError: the device has no room; the text says what to reduce.
     """
+    check_params(model, params)
     config = model.config
     prompts = [
         token_ids(f"prompts[{i}]", prompt, config.vocab_size)

@@ -24,6 +24,7 @@ from gdn_jax.generation.sizes import (
 )
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import check_params
 from gdn_jax.ops import checks
 
 
@@ -78,9 +79,11 @@ class Engine:
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.
 
         Raises:
-          ValueError: a size is wrong, or the model cannot draft.
+          ValueError: a size is wrong, the model cannot draft, or the parameters are
+            not its.
           MemoryError: the device has no room for the state.
         """
+        check_params(model, params)
         sizes = check_sizes(
             model,
             num_rows=num_rows,
@@ -255,9 +258,11 @@ class Engine:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it is no engine's file, or of another model.
+          ValueError: it is no engine's file, or of another model, or the parameters
+            are not the model's.
           MemoryError: the device has no room for the state.
         """
+        check_params(model, params)
         notes = saving.load_notes(path, model)
         engine = cls.__new__(cls)
         engine._begin(model, params, notes.sizes)

@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -22,10 +21,10 @@ from gdn_jax.models.config import Config
 from gdn_jax.models.cover import Piece, Target
 from gdn_jax.models.files import Folder
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import Params, check_params, find_targets
 from gdn_jax.models.placement import AXES, MeshAxes
 from gdn_jax.ops import checks
 
-Params = dict[str, Any]
 GENERATION = "generation_config.json"
 
 
@@ -127,9 +126,7 @@ def save(
     Raises:
       ValueError: params are not the model's; every fault is listed.
     """
-    arrays = _flat(nn.meta.unbox(params))
-    targets = find_targets(model)
-    _check_params(arrays, targets)
+    arrays = check_params(model, params)
     sources = {
         source.name: (path, source)
         for path, array in arrays.items()
@@ -156,20 +153,6 @@ def save(
             eos = dict(eos_token_id=list(model.config.eos_token_id) or None)
             files.write_json(new / GENERATION, config_file.read(old) | eos)
         files.write_shards(new, sizes, get, max_shard_bytes)
-
-
-def find_targets(model: Model) -> dict[str, Target]:
-    """Each parameter, by its path."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return {
-        path: Target(box.value.shape, np.dtype(box.value.dtype), box.names)
-        for path, box in _flat(boxes).items()
-    }
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return dict(flatten_dict(tree, sep="/"))
 
 
 def is_fused(config: Config) -> bool:
@@ -230,20 +213,6 @@ def _with_ends(config: Config, path: pathlib.Path) -> Config:
         return dataclasses.replace(config, eos_token_id=config_file.as_tuple(found))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _check_params(arrays: dict[str, jax.Array], targets: dict[str, Target]) -> None:
-    faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
-    faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
-    for path in arrays.keys() & targets.keys():
-        shape, dtype = arrays[path].shape, arrays[path].dtype
-        if shape != targets[path].shape:
-            faults.append(f"{path} is {shape}, wanted {targets[path].shape}")
-        if dtype.name not in checks.FLOATS:
-            faults.append(f"{path} is {dtype}, wanted {' or '.join(checks.FLOATS)}")
-    if faults:
-        lines = cover.listed(faults)
-        raise ValueError(f"params are not this model's: {lines}")
 
 
 def _numbers_in_order(item: tuple[str, Any]) -> str:
