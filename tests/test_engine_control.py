@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import signal
 import threading
 
@@ -164,9 +165,40 @@ def test_a_request_of_another_engine_is_told():
     other = make_engine()
     other.submit(PROMPTS[1], max_tokens=2, stop=())
     other.step()
-    with pytest.raises(ValueError, match="one of this engine's `requests`"):
-        other.cancel(request)
+    told = "a Request of this engine; got number 0 of another. Give what `submit` gave"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told):
+            other.cancel(request)
+        finish(engine)  # and so when it has ended
     finish(other)
+
+
+def test_what_is_no_request_is_told(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for wrong in (None, 0, np.ones(1)):
+        with pytest.raises(ValueError, match=f"engine; got {re.escape(repr(wrong))}. "):
+            make_engine().cancel(wrong)
+
+
+def test_a_restored_engine_cancels_its_requests(tmp_path):
+    engine = make_engine()
+    engine.submit(PROMPTS[0], max_tokens=NEW)
+    engine.save(tmp_path / "engine")
+    restored = Engine.restore(tmp_path / "engine", *make())
+    [request] = restored.requests
+    restored.cancel(request)
+    assert not restored.requests and request.finish_reason == "cancelled"
+
+
+def test_no_file_can_be_a_folder(tmp_path):
+    engine = make_engine()
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder. Name a file"):
+        engine.save(tmp_path)
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "deep" / "engine"
+    with pytest.raises(NotADirectoryError, match=f"{path} can be no file, since"):
+        engine.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_engine_keeps_the_parameters_it_was_given():

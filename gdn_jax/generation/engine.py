@@ -2,6 +2,7 @@
 
 import collections
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -104,6 +105,7 @@ class Engine:
         self.running: dict[int, Request] = {}
         self.figures = Figures()
         self._submitted = 0
+        self._own: weakref.WeakSet[Request] = weakref.WeakSet()
         self._interrupts = Interrupts()
         check_memory(sizes, self.state_bytes)
 
@@ -161,21 +163,25 @@ class Engine:
             sizes=self.sizes,
         )
         self._submitted += 1
+        self._own.add(request)
         self.queue.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request of this engine; what it has stays.
+        """Ends a request of this engine, if it has not ended; what it has stays.
 
         Raises:
-          ValueError: it is another engine's.
+          ValueError: it is another engine's, or no request.
         """
+        if request not in self._own:
+            is_request = isinstance(request, Request)
+            got = f"number {request.number} of another" if is_request else repr(request)
+            remedy = (
+                "Give what `submit` gave; a restored engine has its own `requests`."
+            )
+            checks.fail("request", got, "a Request of this engine", remedy)
         if request.finish_reason is not None:
             return
-        if not any(request is own for own in self.requests):
-            wanted = "one of this engine's `requests`"
-            remedy = "A restored engine has requests of its own."
-            checks.fail("request", f"number {request.number}", wanted, remedy)
         if request.row is None:
             self.queue.remove(request)
         else:
@@ -233,7 +239,11 @@ class Engine:
         far, but not the model's parameters. To be called between calls, as in the body
         of a loop over `run`.
 
+        Args:
+          path: of the file; folders above it that are missing are made.
+
         Raises:
+          IsADirectoryError, NotADirectoryError: no file can be there.
           RuntimeError: the state was lost in a call that failed.
         """
         self._interrupts.deliver()
@@ -269,6 +279,7 @@ class Engine:
         with engine._memory_errors():
             engine.state = saving.load_state(path, model, notes.sizes)
         for request in notes.requests:
+            engine._own.add(request)
             if request.row is None:
                 engine.queue.append(request)
             else:

@@ -15,16 +15,18 @@ from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 Params = dict[str, Any]
+# A deep model is slow to trace. Models can be hashed, which their type does not say.
+_cached: Any = functools.lru_cache(maxsize=16)
 
 
-@functools.lru_cache(maxsize=16)  # a deep model is slow to trace
-def find_targets(model: Model) -> Mapping[str, Target]:
+@_cached
+def find_targets(model: Model) -> dict[str, Target]:
     """Each parameter, by its path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     return {
         path: Target(box.value.shape, np.dtype(box.value.dtype), box.names)
-        for path, box in flatten_dict(boxes, sep="/").items()
+        for path, box in _flat(boxes).items()
     }
 
 
@@ -43,7 +45,7 @@ def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
     if params.keys() == {"params"}:
         remedy = "Give params['params']."
         checks.fail("params", "it under 'params'", "the tree of parameters", remedy)
-    arrays = dict(flatten_dict(nn.meta.unbox(params), sep="/"))
+    arrays = _flat(nn.meta.unbox(params))
     targets = find_targets(model)
     faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
     faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
@@ -56,6 +58,10 @@ def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
     if faults:
         raise ValueError(f"params are not this model's: {listed(faults)}. {remedy}")
     return arrays
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return dict(flatten_dict(tree, sep="/"))
 
 
 def _type(x: Any) -> str:
