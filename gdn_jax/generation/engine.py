@@ -173,12 +173,10 @@ class Engine:
         Raises:
           ValueError: it is another engine's, or no request.
         """
-        if request not in self._own:
-            is_request = isinstance(request, Request)
+        is_request = isinstance(request, Request)
+        if not is_request or request not in self._own:
             got = f"number {request.number} of another" if is_request else repr(request)
-            remedy = (
-                "Give what `submit` gave; a restored engine has its own `requests`."
-            )
+            remedy = "Give what `submit` gave; a restored engine has its own."
             checks.fail("request", got, "a Request of this engine", remedy)
         if request.finish_reason is not None:
             return

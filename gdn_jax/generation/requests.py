@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from jax import Array
 
 from gdn_jax.generation.sizes import Sizes, integer
 from gdn_jax.models.config import Config
+from gdn_jax.models.tokenizer import TokenIds as TokenIds
+from gdn_jax.models.tokenizer import token_ids
 from gdn_jax.ops import checks
-
-TokenIds: TypeAlias = Sequence[int] | np.ndarray | Array
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,20 +87,6 @@ class Figures:
     def mean_accepted(self) -> float:
         """Tokens a row gains by a step: 1 without drafts."""
         return self.accepted / self.row_steps if self.row_steps else 1.0
-
-
-def token_ids(name: str, tokens: Any, vocab_size: int) -> tuple[int, ...]:
-    remedy = "Encode a text with the model's tokenizer."
-    try:
-        ids = np.asarray(tokens)
-    except ValueError:  # lists of several lengths
-        ids = np.asarray(None)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        checks.fail(name, repr(tokens)[:60], "a list of token ids", remedy)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
-    if wrong:
-        checks.fail(name, wrong[:8], f"token ids in [0, {vocab_size})", remedy)
-    return tuple(ids.tolist())
 
 
 def _number(name: str, x: Any) -> float:
