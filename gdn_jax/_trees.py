@@ -16,9 +16,19 @@ NOTES = "gdn_jax"  # the key of the file's metadata that holds ours
 
 def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
     """Writes a tree and JSON notes beside it. A write that is cut off leaves the old
-    file."""
+    file.
+
+    Raises:
+      IsADirectoryError, NotADirectoryError: no file can be there.
+    """
     from safetensors.numpy import save_file
 
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Name a file in it to save to.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        text = f"{path} can be no file, since {above} is none's folder. Save elsewhere."
+        raise NotADirectoryError(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: _plain(x) for name, x in _named(tree).items()}
     beside = path.with_name(path.name + ".partial")

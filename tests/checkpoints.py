@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from gdn_jax import models
-from gdn_jax.models import checkpoint
+from gdn_jax.models import parameters
 
 DENSE = dict(
     vocab_size=48,
@@ -57,7 +57,7 @@ def make(name):
     rng = np.random.default_rng(0)
     params = {
         path: jnp.asarray(rng.normal(size=target.shape), target.dtype)
-        for path, target in checkpoint.find_targets(model).items()
+        for path, target in parameters.find_targets(model).items()
     }
     return model, unflatten_dict(params, sep="/")
 

@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 from safetensors.numpy import load_file
 
 from gdn_jax import models
-from gdn_jax.models import checkpoint, files, rules
+from gdn_jax.models import checkpoint, files, parameters, rules
 
 saved, copied = checkpoints.saved, checkpoints.copied
 
@@ -54,7 +54,7 @@ def test_rules_fill_each_parameter_once(name):
     model, _ = make(name)
     for fused in (False, True):
         names = []
-        for path, target in checkpoint.find_targets(model).items():
+        for path, target in parameters.find_targets(model).items():
             filled = np.zeros(target.shape, int)
             for source in rules.sources_of(path, target.shape, fused):
                 names.append(source.name)

@@ -4,6 +4,7 @@ import shutil
 
 import checkpoints
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from checkpoints import CONV, EMBEDDING, NORM, edit, edit_json
@@ -134,7 +135,7 @@ BROKEN = {
     "unknown keys": (
         "next",
         lambda folder: edit_json(folder, one=1, two=2),
-        ["config.json", "'one'", "'two'"],
+        ["copied/config.json: ", "'one'", "'two'"],
     ),
     "quantised": (
         "next",
@@ -144,13 +145,24 @@ BROKEN = {
     "no JSON": (
         "next",
         lambda folder: (folder / "config.json").write_text("{"),
-        ["config.json is not JSON", "again"],
+        ["copied/config.json is no JSON object", "again"],
+    ),
+    "a list": (
+        "next",
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ["config.json is no JSON object (it holds a list)", "again"],
+    ),
+    "ends that are text": (
+        "next",
+        lambda folder: edit_json(folder, "generation_config.json", eos_token_id="</s>"),
+        ["copied/generation_config.json: ", "eos_token_id has '</s>', wanted int"],
     ),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_broken(copied, fault):
+def test_broken(copied, fault, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     name, change, texts = BROKEN[fault]
     folder = copied(name)
     change(folder)

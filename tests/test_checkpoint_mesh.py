@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn_jax import models
-from gdn_jax.models import checkpoint, cover, files
+from gdn_jax.models import cover, files, parameters
 
 saved = checkpoints.saved
 
@@ -71,7 +71,7 @@ def test_wrong_mesh(saved, mesh, text):
 
 def test_only_the_part_wanted_is_read(saved):
     folder, model, params = saved("next with experts")
-    targets = checkpoint.find_targets(model)
+    targets = parameters.find_targets(model)
     pieces = cover.cover(files.read_folder(folder), targets, fused=False, tied=False)
     reads = []
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import signal
 import threading
 
@@ -164,9 +165,40 @@ def test_a_request_of_another_engine_is_told():
     other = make_engine()
     other.submit(PROMPTS[1], max_tokens=2, stop=())
     other.step()
-    with pytest.raises(ValueError, match="one of this engine's `requests`"):
-        other.cancel(request)
+    told = "a Request of this engine; got number 0 of another. Give what `submit` gave"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told):
+            other.cancel(request)
+        finish(engine)  # and so when it has ended
     finish(other)
+
+
+def test_what_is_no_request_is_told(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for wrong in (None, 0, np.ones(1)):
+        with pytest.raises(ValueError, match=f"engine; got {re.escape(repr(wrong))}. "):
+            make_engine().cancel(wrong)
+
+
+def test_a_restored_engine_cancels_its_requests(tmp_path):
+    engine = make_engine()
+    engine.submit(PROMPTS[0], max_tokens=NEW)
+    engine.save(tmp_path / "engine")
+    restored = Engine.restore(tmp_path / "engine", *make())
+    [request] = restored.requests
+    restored.cancel(request)
+    assert not restored.requests and request.finish_reason == "cancelled"
+
+
+def test_no_file_can_be_a_folder(tmp_path):
+    engine = make_engine()
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder. Name a file"):
+        engine.save(tmp_path)
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "deep" / "engine"
+    with pytest.raises(NotADirectoryError, match=f"{path} can be no file, since"):
+        engine.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_engine_keeps_the_parameters_it_was_given():
@@ -225,6 +257,12 @@ def test_out_of_memory_says_what_to_reduce(monkeypatch):
             make_engine()
 
 
+def test_a_state_larger_than_memory_is_not_made(monkeypatch):
+    monkeypatch.setattr(engine_module, "init_state", pytest.fail)
+    with pytest.raises(MemoryError, match=r"\(num_rows = 1000000000, num_positions"):
+        make_engine(num_rows=10**9)
+
+
 def test_a_lost_state_is_told(monkeypatch, tmp_path):
     engine = make_engine()
     request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
@@ -255,7 +293,8 @@ def test_a_lost_state_is_told(monkeypatch, tmp_path):
         (dict(max_stop=0), "max_stop must be an int >= 1"),
         (dict(steps_per_call=None), "steps_per_call must be an int >= 1"),
         (dict(prefill_tokens=15), "prefill_tokens must be >= 16; got 15"),
-        (dict(speculative=-1), "speculative must be >= 0"),
+        (dict(speculative=-1), r"speculative must be in \[0, 8\]; got -1"),
+        (dict(speculative=9), r"speculative must be in \[0, 8\]; got 9"),
         (dict(speculative=1.0), "speculative must be an int"),
         (dict(recurrent_dtype="int8"), "recurrent_dtype must be one of float32"),
     ],
@@ -304,6 +343,16 @@ def test_a_wrong_request_is_told(change, text, monkeypatch):
     with pytest.raises(ValueError, match=text):
         engine.submit(**dict(prompt=[1], max_tokens=20) | change)
     assert not engine.queue
+
+
+def test_attention_has_learned_so_many_positions():
+    engine = Engine(*make(max_position_embeddings=64), **SIZES)
+    engine.submit([1] * 44, max_tokens=20)
+    told = "prompt must be at most max_position_embeddings = 64 tokens in all; got 45"
+    with pytest.raises(ValueError, match=told):
+        engine.submit([1] * 45, max_tokens=20)
+    without = make(max_position_embeddings=64, layer_types=("linear_attention",))
+    Engine(*without, **SIZES).submit([1] * 45, max_tokens=20)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 
+import flax.linen
+import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -147,7 +150,11 @@ def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
         (dict(temperature=-1), "temperature must be finite in float32, >= 0"),
         (dict(temperature=1e39), "temperature must be finite in float32, >= 0"),
         (dict(stop=[[1], [2, 3]]), "stop must be a list of token ids"),
-        (dict(max_tokens=2**20), "prompts must be max_position_embeddings = 32768"),
+        (
+            dict(max_tokens=32760),
+            r"prompts\[1\] must be at most max_position_embeddings = 32768 tokens in "
+            "all; got 16 tokens, with 32760 new ones",
+        ),
         (dict(speculative=None), "speculative must be an int; got None"),
         (dict(seed=0.5), "seed must be an int"),
         (dict(stop=[-1]), r"stop must be token ids in \[0, 50\)"),
@@ -158,6 +165,32 @@ def test_a_wrong_call_is_told(change, text, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=text):
         _generate(**change)
+
+
+def test_what_is_no_model_or_not_its_parameters_is_told(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model, params = make()
+    _, others = make(hidden_size=32, tie_word_embeddings=True)
+    stranger = params | dict(
+        head=dict(kernel=params["head"]["kernel"], bias=jnp.zeros(1))
+    )
+    for wrong, text in (
+        ((params, model), "model must be a gdn_jax.models.Model; got a dict. Give"),
+        ((model, None), "params must be a tree of parameters; got a NoneType. Give"),
+        ((model, dict(params=params)), "it under 'params'. Give params.'params'"),
+        ((model, stranger), "not this model's: head/bias is no parameter. Give model"),
+        ((model, others), r"is \(50, 32\), wanted \(50, 24\); head/kernel is missing"),
+    ):
+        for call in (gdn_jax.Engine, lambda *x: gdn_jax.generate(*x, [], max_tokens=1)):
+            with pytest.raises(ValueError, match=text):
+                call(*wrong)
+
+
+def test_parameters_may_be_in_boxes():
+    model, params = make()
+    boxed = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = flax.linen.meta.replace_boxed(boxed, params)
+    assert gdn_jax.generate(model, boxed, PROMPTS, max_tokens=NEW) == _generate()
 
 
 def test_names_that_need_flax_are_lazy():

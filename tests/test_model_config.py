@@ -175,6 +175,10 @@ def test_every_fault_of_a_file_is_in_one_error():
             num_mtp_layers=1,
             mtp_num_hidden_layers=2,
             rope_parameters=dict(rope_type="yarn", factor=4.0),
+            head_dim="64",
+            num_attention_heads=3,
+            num_key_value_heads=2,
+            eos_token_id="</s>",
         )
     told = str(caught.value)
     for part in (
@@ -188,8 +192,21 @@ def test_every_fault_of_a_file_is_in_one_error():
         "num_mtp_layers is 1, mtp_num_hidden_layers is 2, but all are the",
         "rope_type is 'yarn'",
         "unknown key 'factor' of rope_parameters",
+        "head_dim is '64', wanted int",
+        "num_attention_heads is 3, wanted a multiple of num_key_value_heads = 2",
+        "eos_token_id has '</s>', wanted int",
     ):
         assert part in told
+    assert "partial_rotary_factor" not in told  # of what head_dim is not known
+
+
+def test_a_fault_is_told_of_its_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(DENSE | dict(num_hidden_layers=2, head_dim=0)))
+    for source in (tmp_path, path):
+        with pytest.raises(ValueError) as caught:
+            Config.from_hf(source)
+        assert str(caught.value).startswith(f"{path}: head_dim is 0, wanted > 0. ")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +217,22 @@ def test_every_fault_of_a_file_is_in_one_error():
         (dict(num_hidden_layers="4"), "num_hidden_layers is '4', wanted an int >= 1"),
         (dict(full_attention_interval=0), "full_attention_interval is 0, wanted an"),
         (dict(layer_types=[], num_hidden_layers=None), "layer_types is empty"),
+        (dict(layer_types=5), "layer_types has 5, wanted str"),
+        (dict(num_hidden_layers=None), "json: num_hidden_layers is missing. This"),
+        (dict(num_hidden_layers=0), "wanted an int >= 1. This"),
+        (dict(mlp_only_layers=[1, "2"]), "mlp_only_layers has '2', wanted int"),
+        (dict(eos_token_id="</s>"), "eos_token_id has '</s>', wanted int"),
+        (dict(eos_token_id=[2, None]), "eos_token_id has None, wanted int"),
+        (dict(eos_token_id=[True]), "eos_token_id has True, wanted int"),
+        (dict(eos_token_id=-1), "eos_token_id has -1, wanted >= 0"),
+        (dict(num_mtp_layers=[1]), r"num_mtp_layers is \[1\], wanted an int >= 0"),
+        (
+            dict(num_mtp_layers="1", mtp_num_hidden_layers=1),
+            "num_mtp_layers is '1', wanted an int >= 0. This",
+        ),
+        (dict(mtp_layer_types=5), "mtp_layer_types has 5, only 'full_attention'"),
+        (dict(rope_parameters=1e4), "rope_parameters is 10000.0, wanted an object"),
+        (dict(text_config=5), r"unknown key 'text_config' \(5\)"),
         (dict(hidden_size="64"), "hidden_size is '64', wanted int"),
         (dict(vocab_size=True), "vocab_size is True, wanted int"),
         (dict(head_dim=0), "head_dim is 0, wanted > 0"),
@@ -215,6 +248,8 @@ def test_every_fault_of_a_file_is_in_one_error():
             dict(head_dim=6, partial_rotary_factor=0.5),
             "partial_rotary_factor is 0.5, wanted an even part of head_dim = 6",
         ),
+        (dict(partial_rotary_factor=-0.5), "is -0.5, wanted an even part of head_dim"),
+        (dict(partial_rotary_factor=float("nan")), "is nan, wanted an even part of"),
         (dict(layer_types=["sliding_attention"] * 8), "'sliding_attention', wanted"),
         (dict(intermediate_size=0), r"layers \[0, 1, 2, 3, 4, 5, 6, 7\] have no"),
         (dict(num_experts=4, num_experts_per_tok=5), "is 5, wanted 1 to num_exp"),

@@ -275,6 +275,19 @@ WRONG = {
     "other sequences than the state's": (dict(tokens=integers(3, 1)), "Give rows"),
     "rows of another number": (dict(rows=integers(1)), "rows must be"),
     "rows that are floats": (dict(rows=np.zeros(2)), "rows must be int32"),
+    "a row twice": (dict(rows=integers(2)), r"all different and .*; got \[0, 0\]"),
+    "a row of no sequence": (
+        dict(rows=np.array([0, 2], np.int32)),
+        r"in \[0, 2\); got \[0, 2",
+    ),
+    "more tokens than positions": (
+        dict(tokens=integers(2, M + 1)),
+        f"tokens must be at most num_positions = {M}; got T = {M + 1}",
+    ),
+    "more tokens than positions, or none": (
+        dict(tokens=integers(2, M + 1), takes_part=np.ones(2, bool)),
+        "num_positions",
+    ),
     "num_tokens of two axes": (dict(num_tokens=integers(2, 1)), "num_tokens must be"),
     "has_state of numbers": (dict(has_state=integers(2)), "has_state must be bool"),
     "takes_part of numbers": (dict(takes_part=integers(2)), "takes_part must be bool"),
@@ -318,6 +331,15 @@ def test_taking_part_is_having_all_tokens(kind):
         each, wanted = (np.where(rests, 0, x) for x in (each, wanted))
         assert testing.relative_error(each, wanted) < TOLERANCE
     assert same(bits(got_state, ROWS[1:2]), bits(state, ROWS[1:2]))
+
+
+def test_padding_needs_no_positions():
+    kind = make("qwen3_5_text")
+    tokens = jnp.pad(kind.tokens, ((0, 0), (0, M + 1 - L)))
+    state = kind.model.init_state(N, M)
+    logits, _ = kind.call(tokens, state, num_tokens=jnp.full(N, L, jnp.int32))
+    for n in range(N):
+        assert kind.agrees(logits[n, :L], n, 0)
 
 
 @pytest.mark.parametrize(("change", "told"), WRONG.values(), ids=WRONG)

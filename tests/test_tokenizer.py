@@ -2,6 +2,9 @@
 
 import json
 
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -73,6 +76,42 @@ def test_bytes(loaded):
     assert isinstance(loaded["bytes"], ByteTokenizer)
     assert loaded["bytes"].encode("é") == [0xC3, 0xA9]
     assert loaded["bytes"].decode([0xC3, 0x41]) == "\N{REPLACEMENT CHARACTER}A"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_arrays_are_decoded_as_lists(loaded, name):
+    tokenizer = loaded[name]
+    tokens = tokenizer.encode("the world")
+    want = tokenizer.decode(tokens)
+    for kind in (tuple, np.array, jnp.array, lambda x: np.array(x, np.uint16)):
+        assert tokenizer.decode(kind(tokens)) == want
+        assert "".join(tokenizer.decode_stream(kind(tokens))) == want
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        ([1, 2**20, -1], r"tokens must be token ids in \[0, .*; got \[1048576, -1\]"),
+        ([[1], [2]], r"tokens must be a list of token ids; got \[\[1\], \[2\]\]"),
+        ([1.5], r"tokens must be a list of token ids; got \[1.5\]"),
+        ("text", "tokens must be a list of token ids; got 'text'. Decode with"),
+    ],
+)
+def test_what_are_no_tokens_is_told(loaded, name, tokens, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=told):
+        loaded[name].decode(tokens)
+
+
+def test_tokens_that_only_the_models_table_has_are_no_text(tmp_path):
+    byte_level(tmp_path)
+    alone = load_tokenizer(tmp_path)
+    tokens = [*alone.encode("the"), 400]
+    with pytest.raises(ValueError, match=r"got \[400\]"):
+        alone.decode(tokens)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | dict(vocab_size=401)))
+    assert load_tokenizer(tmp_path).decode(tokens) == "the"
 
 
 def test_special_tokens_are_known_and_left_out(loaded):

@@ -7,9 +7,10 @@ import numpy as np
 
 from gdn_jax.generation.engine import Engine
 from gdn_jax.generation.interrupts import Interrupts
-from gdn_jax.generation.requests import TokenIds, token_ids
+from gdn_jax.generation.requests import TokenIds, check_length, token_ids
 from gdn_jax.generation.sizes import integer, power_of_two
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import check_params
 from gdn_jax.ops import checks
 
 MOST_ROWS = 64
@@ -70,9 +71,9 @@ def generate(
       temperature: 0 takes the most likely token; otherwise of the softmax.
       top_p: in (0, 1]; sample only from the most likely tokens that have this share.
       top_k: sample only from so many; 0: from all.
-      speculative: tokens that the multi-token prediction head drafts a step, which
-        then cost fewer steps: the same texts at temperature 0, up to rounding, and
-        texts of the same distribution otherwise. 0: none.
+      speculative: tokens that the multi-token prediction head drafts a step, 8 at
+        most, which then cost fewer steps: the same texts at temperature 0, up to
+        rounding, and texts of the same distribution otherwise. 0: none.
       seed: any int; each prompt draws with a key of seed and index.
       stop: tokens that end a text; None: the config's `eos_token_id`; (): none.
       num_rows: prompts at once; the others wait. None: all, but 64 at most.
@@ -86,6 +87,7 @@ def generate(
       ValueError: the call is wrong; the text names the argument and the remedy.
       MemoryError: the device has no room; the text says what to reduce.
     """
+    check_params(model, params)
     config = model.config
     prompts = [
         token_ids(f"prompts[{i}]", prompt, config.vocab_size)
@@ -152,13 +154,9 @@ def make_engine(
 
     Its sizes are rounded up, so that calls of like sizes share their compilations.
     """
-    longest = max(map(len, prompts)) + max_tokens
-    most = model.config.max_position_embeddings
-    if "full_attention" in model.config.layer_types and longest > most:
-        wanted = f"max_position_embeddings = {most} tokens at most, with its text"
-        remedy = "Shorten it, or ask for fewer tokens: the model has learned no more."
-        checks.fail("prompts", f"{longest}", wanted, remedy)
-    longest += drafts
+    for i, prompt in enumerate(prompts):  # before there is an engine for its length
+        check_length(f"prompts[{i}]", len(prompt), max_tokens, model.config)
+    longest = max(map(len, prompts)) + max_tokens + drafts
     if num_rows is None:
         num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
     ends = model.config.eos_token_id

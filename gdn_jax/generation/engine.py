@@ -2,6 +2,7 @@
 
 import collections
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,12 +18,14 @@ from gdn_jax.generation.requests import Figures, Request, TokenIds, make_request
 from gdn_jax.generation.sizes import (
     SHORTEST_PIECE,
     Sizes,
+    check_memory,
     check_sizes,
     power_of_two,
     too_large,
 )
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import check_params
 from gdn_jax.ops import checks
 
 
@@ -69,17 +72,19 @@ class Engine:
           model, params: as `models.load` gives them.
           num_rows: P, texts that grow at once.
           num_positions: M, tokens of the longest prompt with its text and drafts.
-          speculative: D, drafts of a step by the multi-token prediction head; 0 for
-            plain decoding.
+          speculative: D, drafts of a step by the multi-token prediction head, 8 at
+            most; 0 for plain decoding.
           steps_per_call: most steps of a block; tokens are seen after each block.
           prefill_tokens: most tokens of prompts read in one call, padding included.
           max_stop: most tokens of a request's `stop`.
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.
 
         Raises:
-          ValueError: a size is wrong, or the model cannot draft.
+          ValueError: a size is wrong, the model cannot draft, or the parameters are
+            not its.
           MemoryError: the device has no room for the state.
         """
+        check_params(model, params)
         sizes = check_sizes(
             model,
             num_rows=num_rows,
@@ -100,7 +105,9 @@ class Engine:
         self.running: dict[int, Request] = {}
         self.figures = Figures()
         self._submitted = 0
+        self._own: weakref.WeakSet[Request] = weakref.WeakSet()
         self._interrupts = Interrupts()
+        check_memory(sizes, self.state_bytes)
 
     @property
     def requests(self) -> list[Request]:
@@ -137,7 +144,8 @@ class Engine:
             that the vocabulary has; (): none.
 
         Raises:
-          ValueError: the request is wrong, or longer than the engine has room for.
+          ValueError: the request is wrong, or longer than the model has learned or
+            than the engine has room for.
         """
         config = self.model.config
         if stop is None:
@@ -151,25 +159,27 @@ class Engine:
             top_k=top_k,
             seed=seed,
             stop=stop,
-            vocab_size=config.vocab_size,
+            config=config,
             sizes=self.sizes,
         )
         self._submitted += 1
+        self._own.add(request)
         self.queue.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request of this engine; what it has stays.
+        """Ends a request of this engine, if it has not ended; what it has stays.
 
         Raises:
-          ValueError: it is another engine's.
+          ValueError: it is another engine's, or no request.
         """
+        is_request = isinstance(request, Request)
+        if not is_request or request not in self._own:
+            got = f"number {request.number} of another" if is_request else repr(request)
+            remedy = "Give what `submit` gave; a restored engine has its own."
+            checks.fail("request", got, "a Request of this engine", remedy)
         if request.finish_reason is not None:
             return
-        if not any(request is own for own in self.requests):
-            wanted = "one of this engine's `requests`"
-            remedy = "A restored engine has requests of its own."
-            checks.fail("request", f"number {request.number}", wanted, remedy)
         if request.row is None:
             self.queue.remove(request)
         else:
@@ -227,7 +237,11 @@ class Engine:
         far, but not the model's parameters. To be called between calls, as in the body
         of a loop over `run`.
 
+        Args:
+          path: of the file; folders above it that are missing are made.
+
         Raises:
+          IsADirectoryError, NotADirectoryError: no file can be there.
           RuntimeError: the state was lost in a call that failed.
         """
         self._interrupts.deliver()
@@ -252,15 +266,18 @@ class Engine:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it is no engine's file, or of another model.
+          ValueError: it is no engine's file, or of another model, or the parameters
+            are not the model's.
           MemoryError: the device has no room for the state.
         """
+        check_params(model, params)
         notes = saving.load_notes(path, model)
         engine = cls.__new__(cls)
         engine._begin(model, params, notes.sizes)
         with engine._memory_errors():
             engine.state = saving.load_state(path, model, notes.sizes)
         for request in notes.requests:
+            engine._own.add(request)
             if request.row is None:
                 engine.queue.append(request)
             else:

@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from jax import Array
 
 from gdn_jax.generation.sizes import Sizes, integer
+from gdn_jax.models.config import Config
+from gdn_jax.models.tokenizer import TokenIds as TokenIds
+from gdn_jax.models.tokenizer import token_ids
 from gdn_jax.ops import checks
-
-TokenIds: TypeAlias = Sequence[int] | np.ndarray | Array
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,20 +89,6 @@ class Figures:
         return self.accepted / self.row_steps if self.row_steps else 1.0
 
 
-def token_ids(name: str, tokens: Any, vocab_size: int) -> tuple[int, ...]:
-    remedy = "Encode a text with the model's tokenizer."
-    try:
-        ids = np.asarray(tokens)
-    except ValueError:  # lists of several lengths
-        ids = np.asarray(None)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        checks.fail(name, repr(tokens)[:60], "a list of token ids", remedy)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)].tolist()
-    if wrong:
-        checks.fail(name, wrong[:8], f"token ids in [0, {vocab_size})", remedy)
-    return tuple(ids.tolist())
-
-
 def _number(name: str, x: Any) -> float:
     try:
         return float(x)
@@ -121,24 +107,25 @@ def make_request(
     top_k: Any,
     seed: Any,
     stop: Any,
-    vocab_size: int,
+    config: Config,
     sizes: Sizes,
 ) -> Request:
     """Of what `Engine.submit` was given, whatever that is.
 
     Raises:
-      ValueError: it is wrong, or longer than the engine has room for.
+      ValueError: it is wrong, or longer than the model has learned or than the engine
+        has room for.
     """
     checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
     request = Request(
         number,
-        prompt=token_ids("prompt", prompt, vocab_size),
+        prompt=token_ids("prompt", prompt, config.vocab_size),
         max_tokens=integer("max_tokens", max_tokens),
         temperature=_number("temperature", temperature),
         top_p=_number("top_p", top_p),
         top_k=integer("top_k", top_k),
         seed=integer("seed", seed),
-        stop=tuple(dict.fromkeys(token_ids("stop", stop, vocab_size))),
+        stop=tuple(dict.fromkeys(token_ids("stop", stop, config.vocab_size))),
     )
     if not request.prompt:
         wanted, remedy = "one token at least", "Begin with some text."
@@ -152,8 +139,20 @@ def make_request(
         checks.fail("top_p", top_p, "in (0, 1]", "1 is off.")
     if not 0 <= request.top_k < 2**31:
         checks.fail("top_k", top_k, "in [0, 2^31)", "0 is off.")
+    check_length("prompt", len(request.prompt), request.max_tokens, config)
     _check_room(request, sizes)
     return request
+
+
+def check_length(name: str, num_tokens: int, max_tokens: int, config: Config) -> None:
+    """Of a prompt and its text: attention has learned so many positions, the recurrent
+    layers know of none."""
+    most = config.max_position_embeddings
+    if "full_attention" in config.layer_types and num_tokens + max_tokens > most:
+        got = f"{num_tokens} tokens, with {max_tokens} new ones"
+        wanted = f"at most max_position_embeddings = {most} tokens in all"
+        remedy = "Shorten it, or ask for fewer tokens: the model has learned no more."
+        checks.fail(name, got, wanted, remedy)
 
 
 def _check_room(request: Request, sizes: Sizes) -> None:

@@ -1,14 +1,19 @@
 """How large an engine is, and what it says when that is too much."""
 
 import dataclasses
+import os
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
+# A draft hangs on those before it, so that fewer and fewer stand; and each is a part of
+# the step's program, so that many compile without end.
+MOST_DRAFTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +31,9 @@ class Sizes:
 
 def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
     drafts = integer("speculative", sizes.pop("speculative"))
-    if drafts < 0:
-        checks.fail("speculative", drafts, ">= 0", "It is a count of drafts.")
+    if not 0 <= drafts <= MOST_DRAFTS:
+        remedy = "It is a count of drafts, of which the first few stand most often."
+        checks.fail("speculative", drafts, f"in [0, {MOST_DRAFTS}]", remedy)
     layers = model.config.num_mtp_layers
     if drafts and layers != 1:
         wanted = f"0 for a model with {layers} MTP layers"
@@ -53,6 +59,29 @@ def integer(name: str, x: Any) -> int:
 def power_of_two(size: int) -> int:
     """The next one: few shapes, so few compilations."""
     return 1 << (size - 1).bit_length()
+
+
+def check_memory(sizes: Sizes, num_bytes: int) -> None:
+    """Refuses a state that no allocator could place. A CPU's would take it, and the
+    system kill the process once it is written to.
+
+    Raises:
+      MemoryError: it is larger than the device's memory.
+    """
+    there = _device_bytes()
+    if there is not None and num_bytes > there:
+        raise MemoryError(too_large(sizes, num_bytes))
+
+
+def _device_bytes() -> int | None:
+    """Of the device where a state is made, the default one, also for parameters on a
+    mesh; None where it is not told."""
+    device = next(iter(jnp.zeros(()).devices()))
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def too_large(sizes: Sizes, num_bytes: int) -> str:

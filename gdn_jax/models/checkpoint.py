@@ -8,25 +8,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from gdn_jax.models import config as configs
-from gdn_jax.models import cover, files, placement, rules
+from gdn_jax.models import config_file, cover, files, placement, rules
 from gdn_jax.models.config import Config
 from gdn_jax.models.cover import Piece, Target
 from gdn_jax.models.files import Folder
 from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import Params, check_params, find_targets
 from gdn_jax.models.placement import AXES, MeshAxes
 from gdn_jax.ops import checks
 
-Params = dict[str, Any]
 GENERATION = "generation_config.json"
 
 
@@ -76,20 +74,17 @@ def load(
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. Download the model's files there.")
-    config = Config.from_hf(path)
+    config = _with_ends(Config.from_hf(path), path)
     if mesh is not None:
         placement.check_mesh(mesh, axes)
     folder = files.read_folder(path)
     names = [rules.canonical(tensor.name) for tensor in folder.tensors]
     names += map(rules.canonical, folder.lost or ())
-    config = dataclasses.replace(
-        config,
-        num_mtp_layers=rules.count_mtp_layers(names),
-        eos_token_id=_eos_token_id(path) or config.eos_token_id,
-    )
+    layers = rules.count_mtp_layers(names)
     dtype = _dtype_of(dtype, folder)
-    model = Model(config, dtype=dtype, param_dtype=dtype)
     try:
+        config = dataclasses.replace(config, num_mtp_layers=layers)
+        model = Model(config, dtype=dtype, param_dtype=dtype)
         targets = find_targets(model)
         pieces = cover.cover(
             folder,
@@ -131,9 +126,7 @@ def save(
     Raises:
       ValueError: params are not the model's; every fault is listed.
     """
-    arrays = _flat(nn.meta.unbox(params))
-    targets = find_targets(model)
-    _check_params(arrays, targets)
+    arrays = check_params(model, params)
     sources = {
         source.name: (path, source)
         for path, array in arrays.items()
@@ -158,22 +151,8 @@ def save(
         files.write_json(new / "config.json", model.config.to_hf() | dict(dtype=dtype))
         if (old := pathlib.Path(path) / GENERATION).is_file():
             eos = dict(eos_token_id=list(model.config.eos_token_id) or None)
-            files.write_json(new / GENERATION, configs.read(old) | eos)
+            files.write_json(new / GENERATION, config_file.read(old) | eos)
         files.write_shards(new, sizes, get, max_shard_bytes)
-
-
-def find_targets(model: Model) -> dict[str, Target]:
-    """Each parameter, by its path."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return {
-        path: Target(box.value.shape, np.dtype(box.value.dtype), box.names)
-        for path, box in _flat(boxes).items()
-    }
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return dict(flatten_dict(tree, sep="/"))
 
 
 def is_fused(config: Config) -> bool:
@@ -224,25 +203,16 @@ def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
     return checks.float_dtype("dtype", dtype, "None: as saved.")
 
 
-def _eos_token_id(path: pathlib.Path) -> tuple[int, ...]:
-    """Where transformers stops to generate, if there is a file that says so."""
+def _with_ends(config: Config, path: pathlib.Path) -> Config:
+    """With those where transformers stops to generate, if a file says so."""
     path = path / GENERATION
-    found = configs.read(path).get("eos_token_id") if path.is_file() else None
-    return () if found is None else configs.as_tuple(found)
-
-
-def _check_params(arrays: dict[str, jax.Array], targets: dict[str, Target]) -> None:
-    faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
-    faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
-    for path in arrays.keys() & targets.keys():
-        shape, dtype = arrays[path].shape, arrays[path].dtype
-        if shape != targets[path].shape:
-            faults.append(f"{path} is {shape}, wanted {targets[path].shape}")
-        if dtype.name not in checks.FLOATS:
-            faults.append(f"{path} is {dtype}, wanted {' or '.join(checks.FLOATS)}")
-    if faults:
-        lines = cover.listed(faults)
-        raise ValueError(f"params are not this model's: {lines}")
+    found = config_file.read(path).get("eos_token_id") if path.is_file() else None
+    if found in (None, []):
+        return config
+    try:
+        return dataclasses.replace(config, eos_token_id=config_file.as_tuple(found))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _numbers_in_order(item: tuple[str, Any]) -> str:

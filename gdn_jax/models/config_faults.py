@@ -1,7 +1,9 @@
 """What is wrong with a model's config."""
 
 import dataclasses
-from typing import Any, get_origin
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 # Text models by their `model_type`; a multimodal checkpoint's is without "_text".
@@ -17,6 +19,7 @@ POSITIVE = (
     "linear_key_head_dim",
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
+    "decoder_sparse_step",
     "rms_norm_eps",
     "max_position_embeddings",
 )
@@ -26,51 +29,106 @@ DIVISIBLE = (
 )
 
 
-def faults_of(config: Any):
-    """Of a `Config`, each in words; those of values once all types are right."""
-    wrong = list(_wrong_types(config))
-    yield from wrong or _wrong_values(config)
-
-
-def _wrong_types(config: Any):
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind: Any = get_origin(field.type) or field.type
-        wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool):
-            yield f"{field.name} is {value!r}, wanted {kind.__name__}"
-        elif field.name in POSITIVE and not value > 0:
-            yield f"{field.name} is {value!r}, wanted > 0"
-
-
-def _wrong_values(config: Any):
-    if config.model_type not in MODEL_TYPES:
-        wanted = ", ".join(MODEL_TYPES)
-        yield f"model_type is {config.model_type!r}, wanted one of {wanted}"
-    if not config.layer_types:
-        yield "layer_types is empty"
-    for name in sorted({t for t in config.layer_types if t not in LAYER_TYPES}):
-        yield f"layer_types has {name!r}, wanted {' or '.join(LAYER_TYPES)}"
-    if config.decoder_sparse_step < 1:
-        yield f"decoder_sparse_step is {config.decoder_sparse_step}, wanted >= 1"
-    elif config.intermediate_size < 1:
-        layers = max(config.num_hidden_layers, config.num_mtp_layers)
-        dense = [i for i in range(layers) if not config.is_sparse(i)]
-        if dense:
-            yield f"intermediate_size is 0, but layers {dense} have no experts"
+def faults_of(
+    fields: tuple[dataclasses.Field, ...], values: Mapping[str, Any]
+) -> Iterator[str]:
+    """Of values of a Config's fields, where some may be missing, each fault in words.
+    What hangs on a value that is missing or wrong is not judged."""
+    right = {}
+    for field in fields:
+        if field.name not in values:
+            continue
+        if fault := _wrong_type(field, values[field.name]):
+            yield fault
+        else:
+            right[field.name] = values[field.name]
     for whole, part in DIVISIBLE:
-        if getattr(config, whole) % getattr(config, part):
-            yield (
-                f"{whole} is {getattr(config, whole)}, wanted a multiple of {part} = "
-                f"{getattr(config, part)}"
-            )
-    if config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
-        yield (
-            f"partial_rotary_factor is {config.partial_rotary_factor}, wanted an even "
-            f"part of head_dim = {config.head_dim}"
-        )
-    if config.num_experts and not 0 < config.num_experts_per_tok <= config.num_experts:
-        yield (
-            f"num_experts_per_tok is {config.num_experts_per_tok}, wanted 1 to "
-            f"num_experts = {config.num_experts}"
-        )
+        if {whole, part} <= right.keys() and right[whole] % right[part]:
+            wanted = f"a multiple of {part} = {right[part]}"
+            yield f"{whole} is {right[whole]}, wanted {wanted}"
+    for check in CHECKS:
+        names = inspect.signature(check).parameters.keys()
+        if names <= right.keys():
+            yield from check(**{name: right[name] for name in names})
+
+
+def is_sparse(
+    layer: int,
+    num_experts: int,
+    decoder_sparse_step: int,
+    mlp_only_layers: tuple[int, ...],
+) -> bool:
+    picked = (layer + 1) % decoder_sparse_step == 0
+    return num_experts > 0 and picked and layer not in mlp_only_layers
+
+
+def _wrong_type(field: dataclasses.Field, value: Any) -> str | None:
+    kind: Any = get_origin(field.type) or field.type
+    if not _is_a(value, kind):
+        return f"{field.name} is {value!r}, wanted {kind.__name__}"
+    if kind is tuple:
+        element, _ = get_args(field.type)
+        for each in value:
+            if not _is_a(each, element):
+                return f"{field.name} has {each!r}, wanted {element.__name__}"
+    if field.name in POSITIVE and not value > 0:
+        return f"{field.name} is {value!r}, wanted > 0"
+    return None
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    wanted = (int, float) if kind is float else kind
+    return isinstance(value, wanted) and isinstance(value, bool) == (kind is bool)
+
+
+# Each takes the fields that it judges, by their names.
+
+
+def _model_type(model_type):
+    if model_type not in MODEL_TYPES:
+        wanted = ", ".join(MODEL_TYPES)
+        yield f"model_type is {model_type!r}, wanted one of {wanted}"
+
+
+def _layer_types(layer_types):
+    if not layer_types:
+        yield "layer_types is empty"
+    for name in sorted(set(layer_types) - set(LAYER_TYPES)):
+        yield f"layer_types has {name!r}, wanted {' or '.join(LAYER_TYPES)}"
+
+
+def _dense_layers(
+    intermediate_size,
+    layer_types,
+    num_mtp_layers,
+    num_experts,
+    decoder_sparse_step,
+    mlp_only_layers,
+):
+    experts = num_experts, decoder_sparse_step, mlp_only_layers
+    layers = range(max(len(layer_types), num_mtp_layers))
+    dense = [layer for layer in layers if not is_sparse(layer, *experts)]
+    if dense and intermediate_size < 1:
+        yield f"intermediate_size is 0, but layers {dense} have no experts"
+
+
+def _rotary(head_dim, partial_rotary_factor):
+    share = partial_rotary_factor
+    if not 0 <= share <= 1 or int(head_dim * share) % 2:
+        wanted = f"an even part of head_dim = {head_dim}"
+        yield f"partial_rotary_factor is {share}, wanted {wanted}"
+
+
+def _experts(num_experts, num_experts_per_tok):
+    if num_experts and not 0 < num_experts_per_tok <= num_experts:
+        wanted = f"1 to num_experts = {num_experts}"
+        yield f"num_experts_per_tok is {num_experts_per_tok}, wanted {wanted}"
+
+
+def _ends(eos_token_id):
+    for token in eos_token_id:
+        if token < 0:
+            yield f"eos_token_id has {token}, wanted >= 0"
+
+
+CHECKS = (_model_type, _layer_types, _dense_layers, _rotary, _experts, _ends)

@@ -95,8 +95,11 @@ class Model(nn.Module):
         Args:
           tokens: [N, T] integers. Those outside the vocabulary are taken as its ends.
           state: from `init_state` or the last call; donated under `jax.jit` it is
-            updated in place. None: each row is a whole sequence.
-          rows: [N] int32, which of the state's sequences each row is, all different.
+            updated in place. None: each row is a whole sequence. A model with attention
+            keeps num_positions tokens of a sequence: it is for the caller to count, as
+            the logits of those that come after them are wrong.
+          rows: [N] int32, which of the state's sequences each row is, all different;
+            which is checked of NumPy's alone, since a device's would be waited for.
             None: row n is sequence n, of all.
           num_tokens: [N] int32, how many of the T tokens count, the first ones; 0
             leaves a sequence as it is. None: all. The others' logits mean nothing.

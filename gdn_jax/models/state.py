@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -35,6 +36,15 @@ class ModelState(NamedTuple):
         for layer in self.layers:
             if isinstance(layer, GatedDeltaNetState):
                 return layer.recurrent.shape[0] // self.length.shape[0]
+        return None
+
+    @property
+    def positions(self) -> int | None:
+        """M: tokens of the longest sequence; None without attention, where there is no
+        end."""
+        for layer in self.layers:
+            if isinstance(layer, KVCache):
+                return layer.k.shape[2]
         return None
 
 
@@ -111,12 +121,18 @@ def find_tokens(
         tables[name] = table
     if state is None:
         return Tokens((N, T))
+    # With num_tokens the rest of the T may be padding, for which there is no room.
+    M = state.positions
+    if num_tokens is None and M is not None and T > M:
+        remedy = "Make the state with init_state(num_rows, num_positions) of more."
+        checks.fail("tokens", f"T = {T}", f"at most num_positions = {M}", remedy)
     if takes_part is not None:
         tables["num_tokens"] = jnp.where(tables["takes_part"], jnp.int32(T), 0)
     P, S = state.length.shape[0], state.columns
     if rows is None and N != P:
         remedy = "Give rows, which say which of the state's each is."
         checks.fail("tokens", f"{N} sequences", f"{P}, as the state has", remedy)
+    _check_rows(rows, P)
     if num_accepted is not None and S is not None and T > S:
         remedy = "Make the state with init_state(.., drafts=T - 1)."
         checks.fail("tokens", f"T = {T}", f"at most S = {S} with num_accepted", remedy)
@@ -126,6 +142,16 @@ def find_tokens(
     if num_accepted is not None:
         start = start - 1 + tables["num_accepted"]
     return Tokens((N, T), start=start, **tables)
+
+
+def _check_rows(rows: Any, P: int) -> None:
+    """NumPy's alone: for a device's the call would have to wait."""
+    if not isinstance(rows, np.ndarray):
+        return
+    is_there = (rows >= 0) & (rows < P)
+    if not is_there.all() or np.unique(rows).size < rows.size:
+        wanted = f"all different and in [0, {P})"
+        checks.fail("rows", rows.tolist(), wanted, "A sequence has a row of its own.")
 
 
 def new_length(state: ModelState, tokens: Tokens) -> Array:

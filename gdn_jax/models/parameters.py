@@ -1,0 +1,68 @@
+"""Which parameters a model has, and whether a tree has them."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from gdn_jax.models.cover import Target, listed
+from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
+
+Params = dict[str, Any]
+# A deep model is slow to trace. Models can be hashed, which their type does not say.
+_cached: Any = functools.lru_cache(maxsize=16)
+
+
+@_cached
+def find_targets(model: Model) -> dict[str, Target]:
+    """Each parameter, by its path."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return {
+        path: Target(box.value.shape, np.dtype(box.value.dtype), box.names)
+        for path, box in _flat(boxes).items()
+    }
+
+
+def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
+    """Each parameter, by its path and out of its box.
+
+    Raises:
+      ValueError: this is no model, or these are not its parameters; every fault is
+        listed.
+    """
+    remedy = "Give model and params as models.load does, in this order."
+    if not isinstance(model, Model):
+        checks.fail("model", _type(model), "a gdn_jax.models.Model", remedy)
+    if not isinstance(params, Mapping):
+        checks.fail("params", _type(params), "a tree of parameters", remedy)
+    if params.keys() == {"params"}:
+        remedy = "Give params['params']."
+        checks.fail("params", "it under 'params'", "the tree of parameters", remedy)
+    arrays = _flat(nn.meta.unbox(params))
+    targets = find_targets(model)
+    faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
+    faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
+    for path in arrays.keys() & targets.keys():
+        shape, dtype = arrays[path].shape, arrays[path].dtype
+        if shape != targets[path].shape:
+            faults.append(f"{path} is {shape}, wanted {targets[path].shape}")
+        if dtype.name not in checks.FLOATS:
+            faults.append(f"{path} is {dtype}, wanted {' or '.join(checks.FLOATS)}")
+    if faults:
+        raise ValueError(f"params are not this model's: {listed(faults)}. {remedy}")
+    return arrays
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return dict(flatten_dict(tree, sep="/"))
+
+
+def _type(x: Any) -> str:
+    return f"a {type(x).__name__}"
