@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from reports.style import STYLE, absences, markdown, source
 
+NOT_MEASURED = "What has a dash was not measured."
+
 
 def table(result: dict, product_of: Callable[[dict], str], count: str) -> list[str]:
     """Ours and XLA's of each product, by `row[count]`. Other launches, timed for
@@ -18,18 +20,20 @@ def table(result: dict, product_of: Callable[[dict], str], count: str) -> list[s
         for row in rows
         if "median_us" in row
     }
+    products = dict.fromkeys(map(product_of, rows))
     shown = (
         (
             f"{product}: {STYLE[name][0]}",
             [times.get((product, name, n), "-") for n in counts],
         )
-        for product in dict.fromkeys(map(product_of, rows))
+        for product in products
         for name in ("triton", "xla")
     )
     head = f"microseconds (share of a copy's bandwidth), {count} ="
     lines = markdown(head, map(str, counts), shown)
     missing = absences(rows, lambda row: f"{product_of(row)}, {count} = {row[count]}")
-    return [*lines, "", *missing, source(result)]
+    dashes = [] if len(times) == 2 * len(products) * len(counts) else [NOT_MEASURED]
+    return [*lines, "", *missing, " ".join([source(result), *dashes])]
 
 
 def few_rows(result: dict, folder: pathlib.Path) -> dict[str, str]:
