@@ -1,15 +1,19 @@
 """The command line, as a shell calls it."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+import gdn_jax
 from gdn_jax import _check, cli, testing
 from gdn_jax.cli import checking
+from gdn_jax.training.recipe import Recipe
 
 ONE = ["check", "-k", "decode, KDA"]
 
@@ -24,6 +28,38 @@ def test_info_says_what_none_picks():
     )
     assert found.returncode == 0, found.stderr
     assert "None picks" in found.stdout
+
+
+def test_the_version():
+    found = _run("--version")
+    assert found.exit_code == 0 and found.output == f"gdn-jax {gdn_jax.__version__}\n"
+
+
+def test_train_shows_the_recipes_numbers():
+    """As words, since the recipe would bring Flax with it."""
+    command = typer.main.get_command(cli.app).commands["train"]
+    shown = {option.name: option.show_default for option in command.params}
+    recipe = dataclasses.asdict(Recipe())
+    both = shown.keys() & recipe.keys()
+    assert both == {"steps", "batch", "length", "learning_rate", "seed"}
+    assert {name: shown[name] for name in both} == {
+        name: str(recipe[name]) for name in both
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([__file__], "is a file"),
+        (["run", "--text", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_train_says_what_is_wrong_before_it_works(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = _run("train", *words)
+    assert found.exit_code == 2
+    assert said in re.sub(r"[\s│]+", " ", found.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_prints_a_line_for_each_implementation():

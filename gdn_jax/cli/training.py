@@ -15,21 +15,39 @@ errors = Console(stderr=True, highlight=False)
 def train(
     folder: Annotated[
         pathlib.Path,
-        typer.Argument(help="Of the run; one that is there already goes on."),
+        typer.Argument(
+            file_okay=False, help="Of the run; one that is there already goes on."
+        ),
     ],
     text: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="A text saved by gdn_jax.training.text.save. Default: this Python's."
+            exists=True,
+            dir_okay=False,
+            show_default="this Python's",
+            help="A text saved by gdn_jax.training.text.save.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=2)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Windows of a step.")] = None,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of a window.")
+    steps: Annotated[
+        int | None,
+        typer.Option(min=2, show_default="4000", help="Of the optimiser."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="64", help="Windows of a step."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="1024", help="Bytes of a window."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0, show_default="0.004", help="The highest on the way."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(show_default="0", help="Of parameters and windows."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations.")] = "float32",
     save_every: Annotated[
         int, typer.Option(min=1, help="Steps between saves of the state.")
