@@ -139,11 +139,12 @@ def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (dict(prompts=[1, 2]), r"prompts\[0\] must be a list of token ids; got 1"),
-        (
-            dict(prompts=[[1], "a"]),
-            r"prompts\[1\] must be a list of token ids; got 'a'",
-        ),
+        (dict(prompts=[1, 2]), r"prompts must be a list of lists of token ids; got \["),
+        (dict(prompts="a text"), "prompts must be a list of lists .*; got 'a text'"),
+        (dict(prompts=[[1], "a"]), r"prompts must .* got \[\[1\], 'a'\]. Encode each"),
+        (dict(prompts=3), r"prompts must .* got 3.* give one as \[ids\]"),
+        (dict(prompts=[[1.5]]), r"prompts\[0\] must be a list of token ids; got"),
+        (dict(on_tokens=3), "on_tokens must be a function or None; got 3"),
         (dict(prompts=[[1], [50]]), r"prompts\[1\] must be token ids in \[0, 50\)"),
         (dict(prompts=[[]]), r"prompts\[0\] must be one token at least"),
         (dict(max_tokens=0), "max_tokens must be an int >= 1"),

@@ -14,9 +14,10 @@ from gdn_jax import nn
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def test_every_python_block_runs():
+def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where a block saves
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    generating, *blocks = blocks
+    generating, sampling, engine, *blocks = blocks
     assert len(blocks) == 6
     names = {}
 
@@ -26,6 +27,12 @@ def test_every_python_block_runs():
     run(generating)
     assert [len(text) for text in names["texts"]] == [40, 40]
     assert '"""' in names["tokenizer"].decode(names["texts"][0])
+    run(sampling)
+    assert [result.finish_reason for result in names["results"]] == ["stop"] * 2
+    assert capsys.readouterr().out.count("\n1 ")  # the second text's tokens came
+    run(engine)
+    for request, text in zip(names["requests"], names["texts"], strict=True):
+        assert request.tokens == text
     for block in blocks[:3]:
         run(block)
     assert names["out"].shape == (3, 4, 4, 64) and names["out"].any()

@@ -1,6 +1,6 @@
 """`generate`: prompts to texts in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,8 +91,11 @@ def generate(
     config = model.config
     prompts = [
         token_ids(f"prompts[{i}]", prompt, config.vocab_size)
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(_as_prompts(prompts))
     ]
+    if on_tokens is not None and not callable(on_tokens):
+        remedy = "It is called with a prompt's index and its new tokens."
+        checks.fail("on_tokens", repr(on_tokens), "a function or None", remedy)
     for i, prompt in enumerate(prompts):
         if not prompt:
             wanted, remedy = "one token at least", "Begin with some text."
@@ -138,6 +141,18 @@ def generate(
         Result(request.tokens, request.log_probabilities, str(request.finish_reason))
         for request in requests
     ]
+
+
+def _as_prompts(prompts: Any) -> Sequence[TokenIds]:
+    """One prompt alone, as ids or as text, is a common mistake."""
+    is_many = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+    prompts = list(prompts) if is_many else [prompts]
+    is_one = not is_many or any(np.ndim(prompt) == 0 for prompt in prompts)
+    if is_one:
+        remedy = "Encode each text with the model's tokenizer; give one as [ids]."
+        got = repr(prompts if is_many else prompts[0])[:60]
+        checks.fail("prompts", got, "a list of lists of token ids", remedy)
+    return prompts
 
 
 def make_engine(
