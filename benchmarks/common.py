@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import gdn_jax
 from gdn_jax import testing, timing
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -135,6 +137,17 @@ def check_and_time(
     return row
 
 
+def package_hash() -> str:
+    """Of gdn_jax's sources and tuned launches as they are here, committed or not."""
+    root = pathlib.Path(gdn_jax.__file__).parent
+    files = sorted([*root.rglob("*.py"), *root.rglob("tuned/*.json")])
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.relative_to(root).as_posix().encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
 def header(inputs: str, repeats: int = REPEATS) -> dict[str, Any]:
     def version(package: str) -> str | None:
         try:
@@ -153,6 +166,7 @@ def header(inputs: str, repeats: int = REPEATS) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # a copy of the tree without its .git says its commit by the environment
         "commit": os.environ.get("GDN_JAX_COMMIT") or git("rev-parse", "HEAD"),
+        "package": package_hash(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
         "inputs": inputs,

@@ -200,8 +200,6 @@ def points(model: str, quick: bool, batches: Iterable[int]) -> list[Point]:
 def others_of(path: pathlib.Path, measured: list[Point]) -> list[dict[str, Any]]:
     """The rows of a results file of which no point is measured now, each with the
     commit and the date that it is of."""
-    if not path.is_file():
-        return []
     old = json.loads(path.read_text())
     of = {"commit": old["commit"], "date": old["date"]}
     fields = [field.name for field in dataclasses.fields(Point)]
@@ -259,7 +257,10 @@ def main(
     for name in model:
         file = f"generate_{name.split(',')[0].lower()}.json"
         needed = {point: memory(point) for point in points(name, quick, rows)}
-        others = others_of(committed / file, list(needed))
+        before = next(
+            filter(pathlib.Path.is_file, (folder / file, committed / file)), None
+        )
+        others = others_of(before, list(needed)) if before else []
         run_model(needed, result | {"rows": others}, folder / file)
 
 

@@ -123,9 +123,7 @@ def tuned_row(problem: Problem, rows: list[dict]) -> dict:
         "K": problem.K,
         "V": problem.V,
         "state_dtype": problem.state_dtype,
-        "walk": tuning.find_walk(
-            problem.T if problem.T == 1 or problem.dense else None
-        ),
+        "walk": tuning.find_walk(problem.tokens_per_row, per_k=False),
         "heads": problem.N * problem.HV,
         "config": vars(best["config"]),
         "reason": (

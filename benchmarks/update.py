@@ -23,9 +23,9 @@ INPUTS = "normal q, k, v, a, b, dt_bias; state 0.1 * normal; A in [1, 16]"
 class Problem:
     """One call: N rows of T tokens. T > 1 is a checkpoint verify with T columns.
 
-    `dense` rows lie side by side [N T], so that the kernel knows their length; others
-    are packed, as engines pass them. `gib` makes the pool at least so large: past 4 GiB
-    offsets take 64 bits.
+    `dense` rows lie side by side [N T], as `gdn_jax.Engine` passes them, so that the
+    kernel knows their length; others are packed, as vLLM does. `gib` makes the pool at
+    least so large: past 4 GiB offsets take 64 bits.
     """
 
     N: int
@@ -38,6 +38,11 @@ class Problem:
     act_dtype: str = "bfloat16"
     gib: int = 0
     dense: bool = False
+
+    @property
+    def tokens_per_row(self) -> int | None:
+        """Where the kernel knows it."""
+        return self.T if self.T == 1 or self.dense else None
 
     @property
     def title(self) -> str:
@@ -102,8 +107,8 @@ TOKENS = ("q", "k", "v", "A_log", "a", "b", "dt_bias")
 
 
 def boundaries(problem: Problem) -> jax.Array | None:
-    """`cu_seqlens` of packed rows of several tokens."""
-    if problem.T == 1 or problem.dense:
+    """`cu_seqlens` of packed rows."""
+    if problem.tokens_per_row is not None:
         return None
     return jnp.arange(problem.N + 1, dtype=jnp.int32) * problem.T
 

@@ -27,7 +27,7 @@ def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
         raise IsADirectoryError(f"{path} is a folder. Name a file in it to save to.")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
-        text = f"{path} can be no file, since {above} is none's folder. Save elsewhere."
+        text = f"{path} can be no file, since {above} is no folder. Save elsewhere."
         raise NotADirectoryError(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: _plain(x) for name, x in _named(tree).items()}

@@ -1,5 +1,6 @@
 """What of the benchmarks runs without a GPU: their problems, inputs and checks."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 import gdn_jax
-from gdn_jax import ConvConfig
+from gdn_jax import ConvConfig, testing
 from gdn_jax.training import text
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -214,7 +215,7 @@ def test_a_table_of_each_model_that_was_decoded(monkeypatch, tmp_path):
         _step(8, 0, 3.0, state_dtype="bfloat16"),
         _step(8, 1, 11.0),
         _step(8, 3, 10.0),
-        _step(64, 0, 16.0),
+        _step(64, 0, 16.0, commit="0123456789abcdef"),
         no_room | dict(update="fused", absent="9 of 8 GB"),
     ]
     small = _step(1, 0, 2.0, model="B", gigabytes=dict(weights=1.0))
@@ -231,6 +232,7 @@ def test_a_table_of_each_model_that_was_decoded(monkeypatch, tmp_path):
     assert "| 3 drafts, ms a token | 4.00 (2.50) | - |" in second
     assert "| 3 drafts, tokens/s | 2,000 | - |" in second
     assert "| plain, us saved a layer | -0.5 | -0.5 |" in second
+    assert "Of commit 0123456789: plain, N = 64." in second
     assert "Absent: 3 drafts, N = 64, which needs 9 of 8 GB." in second
     assert "7.00" not in second and "3.00" not in second and "1 draft" not in second
 
@@ -242,6 +244,28 @@ def test_parts_of_a_token_are_its_time(monkeypatch):
     assert generate.parts_of(row) == pytest.approx([0.9, 2.7, 0.4])
     longer = row | dict(kernels_ms_a_step=12.0)
     assert sum(generate.parts_of(longer)) == pytest.approx(row["ms_a_token"])
+
+
+def test_dense_rows_give_what_packed_ones_do(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    update = importlib.import_module("update")
+    packed = update.Problem(2, T=3, H=1, HV=2, K=16, V=8)
+    dense = dataclasses.replace(packed, dense=True)
+    inputs = update.make_inputs(packed)
+    tokens = tuple(inputs[name] for name in update.TOKENS)
+    found = [
+        update.update(
+            inputs["state"], tokens, inputs["slots"][0], inputs["num_accepted"],
+            update.boundaries(problem), unfused=unfused, implementation="xla",
+        )
+        for problem in (packed, dense)
+        for unfused in (False, True)
+    ]  # fmt: skip
+    assert update.boundaries(dense) is None is not update.boundaries(packed)
+    for state, out in found[1:]:
+        assert testing.relative_error(state, found[0][0]) < 1e-6
+        assert out.shape == (6, 2, 8) == found[0][1].shape
+        assert testing.relative_error(out, found[0][1]) < 1e-2  # bfloat16
 
 
 FEW_ROWS = dict(name="out", L=8, D=64, columns=[32, 16])

@@ -55,7 +55,6 @@ def test_the_least_bytes_of_a_step(small_model):
 def test_a_part_measured_again_keeps_the_other_rows(small_model, tmp_path):
     geometries, generate, _ = small_model
     path = tmp_path / "generate_small.json"
-    assert generate.others_of(path, []) == []
 
     def row(N, **others):
         point = geometries.Point("small", N, 0, "float32")

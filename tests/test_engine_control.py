@@ -26,7 +26,7 @@ from jax.errors import JaxRuntimeError
 
 from gdn_jax import Engine, generate, models
 from gdn_jax.generation import engine as engine_module
-from gdn_jax.generation import steps
+from gdn_jax.generation import sizes, steps
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -261,6 +261,23 @@ def test_a_state_larger_than_memory_is_not_made(monkeypatch):
     monkeypatch.setattr(engine_module, "init_state", pytest.fail)
     with pytest.raises(MemoryError, match=r"\(num_rows = 1000000000, num_positions"):
         make_engine(num_rows=10**9)
+
+
+def test_memory_is_a_containers_where_that_is_less(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(sizes, "CONTAINER", limit)
+    monkeypatch.setattr(engine_module, "init_state", lambda *_: None)
+    for text, is_refused in (("max\n", False), ("1000\n", True)):
+        limit.write_text(text)
+        if is_refused:
+            with pytest.raises(MemoryError, match="too little memory"):
+                make_engine()
+        else:
+            make_engine()
+
+
+def test_a_block_is_no_longer_than_a_text():
+    assert make_engine(steps_per_call=10**9).sizes.steps_per_call == 96
 
 
 def test_a_lost_state_is_told(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import inspect
 import signal
 import subprocess
 import sys
+import types
 
 import flax.linen
 import jax
@@ -177,6 +178,16 @@ def test_what_is_no_model_or_not_its_parameters_is_told(monkeypatch):
     )
     for wrong, text in (
         ((params, model), "model must be a gdn_jax.models.Model; got a dict. Give"),
+        ((model, types.MappingProxyType(params)), "params must be a tree of param"),
+        ((model, params | {3: jnp.zeros(1)}), "model's: 3 is no parameter. Give model"),
+        (
+            (model, params | dict(norm=dict(weight=1.0))),
+            "norm/weight is a float, ",
+        ),
+        (
+            (model, params | dict(norm=dict(weight=None))),
+            "is a NoneType, wanted",
+        ),
         ((model, None), "params must be a tree of parameters; got a NoneType. Give"),
         ((model, dict(params=params)), "it under 'params'. Give params.'params'"),
         ((model, stranger), "not this model's: head/bias is no parameter. Give model"),

@@ -1,5 +1,8 @@
 """Launches other than the interpreter's own: warps, several tiles, tails; the table."""
 
+import importlib
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,9 @@ import gdn_jax
 from gdn_jax import testing
 from gdn_jax.ops.gated_delta import tuning
 from gdn_jax.ops.gated_delta.tile import Tile
+from gdn_jax.ops.gated_delta.triton import group_at
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 CONFIGS = [
     gdn_jax.LaunchConfig(block_v=8, lanes_v=4, tiles=2, num_warps=2),
@@ -107,6 +113,42 @@ def test_few_tokens_that_were_not_measured_take_the_rows_of_any(monkeypatch):
     rows = tuple(row for row in tuning.table("NVIDIA H200") if row.walk != "few")
     monkeypatch.setattr(tuning, "table", lambda kind: rows)
     assert _find("float32", 32, walk="few") == _find("float32", 32, walk="any")
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_row", "per_k", "walk"),
+    [
+        (1, False, "one"),
+        (1, True, "one"),
+        (2, False, "few"),
+        (4, False, "few"),
+        (4, True, "any"),
+        (5, False, "any"),
+        (None, False, "any"),
+    ],
+)
+def test_how_a_row_is_walked(tokens_per_row, per_k, walk):
+    assert tuning.find_walk(tokens_per_row, per_k) == walk
+
+
+def test_what_a_benchmark_tunes_is_what_a_call_takes(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tune = importlib.import_module("tune")
+    walks = {"decode": "one", "verify": "any", "few": "few", "olmo": "one"}
+    for suite, walk in walks.items():
+        for problem in tune.SUITES[suite]:
+            rows = [
+                dict(config=config, us=1.0)
+                for config in tune.candidates(problem)  # the heuristic among them
+            ]
+            assert tune.tuned_row(problem, rows)["walk"] == walk
+            assert (tune.update.boundaries(problem) is None) == (walk != "any")
+
+
+def test_a_group_reads_no_token_past_the_last():
+    assert group_at(np.int32(2), np.int32(9)).tolist() == [2, 3, 4, 5]
+    assert group_at(np.int32(8), np.int32(9)).tolist() == [8, 9, 9, 9]
+    assert group_at(np.int32(12), np.int32(9)).tolist() == [9, 9, 9, 9]
 
 
 @pytest.mark.parametrize("unknown", [dict(device="NVIDIA H20"), dict(K=80)])

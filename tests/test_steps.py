@@ -37,14 +37,16 @@ def _update(state, tokens, constants, slots, path, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kda", [False, True], ids=["one decay", "KDA"])
-def test_dense_call_equals_single_steps(path, kda):
-    case = testing.Case("steps", (5, 5), H=4 if kda else 2, K=64, V=32, kda=kda)
+@pytest.mark.parametrize(
+    ("T", "kda"), [(2, False), (4, False), (5, False), (9, False), (5, True)]
+)
+def test_dense_call_equals_single_steps(path, T, kda):
+    case = testing.Case("steps", (T, T), H=4 if kda else 2, K=64, V=32, kda=kda)
     (state, q, k, v, A_log, a, b, dt_bias), kwargs = testing.make(case, 1)
     slots = kwargs["slots"]
     tokens, constants = (q, k, v, a, b), (A_log, dt_bias)
     want, outs = jnp.asarray(state), []
-    for t in range(5):
+    for t in range(T):
         step = tuple(x[:, t] for x in tokens)
         want, out = _update(want, step, constants, slots, path)
         outs.append(out)
@@ -56,7 +58,13 @@ def test_dense_call_equals_single_steps(path, kda):
 def test_verify_equals_single_steps(path):
     """Every checkpoint of a ragged verify, and a step from each accepted count."""
     case = testing.Case(
-        "verify", (4, 2, 3), K=64, V=32, tokens="packed", slots="checkpoints"
+        "verify",
+        (4, 9, 2, 3),
+        K=64,
+        V=32,
+        tokens="packed",
+        slots="checkpoints",
+        columns=9,
     )
     (state, *tokens, dt_bias), kwargs = testing.make(case, 2)
     q, k, v, A_log, a, b = tokens

@@ -100,8 +100,11 @@ def test_arrays_are_decoded_as_lists(loaded, name):
 )
 def test_what_are_no_tokens_is_told(loaded, name, tokens, told, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    tokenizer = loaded[name]
     with pytest.raises(ValueError, match=told):
-        loaded[name].decode(tokens)
+        tokenizer.decode(tokens)
+    with pytest.raises(ValueError, match="tokens must be"):
+        list(tokenizer.decode_stream(tokens))
 
 
 def test_tokens_that_only_the_models_table_has_are_no_text(tmp_path):
@@ -111,6 +114,9 @@ def test_tokens_that_only_the_models_table_has_are_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"got \[400\]"):
         alone.decode(tokens)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | dict(vocab_size=401)))
+    assert load_tokenizer(tmp_path).decode(tokens) == "the"
+    others = dict(model_type="llama", vocab_size=401, novelty=1)  # no model of ours
+    (tmp_path / "config.json").write_text(json.dumps(others))
     assert load_tokenizer(tmp_path).decode(tokens) == "the"
 
 

@@ -4,7 +4,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-from reports.style import legend, markdown, source
+from reports.style import SHOWN, legend, markdown, source
 
 STATE = "float32"
 DRAFTS = (0, 3)  # that are shown
@@ -93,14 +93,15 @@ def table(result: dict) -> list[str]:
 
 def earlier(result: dict) -> list[str]:
     """What of a table was measured at other commits than its file's last run."""
-    batches: dict[str, set[int]] = {}
+    batches: dict[tuple[str, int], list[int]] = {}
     for drafts in DRAFTS:
-        for N, row in rows_of(result, drafts).items():
-            if row.get("commit", result["commit"]) != result["commit"]:
-                batches.setdefault(row["commit"][:10], set()).add(N)
+        for N, row in sorted(rows_of(result, drafts).items()):
+            commit = row.get("commit", result["commit"])[:SHOWN]
+            if commit != result["commit"][:SHOWN]:
+                batches.setdefault((commit, drafts), []).append(N)
     return [
-        f"N = {', '.join(map(str, sorted(each)))}: commit {commit}."
-        for commit, each in batches.items()
+        f"Of commit {commit}: {title_of(drafts)}, N = {', '.join(map(str, each))}."
+        for (commit, drafts), each in batches.items()
     ]
 
 

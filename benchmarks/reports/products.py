@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
+
 from reports.style import STYLE, absences, markdown, source
 
 NOT_MEASURED = "What has a dash was not measured."
@@ -29,11 +31,23 @@ def table(result: dict, product_of: Callable[[dict], str], count: str) -> list[s
         for product in products
         for name in ("triton", "xla")
     )
+    us = {
+        (product_of(row), row["contender"], row[count]): row["median_us"]
+        for row in rows
+        if "median_us" in row
+    }
+    behind = [
+        f"{product} at {n}"
+        for product in products
+        for n in counts
+        if us.get((product, "xla", n), np.inf) < us.get((product, "triton", n), 0)
+    ]
+    slower = [f"XLA's are faster: {'; '.join(behind)}."] if behind else []
     head = f"microseconds (share of a copy's bandwidth), {count} ="
     lines = markdown(head, map(str, counts), shown)
     missing = absences(rows, lambda row: f"{product_of(row)}, {count} = {row[count]}")
     dashes = [] if len(times) == 2 * len(products) * len(counts) else [NOT_MEASURED]
-    return [*lines, "", *missing, " ".join([source(result), *dashes])]
+    return [*lines, "", *missing, " ".join([source(result), *slower, *dashes])]
 
 
 def few_rows(result: dict, folder: pathlib.Path) -> dict[str, str]:

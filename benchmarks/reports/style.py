@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+SHOWN = 10  # digits of a commit
 # Okabe and Ito's colours, for the colour-blind too, and a marker for each.
 STYLE = {
     "triton": ("gdn_jax", "#D55E00", "o"),
@@ -76,7 +77,7 @@ def absences(rows: list[dict], title_of: Callable[[dict], str]) -> list[str]:
 def source(result: dict) -> str:
     text = (
         f"{result['device']}, JAX {result['versions']['jax']}, {result['date'][:10]}, "
-        f"commit {result['commit'][:10]}"
+        f"commit {result['commit'][:SHOWN]}"
     )
     if "copy_tb_per_s" not in result:
         return f"{text}."

@@ -74,7 +74,8 @@ class Engine:
           num_positions: M, tokens of the longest prompt with its text and drafts.
           speculative: D, drafts of a step by the multi-token prediction head, 8 at
             most; 0 for plain decoding.
-          steps_per_call: most steps of a block; tokens are seen after each block.
+          steps_per_call: most steps of a block, num_positions at most; tokens are seen
+            after each block.
           prefill_tokens: most tokens of prompts read in one call, padding included.
           max_stop: most tokens of a request's `stop`.
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
+CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")  # of Linux; bytes
 # A draft hangs on those before it, so that fewer and fewer stand; and each is a part of
 # the step's program, so that many compile without end.
 MOST_DRAFTS = 8
@@ -47,6 +49,8 @@ def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
     remedy = "float32 keeps most of a long text."
     dtype = checks.float_dtype("recurrent_dtype", recurrent_dtype, remedy)
     sizes = {name: int(size) for name, size in sizes.items()}
+    # A longer block would run no further, and take memory for what it might write.
+    sizes["steps_per_call"] = min(sizes["steps_per_call"], sizes["num_positions"])
     return Sizes(speculative=drafts, recurrent_dtype=dtype.name, **sizes)
 
 
@@ -79,9 +83,12 @@ def _device_bytes() -> int | None:
     device = next(iter(jnp.zeros(()).devices()))
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if CONTAINER.is_file() and (text := CONTAINER.read_text().strip()).isdecimal():
+        limits.append(int(text))  # "max" where there is none
+    return min(limits, default=None)
 
 
 def too_large(sizes: Sizes, num_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
 
@@ -21,6 +22,7 @@ POSITIVE = (
     "linear_conv_kernel_dim",
     "decoder_sparse_step",
     "rms_norm_eps",
+    "rope_theta",
     "max_position_embeddings",
 )
 DIVISIBLE = (
@@ -71,7 +73,7 @@ def _wrong_type(field: dataclasses.Field, value: Any) -> str | None:
         for each in value:
             if not _is_a(each, element):
                 return f"{field.name} has {each!r}, wanted {element.__name__}"
-    if field.name in POSITIVE and not value > 0:
+    if field.name in POSITIVE and not 0 < value < math.inf:
         return f"{field.name} is {value!r}, wanted > 0"
     return None
 
@@ -109,7 +111,8 @@ def _dense_layers(
     layers = range(max(len(layer_types), num_mtp_layers))
     dense = [layer for layer in layers if not is_sparse(layer, *experts)]
     if dense and intermediate_size < 1:
-        yield f"intermediate_size is 0, but layers {dense} have no experts"
+        size = intermediate_size
+        yield f"intermediate_size is {size}, but layers {dense} have no experts"
 
 
 def _rotary(head_dim, partial_rotary_factor):
@@ -119,10 +122,17 @@ def _rotary(head_dim, partial_rotary_factor):
         yield f"partial_rotary_factor is {share}, wanted {wanted}"
 
 
-def _experts(num_experts, num_experts_per_tok):
-    if num_experts and not 0 < num_experts_per_tok <= num_experts:
+def _experts(num_experts, num_experts_per_tok, moe_intermediate_size):
+    if num_experts < 0:
+        yield f"num_experts is {num_experts}, wanted >= 0"
+    if num_experts <= 0:
+        return
+    if not 0 < num_experts_per_tok <= num_experts:
         wanted = f"1 to num_experts = {num_experts}"
         yield f"num_experts_per_tok is {num_experts_per_tok}, wanted {wanted}"
+    if moe_intermediate_size < 1:
+        size = moe_intermediate_size
+        yield f"moe_intermediate_size is {size}, wanted >= 1 where there are experts"
 
 
 def _ends(eos_token_id):

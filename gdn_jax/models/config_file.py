@@ -106,14 +106,14 @@ def fields_of(
     types = {field.name: str(field.type) for field in known}
     config = {k: v for k, v in config.items() if k not in INERT}
     # A null says what leaving the key out says, but where no key is known.
-    read = {*types, *FIXED, *MTP_KEYS, *ROPE_KEYS, *OTHER_KEYS}
-    config = {k: v for k, v in config.items() if v is not None or k not in read}
+    keys = {*types, *FIXED, *MTP_KEYS, *ROPE_KEYS, *OTHER_KEYS}
+    config = {k: v for k, v in config.items() if v is not None or k not in keys}
     faults = []
     for key, allowed in FIXED.items():
         if (value := config.pop(key, allowed[0])) not in allowed:
             faults.append(f"{key} is {value!r}, only {allowed[0]!r} is built")
-    given = _layer_types(config, faults) | _rope(config, faults)
-    given["num_mtp_layers"] = _mtp_layers(config, faults)
+    given = _pop_layer_types(config, faults) | _pop_rope(config, faults)
+    given["num_mtp_layers"] = _pop_mtp_layers(config, faults)
     for key, value in config.items():
         if key not in types:
             faults.append(f"unknown key {key!r} ({HINTS.get(key, repr(value))})")
@@ -128,7 +128,7 @@ def fields_of(
     return {key: fields[key] for key in fields if key not in missing}, faults
 
 
-def _layer_types(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+def _pop_layer_types(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     """layer_types, which are attention every so often where the file names none; {}
     where a fault says why."""
     if not {"layer_types", "num_hidden_layers"} & config.keys():
@@ -156,7 +156,7 @@ def _pop_count(
     return value
 
 
-def _rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+def _pop_rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     """rope_theta and partial_rotary_factor, from their old or their new place."""
     found = {key: config.pop(key) for key in ROPE_KEYS if key in config}
     rope = config.pop("rope_parameters", {})
@@ -174,7 +174,7 @@ def _rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _mtp_layers(config: dict[str, Any], faults: list[str]) -> int:
+def _pop_mtp_layers(config: dict[str, Any], faults: list[str]) -> int:
     kinds = map(repr, as_tuple(config.pop("mtp_layer_types", LAYER_TYPES[1])))
     for kind in sorted(set(kinds) - {repr(LAYER_TYPES[1])}):
         faults.append(f"mtp_layer_types has {kind}, only {LAYER_TYPES[1]!r} is built")

@@ -1,13 +1,13 @@
 """Which parameters a model has, and whether a tree has them."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict
 
 from gdn_jax.models.cover import Target, listed
@@ -40,17 +40,21 @@ def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
     remedy = "Give model and params as models.load does, in this order."
     if not isinstance(model, Model):
         checks.fail("model", _type(model), "a gdn_jax.models.Model", remedy)
-    if not isinstance(params, Mapping):
+    if not isinstance(params, dict | FrozenDict):
         checks.fail("params", _type(params), "a tree of parameters", remedy)
     if params.keys() == {"params"}:
         remedy = "Give params['params']."
         checks.fail("params", "it under 'params'", "the tree of parameters", remedy)
-    arrays = _flat(nn.meta.unbox(params))
+    arrays = nn.meta.unbox(_flat(params))
     targets = find_targets(model)
     faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
     faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
     for path in arrays.keys() & targets.keys():
-        shape, dtype = arrays[path].shape, arrays[path].dtype
+        shape = getattr(arrays[path], "shape", None)
+        dtype = getattr(arrays[path], "dtype", None)
+        if shape is None or dtype is None:
+            faults.append(f"{path} is {_type(arrays[path])}, wanted an array")
+            continue
         if shape != targets[path].shape:
             faults.append(f"{path} is {shape}, wanted {targets[path].shape}")
         if dtype.name not in checks.FLOATS:
@@ -61,7 +65,9 @@ def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    return dict(flatten_dict(tree, sep="/"))
+    """By paths, whatever the keys are."""
+    flat = flatten_dict(unfreeze(tree))
+    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 
 
 def _type(x: Any) -> str:

@@ -1,7 +1,7 @@
 """Text to tokens and back."""
 
-import operator
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 from jax import Array
 
+from gdn_jax.models import config_file
 from gdn_jax.models.config import Config
 from gdn_jax.ops import checks
 
@@ -36,12 +37,16 @@ class Tokenizer(Protocol):
 
     def decode_stream(self, tokens: TokenIds | Iterable[int]) -> Iterator[str]:
         """The text that each token adds, whole characters alone, and at the end what is
-        left. All of it together is what `decode` makes of the tokens."""
+        left. All of it together is what `decode` makes of the tokens.
+
+        Raises:
+          as `decode`.
+        """
         # Decoded are a few tokens at a time: those since the last whole character,
         # behind those before them, since some tokenizers part words by spaces.
         before, window, shown = [], [], 0
         for token in tokens:
-            window.append(operator.index(token))  # an array has its own kind of ints
+            window += token_ids("tokens", [token], sys.maxsize, OTHERS)
             text = self.decode(before + window)
             # A character that has only begun is one U+FFFD; what is before it stands.
             whole = text.removesuffix(REPLACEMENT)
@@ -89,18 +94,22 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
       ValueError: a file is broken.
     """
     path = pathlib.Path(path)
-    file = path / FILE
-    if file.is_file() and not (path / "config.json").is_file():
-        return FileTokenizer(file)
-    vocab_size = Config.from_hf(path).vocab_size
+    file, config = path / FILE, path / "config.json"
     if file.is_file():
-        return FileTokenizer(file, vocab_size)
+        return FileTokenizer(file, _vocab_size(config) if config.is_file() else 0)
+    vocab_size = Config.from_hf(path).vocab_size
     if vocab_size != ByteTokenizer.vocab_size:
         raise FileNotFoundError(
             f"no {file}, and with vocab_size {vocab_size} tokens are no bytes. "
             "Download the model's."
         )
     return ByteTokenizer()
+
+
+def _vocab_size(config: pathlib.Path) -> int:
+    """Of a model that need not be one of ours; 0 where it does not say."""
+    size = config_file.text_of(config_file.read(config)).get("vocab_size")
+    return size if isinstance(size, int) else 0
 
 
 class ByteTokenizer(Tokenizer):

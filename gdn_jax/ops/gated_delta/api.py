@@ -253,7 +253,9 @@ def _paths(x: Inputs, options: Options, config: LaunchConfig | None):
             V,
             x.state.dtype,
             heads=x.num_rows * x.v.shape[1],
-            walk=tuning.find_walk(options.tokens_per_row),
+            walk=tuning.find_walk(
+                options.tokens_per_row, x.gates.per_token[0].ndim == 3
+            ),
         )
         return run(COMPILED, options, launch, x)
 

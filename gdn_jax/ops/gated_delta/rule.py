@@ -54,7 +54,7 @@ def _log1p(x: Array) -> Array:
     return x * functools.reduce(lambda total, c: total * x + c, LOG1P[::-1])
 
 
-# For a kernel whose lanes all compute the gates of one token: two thirds of the
+# For a kernel whose every program computes the gates of its tokens: two thirds of the
 # instructions of a GPU's own functions, to 2e-7. Without gradients.
 QUICK = Functions(_exp, _log1p, lambda x: 1.0 / (1.0 + _exp(-x)))
 

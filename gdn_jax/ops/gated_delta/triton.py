@@ -115,26 +115,26 @@ def _walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "_Store") ->
         v = tile.load_v(x.v, at, store.head)
         return keys, logits, v, _load_target(x, row, step)
 
-    def take(gates, step, carry):
+    def take(find_gates, step, carry):
         state, (keys, logits, v, target) = carry
         following = load(step + 1)
         token, v = tokens.prepare(keys), v.astype(jnp.float32)
-        decay, beta = gates(step, logits)
+        decay, beta = find_gates(step, logits)
         state, out = rule.update(state, token, decay, beta, v, tokens.arithmetic)
         store.token(tile, step, state, out, target, True)
         return state, following
 
-    def begin():
+    def begin_carry():
         return unpack(loaded), load(np.int32(0))
 
     steps = jnp.where(row.live, row.length, np.int32(0))
     if alone:
         own = functools.partial(take, lambda step, logits: tokens.gate(logits))
-        state, _ = lax.fori_loop(0, steps, own, begin())
+        state, _ = lax.fori_loop(0, steps, own, begin_carry())
     else:
-        is_one_group = find_walk(store.options.tokens_per_row) == "few"
+        is_one_group = find_walk(store.options.tokens_per_row, tokens.per_k) == "few"
         groups = _Groups(tokens, row.begin, last, steps)
-        state, _ = groups.walk(begin, take, is_one_group)
+        state, _ = groups.walk(begin_carry, take, is_one_group)
     dead = jnp.where(row.live, np.int32(0), row.length)
     store.clear(tile, dead)
     store.end(tile, state)
@@ -142,42 +142,50 @@ def _walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "_Store") ->
 
 class _Groups(NamedTuple):
     """A row's tokens by groups. Every lane of a program would find the same gates; so a
-    lane finds those of one token of a group, and each step takes them from there."""
+    lane finds those of one token of a group, and each step takes them from there.
+
+    `begin` is the row's first token, `last` the last of any row.
+    """
 
     tokens: Tokens
     begin: Array
     last: np.int32
     steps: Array
 
-    def walk(self, begin: Callable[[], Any], take: Callable[..., Any], is_one: bool):
+    def walk(
+        self, begin_carry: Callable[[], Any], take: Callable[..., Any], is_one: bool
+    ) -> Any:
         size = np.int32(GROUP)
-        logits = self._load(np.int32(0))
-        carry = begin()
+        loaded = self._load(np.int32(0))
+        carry = begin_carry()
         if is_one:
-            gates = self.tokens.gate(logits)
+            gates = self.tokens.gate(loaded)
             return self._walk_one(np.int32(0), gates, take, carry)
 
         def walk_next(number, carry):
-            (logits, carry), first = carry, number * size
-            gates = self.tokens.gate(logits)
+            (loaded, carry), first = carry, number * size
+            gates = self.tokens.gate(loaded)
             following = self._load(first + size)
             return following, self._walk_one(first, gates, take, carry)
 
         groups = (self.steps + size - 1) // size
-        return lax.fori_loop(0, groups, walk_next, (logits, carry))[1]
+        return lax.fori_loop(0, groups, walk_next, (loaded, carry))[1]
 
-    def _load(self, first):
-        at = jnp.minimum(self.begin + first + _members(), self.last)
-        return self.tokens.load_gates(at)
+    def _load(self, first: Array | np.int32) -> Any:
+        return self.tokens.load_gates(group_at(self.begin + first, self.last))
 
-    def _walk_one(self, first, gates, take: Callable[..., Any], carry):
-        def pick(step, logits):
-            del logits  # a token has none of its own here
+    def _walk_one(self, first, gates, take: Callable[..., Any], carry) -> Any:
+        def pick(step, _):
             is_it = _members() == step - first
             return tuple(jnp.sum(jnp.where(is_it, each, 0.0)) for each in gates)
 
         end = jnp.minimum(self.steps, first + np.int32(GROUP))
         return lax.fori_loop(first, end, functools.partial(take, pick), carry)
+
+
+def group_at(first: Array | np.int32, last: np.int32) -> Array:
+    """The tokens of a group; past the last of all, where nothing lies, that one."""
+    return jnp.minimum(first + _members(), last)
 
 
 def _members() -> Array:

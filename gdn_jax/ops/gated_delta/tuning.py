@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from gdn_jax._triton import check_launch
 
 MAX_HEAD_DIM = 256  # of K and V: what fits a program
-GROUP = 4  # tokens whose gates are found at once; with 8, registers spill occupancy
+GROUP = 4  # tokens whose gates are found at once: those that verify three drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +93,16 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
 Walk = Literal["one", "few", "any"]
 
 
-def find_walk(tokens_per_row: int | None) -> Walk:
+def find_walk(tokens_per_row: int | None, per_k: bool) -> Walk:
     """How the kernel goes over a row's tokens: one without a loop, a group of them
     whose gates are found at once, or group by group where the host does not know how
-    many there are, or they are more."""
-    if tokens_per_row is None or tokens_per_row > GROUP:
+    many there are, or they are more. Decays of each K (`per_k`) are found one token
+    after another."""
+    if tokens_per_row == 1:
+        return "one"
+    if tokens_per_row is None or tokens_per_row > GROUP or per_k:
         return "any"
-    return "one" if tokens_per_row == 1 else "few"
+    return "few"
 
 
 @dataclasses.dataclass(frozen=True)
