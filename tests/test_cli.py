@@ -8,14 +8,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from gdn_jax import _check, cli, testing
+from gdn_jax import _check, testing
 from gdn_jax.cli import checking
+from gdn_jax.cli.commands import app
 
 ONE = ["check", "-k", "decode, KDA"]
 
 
 def _run(*words):
-    return CliRunner().invoke(cli.app, words)
+    return CliRunner().invoke(app, words)
 
 
 def test_info_says_what_none_picks():

@@ -12,13 +12,14 @@ import pytest
 from engines import make
 from typer.testing import CliRunner
 
-from gdn_jax import cli, models
+from gdn_jax import models
+from gdn_jax.cli.commands import app
 
 SHORT = ["--max-tokens", "40", "--temperature", "0"]
 
 
 def generate(*words, text=None):
-    return CliRunner().invoke(cli.app, ["generate", *words], input=text)
+    return CliRunner().invoke(app, ["generate", *words], input=text)
 
 
 @pytest.fixture(scope="session")
