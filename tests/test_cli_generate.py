@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from gdn_jax import models
 from gdn_jax.cli.commands import app
+from gdn_jax.generation import steps
 
 SHORT = ["--max-tokens", "40", "--temperature", "0"]
 
@@ -99,9 +100,38 @@ def test_ctrl_c_between_two_calls_loses_no_text(plain, monkeypatch, interruptibl
     monkeypatch.setattr("rich.status.Status.update", update)
     result = generate(*SHORT, "--batch", "-", text="class Lock\ndef read_\n")
     assert result.exit_code == 130 and "prefill 19 tokens" in result.stderr
+    assert "interrupted: 0 of 2 texts finished" in result.stderr
     first, second = result.stdout.split("-" * 40 + "\n")[1:]
     assert first.startswith("class Lock") and len(first) == len("class Lock") + 2
     assert second[:-1] == plain.stdout[: len("def read_") + 1]
+
+
+def test_after_ctrl_c_texts_that_never_began_are_not_shown(monkeypatch, interruptible):
+    def update(_, text):
+        if text.startswith("1 of 3"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("rich.status.Status.update", update)
+    words = ["--max-tokens", "10", "--temperature", "0", "--rows", "1", "--batch", "-"]
+    result = generate(*words, text="def read_\nclass Lock\ndef a\n")
+    assert result.exit_code == 130
+    [shown] = result.stdout.split("-" * 40 + "\n")[1:]
+    assert shown.startswith("def read_")
+    assert "interrupted: 1 of 3 texts finished" in result.stderr
+    assert "unfinished" not in result.stderr
+
+
+def test_ctrl_c_while_compiling_says_what_it_waits_for(monkeypatch, interruptible):
+    def prefill(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    original = steps.prefill
+    monkeypatch.setattr(steps, "prefill", prefill)
+    result = generate("def read_", *SHORT)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "press again to stop at once\n" in result.stderr
+    assert "interrupted: 0 of 1 texts finished" in result.stderr
 
 
 # A process that was started in the background ignores Ctrl-C, and so do its children.
@@ -147,6 +177,9 @@ def test_ctrl_c_ends_a_batch_with_what_there_is(tmp_path):
         process.wait()
     told = re.search(rb"prefill 15 tokens, .* decode (\d+) tokens", err.read_bytes())
     assert told
+    assert b"press again to stop at once" in err.read_bytes()
+    for number in (b"1", b"2"):
+        assert b"[text " + number + b" is unfinished]" in err.read_bytes()
     # What is no character is written as one of three bytes.
     least = 1 + int(told[1]) // 2
     texts = out.read_bytes().split(b"-" * 40 + b"\n")[1:]

@@ -14,7 +14,7 @@ import threading
 from types import FrameType, TracebackType
 
 STATUS = 130  # what shells have for Ctrl-C
-SHOW_CURSOR = b"\x1b[?25h"
+SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class CtrlC:
@@ -76,8 +76,7 @@ class CtrlC:
 
 
 def _end() -> None:
-    """By the system's call alone: the main thread may hold a stream's lock."""
-    for stream in (1, 2):
-        if os.isatty(stream):
-            os.write(stream, SHOW_CURSOR)  # which a bar or a spinner hides
+    """By the system's calls alone: the main thread may hold a stream's lock."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)  # which a bar or a spinner hides
     os._exit(STATUS)

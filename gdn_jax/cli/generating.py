@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from gdn_jax.cli.ctrl_c import STATUS, CtrlC
+
 if TYPE_CHECKING:
     from gdn_jax.generation.engine import Engine
     from gdn_jax.generation.requests import Request
     from gdn_jax.models.tokenizer import Tokenizer
 
 PROMPT = "def read_"  # of the shipped model, which writes Python's documentation
+WARNING = "stopping after the program at hand; press again to stop at once"
 notes = Console(stderr=True, highlight=False)  # stdout has the texts alone
 
 
@@ -72,24 +75,28 @@ def generate(
             num_rows=rows,
         )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
-        with notes.status("compiling"):
-            _warm_up(engine, tokens, max_tokens, asked)
-        requests = [
-            engine.submit(
-                prompt, max_tokens=max_tokens, seed=prompt_seed(seed, i), **asked
-            )
-            for i, prompt in enumerate(tokens)
-        ]
-        if len(requests) == 1:
-            _stream(prompts[0], requests[0], tokenizer, _run(engine, seconds))
-        else:
-            _list(prompts, requests, tokenizer, _run(engine, seconds))
+        with CtrlC(WARNING) as ctrl_c:
+            with notes.status("compiling"):
+                _warm_up(engine, tokens, max_tokens, asked, ctrl_c)
+            requests = [
+                engine.submit(
+                    prompt, max_tokens=max_tokens, seed=prompt_seed(seed, i), **asked
+                )
+                for i, prompt in enumerate(tokens)
+            ]
+            show = _stream if len(requests) == 1 else _list
+            if not ctrl_c.came:
+                show(prompts, requests, tokenizer, _run(engine, seconds, ctrl_c))
     except (ValueError, OSError, MemoryError) as error:
         notes.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    notes.print(seconds.report(engine), style="dim")
-    if any(request.finish_reason is None for request in requests):
-        raise typer.Exit(130)  # what shells have for Ctrl-C
+    finished = sum(request.finish_reason is not None for request in requests)
+    if finished < len(requests):
+        notes.print(f"interrupted: {finished} of {len(requests)} texts finished")
+    if engine.figures.prefilled:
+        notes.print(seconds.report(engine), style="dim")
+    if finished < len(requests):
+        raise typer.Exit(STATUS)
 
 
 @dataclasses.dataclass
@@ -145,41 +152,45 @@ def _load(
 
 
 def _warm_up(
-    engine: "Engine", prompts: list[list[int]], max_tokens: int, asked: dict[str, Any]
+    engine: "Engine",
+    prompts: list[list[int]],
+    max_tokens: int,
+    asked: dict[str, Any],
+    ctrl_c: CtrlC,
 ) -> None:
     """Compiles what prompts that are read at once need, so that the figures are of
     their work alone; of more, other lengths may still be compiled on the way."""
     for prompt in prompts[: engine.sizes.num_rows]:
         engine.submit(prompt, max_tokens=min(2, max_tokens), stop=(), **asked)
-    for _ in engine.run():
-        pass
+    while engine.requests and not ctrl_c.came:
+        engine.step()
     engine.figures = type(engine.figures)()
 
 
-def _run(engine: "Engine", seconds: Seconds) -> "Iterator[list[Request]]":
+def _run(
+    engine: "Engine", seconds: Seconds, ctrl_c: CtrlC
+) -> "Iterator[list[Request]]":
     """As `engine.run`, and keeps the time. Ctrl-C ends it behind the call at hand, also
     where it comes while a caller shows what there is, so that all of it is shown."""
-    from gdn_jax.generation.interrupts import Interrupts
-
-    with Interrupts() as interrupts:
-        while engine.requests and not interrupts.came:
-            begin, steps = time.perf_counter(), engine.figures.steps
-            changed = engine.step()
-            passed = time.perf_counter() - begin
-            if engine.figures.steps > steps:
-                seconds.decode += passed
-            else:
-                seconds.prefill += passed
-            yield changed
+    while engine.requests and not ctrl_c.came:
+        begin, steps = time.perf_counter(), engine.figures.steps
+        changed = engine.step()
+        passed = time.perf_counter() - begin
+        if engine.figures.steps > steps:
+            seconds.decode += passed
+        else:
+            seconds.prefill += passed
+        yield changed
 
 
 def _stream(
-    prompt: str,
-    request: "Request",
+    prompts: list[str],
+    requests: "list[Request]",
     tokenizer: "Tokenizer",
     run: "Iterator[list[Request]]",
 ) -> None:
     """One text, as it comes."""
+    [prompt], [request] = prompts, requests
 
     def tokens() -> Iterator[int]:
         given = 0
@@ -207,6 +218,11 @@ def _list(
             done = sum(request.finish_reason is not None for request in requests)
             tokens = sum(len(request.tokens) for request in requests)
             status.update(f"{done} of {len(requests)} texts, {tokens} tokens")
-    for prompt, request in zip(prompts, requests, strict=True):
+    for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True), 1):
+        if not request.tokens:
+            continue  # Ctrl-C came before it began
         kept = [token for token in request.tokens if token not in request.stop]
         sys.stdout.write(f"{'-' * 40}\n{prompt}{tokenizer.decode(kept)}\n")
+        if request.finish_reason is None:
+            sys.stdout.flush()  # the note is behind its text, where both are seen
+            notes.print(f"[text {number} is unfinished]", style="dim", markup=False)
