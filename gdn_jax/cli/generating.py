@@ -1,9 +1,7 @@
 """`gdn-jax generate`."""
 
-import dataclasses
 import pathlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 
 from gdn_jax.cli.ctrl_c import STATUS, CtrlC
+from gdn_jax.cli.speeds import Speeds
 
 if TYPE_CHECKING:
     from gdn_jax.generation.engine import Engine
@@ -61,7 +60,7 @@ def generate(
     # Here, since Flax takes a second that `check` and `info` need not wait.
     from gdn_jax.generation.api import make_engine, prompt_seed
 
-    seconds = Seconds()
+    speeds = Speeds()
     try:
         prompts = _prompts(prompt, batch, is_shipped=model is None)
         network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
@@ -86,7 +85,7 @@ def generate(
             ]
             show = _stream if len(requests) == 1 else _list
             if not ctrl_c.came:
-                show(prompts, requests, tokenizer, _run(engine, seconds, ctrl_c))
+                show(prompts, requests, tokenizer, _run(engine, speeds, ctrl_c))
     except (ValueError, OSError, MemoryError) as error:
         notes.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
@@ -94,32 +93,14 @@ def generate(
     if finished < len(requests):
         notes.print(f"interrupted: {finished} of {len(requests)} texts finished")
     if engine.figures.prefilled:
-        notes.print(seconds.report(engine), style="dim")
+        notes.print(_report(speeds, engine), style="dim")
     if finished < len(requests):
         raise typer.Exit(STATUS)
 
 
-@dataclasses.dataclass
-class Seconds:
-    """Of the device's calls, by what they did."""
-
-    prefill: float = 0.0
-    decode: float = 0.0
-
-    def report(self, engine: "Engine") -> str:
-        figures = engine.figures
-        parts = [
-            f"prefill {_rate(figures.prefilled, self.prefill)}",
-            f"decode {_rate(figures.decoded, self.decode)}",
-            f"{figures.mean_accepted:.2f} tokens a step",
-        ]
-        return ", ".join(parts)
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    if not tokens:
-        return "0 tokens"
-    return f"{tokens} tokens, {tokens / seconds:,.0f}/s"
+def _report(speeds: Speeds, engine: "Engine") -> str:
+    gained = f"{engine.figures.mean_accepted:.2f} tokens a step"
+    return f"prefill {speeds.prefill}, decode {speeds.decode}, {gained}"
 
 
 def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[str]:
@@ -158,8 +139,8 @@ def _warm_up(
     asked: dict[str, Any],
     ctrl_c: CtrlC,
 ) -> None:
-    """Compiles what prompts that are read at once need, so that the figures are of
-    their work alone; of more, other lengths may still be compiled on the way."""
+    """Compiles what prompts that are read at once need, so that their calls can be
+    timed; of more, other lengths may still be compiled on the way."""
     for prompt in prompts[: engine.sizes.num_rows]:
         engine.submit(prompt, max_tokens=min(2, max_tokens), stop=(), **asked)
     while engine.requests and not ctrl_c.came:
@@ -167,20 +148,11 @@ def _warm_up(
     engine.figures = type(engine.figures)()
 
 
-def _run(
-    engine: "Engine", seconds: Seconds, ctrl_c: CtrlC
-) -> "Iterator[list[Request]]":
-    """As `engine.run`, and keeps the time. Ctrl-C ends it behind the call at hand, also
-    where it comes while a caller shows what there is, so that all of it is shown."""
+def _run(engine: "Engine", speeds: Speeds, ctrl_c: CtrlC) -> "Iterator[list[Request]]":
+    """As `engine.run`, timed. Ctrl-C ends it behind the call at hand, also where it
+    comes while a caller shows what there is, so that all of it is shown."""
     while engine.requests and not ctrl_c.came:
-        begin, steps = time.perf_counter(), engine.figures.steps
-        changed = engine.step()
-        passed = time.perf_counter() - begin
-        if engine.figures.steps > steps:
-            seconds.decode += passed
-        else:
-            seconds.prefill += passed
-        yield changed
+        yield speeds.step(engine)
 
 
 def _stream(
