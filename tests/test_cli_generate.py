@@ -1,6 +1,7 @@
 """`gdn-jax generate`, as a user runs it."""
 
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -13,9 +14,11 @@ from engines import make
 from typer.testing import CliRunner
 
 from gdn_jax import models
+from gdn_jax.cli import generating
 from gdn_jax.cli.commands import app
 from gdn_jax.generation import steps
 
+WEIGHTS = models.SMALL / "model.safetensors"
 SHORT = ["--max-tokens", "40", "--temperature", "0"]
 
 
@@ -66,21 +69,32 @@ def test_the_seed_decides():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "nowhere", "hello"], "nowhere"),
+        (["--model", "nowhere"], "--model nowhere: there is no such folder"),
+        (["--model", "a/b-1.5"], "`hf download a/b-1.5 --local-dir FOLDER`"),
+        (["--model", __file__, "hello"], "no such folder"),
         (["--model", str(models.SMALL)], "PROMPT is missing"),
         (["hello", "--batch", "-"], "exclude"),
         (["--batch", "-"], "no prompts"),
-        (["--dtype", "int8"], "dtype"),
-        (["--dtype", "nothing"], "dtype must be one of float32"),
-        (["--top-p", "0"], "top_p"),
+        (["--batch", "nowhere"], "--batch nowhere: No such file or directory. Wanted:"),
+        (["--batch", str(models.SMALL)], ": Is a directory. Wanted: UTF-8 text with"),
+        (["--batch", str(WEIGHTS)], "Not in UTF-8. Wanted: UTF-8 text with a prompt"),
         ([""], "one token at least"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(words, said):
     result = generate(*words)
     assert result.exit_code == 1
-    assert said in result.stderr.replace("\n", " ")
+    assert said in result.stderr
     assert not result.stdout
+
+
+def test_a_closed_pipe_ends_it_quietly(monkeypatch):
+    def load(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(generating, "_load", load)
+    result = generate("hello")
+    assert (result.exit_code, result.output) == (1, "")
 
 
 def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):

@@ -1,14 +1,16 @@
 """`gdn-jax generate`."""
 
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from gdn_jax.cli.ctrl_c import STATUS, CtrlC
+from gdn_jax.cli.notes import errors, errors_of, notes
+from gdn_jax.cli.options import Dtype
 from gdn_jax.cli.speeds import Speeds
 
 if TYPE_CHECKING:
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
 
 PROMPT = "def read_"  # of the shipped model, which writes Python's documentation
 WARNING = "stopping after the program at hand; press again to stop at once"
-notes = Console(stderr=True, highlight=False)  # stdout has the texts alone
+
+
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{value:g} is not in (0, 1]. 1 leaves out none.")
+    return value
 
 
 def generate(
@@ -27,14 +34,21 @@ def generate(
     ] = None,
     model: Annotated[
         pathlib.Path | None,
-        typer.Option(help="A Hugging Face folder. Default: the shipped small model."),
+        typer.Option(
+            help="A local folder with a checkpoint, as `hf download` fills one. "
+            "Default: the shipped small model."
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of each text.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, help="0: always the likeliest token.")
     ] = 0.7,
     top_p: Annotated[
-        float, typer.Option(help="Only of the likeliest tokens of this share.")
+        float,
+        typer.Option(
+            callback=_share,
+            help="Only of the likeliest tokens of this share, in (0, 1].",
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed, the same texts.")] = 0,
     batch: Annotated[
@@ -49,20 +63,18 @@ def generate(
         int, typer.Option(min=0, help="Drafts a step, by the model's own head.")
     ] = 0,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32 or bfloat16. Default: float32 on a CPU, else the "
-            "checkpoint's."
-        ),
+        Dtype | None,
+        typer.Option(help="Default: float32 on a CPU, else the checkpoint's."),
     ] = None,
 ) -> None:
     """Writes text behind a prompt, by the shipped model or a checkpoint."""
-    # Here, since Flax takes a second that `check` and `info` need not wait.
-    from gdn_jax.generation.api import make_engine, prompt_seed
-
-    speeds = Speeds()
-    try:
+    with errors():
+        if model is not None:
+            _check_folder(model)
         prompts = _prompts(prompt, batch, is_shipped=model is None)
+        # Here, since Flax takes a second that `check` and `info` need not wait.
+        from gdn_jax.generation.api import make_engine, prompt_seed
+
         network, params, tokenizer = _load(model, dtype)  # shows a bar of its own
         tokens = [tokenizer.encode(text) for text in prompts]
         engine = make_engine(
@@ -74,6 +86,7 @@ def generate(
             num_rows=rows,
         )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
+        speeds = Speeds()
         with CtrlC(WARNING) as ctrl_c:
             with notes.status("compiling"):
                 _warm_up(engine, tokens, max_tokens, asked, ctrl_c)
@@ -86,9 +99,6 @@ def generate(
             show = _stream if len(requests) == 1 else _list
             if not ctrl_c.came:
                 show(prompts, requests, tokenizer, _run(engine, speeds, ctrl_c))
-    except (ValueError, OSError, MemoryError) as error:
-        notes.print(str(error), style="red", markup=False)
-        raise typer.Exit(1) from None
     finished = sum(request.finish_reason is not None for request in requests)
     if finished < len(requests):
         notes.print(f"interrupted: {finished} of {len(requests)} texts finished")
@@ -111,7 +121,9 @@ def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[st
     if prompt is not None:
         raise ValueError("PROMPT and --batch exclude each other.")
     is_stdin = batch == "-"
-    text = sys.stdin.read() if is_stdin else pathlib.Path(batch).read_text("utf-8")
+    wanted = "UTF-8 text with a prompt a line, or - for stdin"
+    with errors_of("--batch", batch, wanted):
+        text = sys.stdin.read() if is_stdin else pathlib.Path(batch).read_text("utf-8")
     # not splitlines, which cuts at form feeds too
     prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line]
     if not prompts:
@@ -119,8 +131,19 @@ def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[st
     return prompts
 
 
+def _check_folder(folder: pathlib.Path) -> None:
+    if not folder.is_dir():
+        name = folder.as_posix()
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            name = "OWNER/NAME"
+        raise ValueError(
+            f"--model {folder}: there is no such folder. Wanted: a local one with the "
+            f"files of a checkpoint; `hf download {name} --local-dir FOLDER` fills one."
+        )
+
+
 def _load(
-    folder: pathlib.Path | None, dtype: str | None
+    folder: pathlib.Path | None, dtype: Dtype | None
 ) -> "tuple[Any, Any, Tokenizer]":
     import jax
 
@@ -128,8 +151,9 @@ def _load(
 
     folder = models.SMALL if folder is None else folder
     if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"  # bfloat16 is emulated there
-    return *models.load(folder, dtype=dtype), models.load_tokenizer(folder)
+        dtype = Dtype.float32  # bfloat16 is emulated there
+    name = None if dtype is None else dtype.value
+    return *models.load(folder, dtype=name), models.load_tokenizer(folder)
 
 
 def _warm_up(

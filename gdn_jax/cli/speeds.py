@@ -67,9 +67,9 @@ def _compilations() -> Iterator[list[float]]:
 
     found = []
 
-    def note(event: str, seconds: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: object) -> None:
         if event == COMPILED:
-            found.append(seconds)
+            found.append(duration_secs)
 
     monitoring.register_event_duration_secs_listener(note)
     try:
