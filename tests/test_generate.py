@@ -136,7 +136,11 @@ def test_ctrl_c_comes_once_what_was_written_is_given(interruptible):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (dict(prompts=[1, 2]), r"prompts\[0\] must be a list of token ids; got 1"),
+        (dict(prompts="text"), r"prompts must be a list of token-id lists.* 'text'"),
+        (dict(prompts=3), "prompts must be a list of token-id lists.* got 3"),
+        (dict(prompts=[1, 2]), r"token-id lists.* got 1 as prompts\[0\].* \[tokens\]"),
+        (dict(prompts=np.arange(2)), "prompts must be a list of token-id lists"),
+        (dict(on_tokens=[]), r"on_tokens must be a function.* or None; got \[\]"),
         (
             dict(prompts=[[1], "a"]),
             r"prompts\[1\] must be a list of token ids; got 'a'",

@@ -1,6 +1,6 @@
 """`generate`: prompts to texts in one call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,15 +86,11 @@ def generate(
       ValueError: the call is wrong; the text names the argument and the remedy.
       MemoryError: the device has no room; the text says what to reduce.
     """
-    config = model.config
-    prompts = [
-        token_ids(f"prompts[{i}]", prompt, config.vocab_size)
-        for i, prompt in enumerate(prompts)
-    ]
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            wanted, remedy = "one token at least", "Begin with some text."
-            checks.fail(f"prompts[{i}]", "no tokens", wanted, remedy)
+    prompts = _check_prompts(prompts, model.config.vocab_size)
+    if on_tokens is not None and not callable(on_tokens):
+        wanted = "a function of a prompt's index and its new tokens, or None"
+        remedy = "Pass the function itself."
+        checks.fail("on_tokens", repr(on_tokens)[:60], wanted, remedy)
     checks.count("max_tokens", max_tokens, "It is a count of new tokens.")
     drafts, seed = integer("speculative", speculative), integer("seed", seed)
     if not prompts:
@@ -136,6 +132,27 @@ def generate(
         Result(request.tokens, request.log_probabilities, str(request.finish_reason))
         for request in requests
     ]
+
+
+def _check_prompts(prompts: Any, vocab_size: int) -> list[tuple[int, ...]]:
+    wanted = "a list of token-id lists, one for each text"
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        remedy = "Encode each text: [tokenizer.encode(text)]."
+        checks.fail("prompts", repr(prompts)[:60], wanted, remedy)
+    prompts = list(prompts)
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, int) or getattr(prompt, "ndim", None) == 0:
+            remedy = "For one text, pass a list of its one list: [tokens]."
+            checks.fail("prompts", f"{prompt} as prompts[{i}]", wanted, remedy)
+    prompts = [
+        token_ids(f"prompts[{i}]", prompt, vocab_size)
+        for i, prompt in enumerate(prompts)
+    ]
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            wanted, remedy = "one token at least", "Begin with some text."
+            checks.fail(f"prompts[{i}]", "no tokens", wanted, remedy)
+    return prompts
 
 
 def make_engine(
