@@ -1,5 +1,6 @@
 """The README's code runs, in order, as printed."""
 
+import ast
 import inspect
 import pathlib
 import re
@@ -14,9 +15,10 @@ from gdn_jax import nn
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def test_every_python_block_runs():
+def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where an engine is saved
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    generating, *blocks = blocks
+    generating, streaming, saving, *blocks = blocks
     assert len(blocks) == 6
     names = {}
 
@@ -26,6 +28,19 @@ def test_every_python_block_runs():
     run(generating)
     assert [len(text) for text in names["texts"]] == [40, 40]
     assert '"""' in names["tokenizer"].decode(names["texts"][0])
+    capsys.readouterr()
+    run(streaming)
+    *pieces, _, _ = capsys.readouterr().out.splitlines()
+    pieces = [line.split(" ", 1) for line in pieces]
+    pairs = zip(names["texts"], names["results"], strict=True)
+    for i, (text, result) in enumerate(pairs):
+        stops = 10 in text
+        assert result.finish_reason == ("stop" if stops else "length")
+        assert result.tokens == (text[: text.index(10) + 1] if stops else text)
+        shown = "".join(ast.literal_eval(new) for of, new in pieces if of == str(i))
+        assert shown == names["tokenizer"].decode(result.tokens)
+    run(saving)
+    assert [request.tokens for request in names["requests"]] == names["texts"]
     for block in blocks[:3]:
         run(block)
     assert names["out"].shape == (3, 4, 4, 64) and names["out"].any()
