@@ -1,6 +1,7 @@
 """The figures of `gdn-jax generate`."""
 
 import time
+from typing import Any
 
 import jax
 
@@ -30,7 +31,8 @@ class Calls:
 
 def test_calls_that_compile_are_not_timed():
     jax.jit(lambda x: x + 1)(1.0)  # what else a first call compiles
-    engine, speeds = Calls(0, 3), Speeds()
+    engine: Any = Calls(0, 3)
+    speeds = Speeds()
     for _ in range(6):
         speeds.step(engine)
     for speed in (speeds.prefill, speeds.decode):
