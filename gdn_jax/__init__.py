@@ -13,31 +13,53 @@ LaunchConfig, ChunkConfig,  a kernel's launch, to pin
 ConvConfig, GroupedDotConfig
 testing                     cases, an oracle, tolerances, check_slots
 
-The first two need Flax, which is imported once they are asked for, as it is for
-gdn_jax.nn and gdn_jax.models.
+Each is imported once it is asked for: the first two need Flax, as gdn_jax.nn and
+gdn_jax.models do, and the command line starts before JAX does.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gdn_jax import testing
-from gdn_jax.ops.causal_conv1d.api import causal_conv1d
-from gdn_jax.ops.causal_conv1d.call import ConvState
-from gdn_jax.ops.causal_conv1d.tuning import ConvConfig
-from gdn_jax.ops.gated_delta.api import fused_update, recurrent_update
-from gdn_jax.ops.gated_delta.chunk_api import chunk_update
-from gdn_jax.ops.gated_delta.tuning import ChunkConfig, LaunchConfig
-from gdn_jax.ops.gated_delta.unfused import gates
-from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
-from gdn_jax.ops.grouped_dot.api import grouped_dot
-from gdn_jax.ops.grouped_dot.tuning import GroupedDotConfig
-from gdn_jax.pool import SlotPool, copy_slots
-
 if TYPE_CHECKING:
+    from gdn_jax import testing as testing
     from gdn_jax.generation.api import generate as generate
     from gdn_jax.generation.engine import Engine as Engine
+    from gdn_jax.ops.causal_conv1d.api import causal_conv1d as causal_conv1d
+    from gdn_jax.ops.causal_conv1d.call import ConvState as ConvState
+    from gdn_jax.ops.causal_conv1d.tuning import ConvConfig as ConvConfig
+    from gdn_jax.ops.gated_delta.api import fused_update as fused_update
+    from gdn_jax.ops.gated_delta.api import recurrent_update as recurrent_update
+    from gdn_jax.ops.gated_delta.chunk_api import chunk_update as chunk_update
+    from gdn_jax.ops.gated_delta.tuning import ChunkConfig as ChunkConfig
+    from gdn_jax.ops.gated_delta.tuning import LaunchConfig as LaunchConfig
+    from gdn_jax.ops.gated_delta.unfused import gates as gates
+    from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
+    from gdn_jax.ops.grouped_dot.api import grouped_dot as grouped_dot
+    from gdn_jax.ops.grouped_dot.tuning import GroupedDotConfig as GroupedDotConfig
+    from gdn_jax.pool import SlotPool as SlotPool
+    from gdn_jax.pool import copy_slots as copy_slots
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "ChunkConfig": "ops.gated_delta.tuning",
+    "ConvConfig": "ops.causal_conv1d.tuning",
+    "ConvState": "ops.causal_conv1d.call",
+    "Engine": "generation.engine",
+    "GroupedDotConfig": "ops.grouped_dot.tuning",
+    "LaunchConfig": "ops.gated_delta.tuning",
+    "SlotPool": "pool",
+    "causal_conv1d": "ops.causal_conv1d.api",
+    "chunk_update": "ops.gated_delta.chunk_api",
+    "copy_slots": "pool",
+    "fused_update": "ops.gated_delta.api",
+    "gated_rms_norm": "ops.gated_rms_norm.api",
+    "gates": "ops.gated_delta.unfused",
+    "generate": "generation.api",
+    "grouped_dot": "ops.grouped_dot.api",
+    "recurrent_update": "ops.gated_delta.api",
+}
+
 __all__ = [
     "ChunkConfig",
     "ConvConfig",
@@ -58,14 +80,15 @@ __all__ = [
     "testing",
 ]
 
-_WITH_FLAX = dict(Engine="gdn_jax.generation.engine", generate="gdn_jax.generation.api")
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _WITH_FLAX:
+    if name == "testing":
+        return importlib.import_module("gdn_jax.testing")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WITH_FLAX[name]), name)
+    module = importlib.import_module(f"gdn_jax.{_MODULES[name]}")
+    return globals().setdefault(name, getattr(module, name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WITH_FLAX})
+    return sorted({*globals(), *__all__})

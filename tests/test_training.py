@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from gdn_jax import cli, models
+from gdn_jax import models
 from gdn_jax.training import run, text, train
 from gdn_jax.training.recipe import SMALL, Recipe
 
@@ -133,9 +132,3 @@ def test_the_shipped_model_beats_kneser_ney():
     ]
     sample = text.corpus().held_out[:6000]
     assert train.bits_per_byte(model, params, sample, batch=2) < min(order_6) - 0.2
-
-
-def test_the_command_names_what_is_wrong(tmp_path):
-    result = CliRunner().invoke(cli.app, ["train", str(tmp_path), "--text", "nothing"])
-    assert result.exit_code == 1
-    assert "nothing" in result.output

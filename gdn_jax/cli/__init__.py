@@ -1,39 +1,11 @@
-"""Gated DeltaNet for JAX: text from a model, training of a small one, checks."""
+"""The command line: `gdn-jax`, or `python -m gdn_jax`."""
 
-from typing import Annotated
-
-import typer
-
-import gdn_jax
-from gdn_jax.cli.checking import check, info
-from gdn_jax.cli.generating import generate
-from gdn_jax.cli.training import train
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-
-
-def _print_version(asked: bool) -> bool:
-    if asked:
-        typer.echo(f"gdn-jax {gdn_jax.__version__}")
-        raise typer.Exit()
-    return asked
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print it."
-        ),
-    ] = False,
-) -> None:
-    del version  # its callback has said it
-
-
-for command in (generate, check, info, train):
-    app.command()(command)
+from gdn_jax.cli.ctrl_c import CtrlC
 
 
 def main() -> None:
-    app()
+    with CtrlC():
+        # Here, since JAX's own imports take a second.
+        from gdn_jax.cli.commands import app
+
+        app()

@@ -31,14 +31,14 @@ def check(
     ] = "",
 ) -> None:
     """Compares the implementations with float64 NumPy, and times them."""
-    try:
-        for name in implementation or ():
-            _dispatch.check_name(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    for name in implementation or ():
+        if name not in _dispatch.IMPLEMENTATIONS:
+            known = ", ".join(_dispatch.IMPLEMENTATIONS)
+            raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="-i")
     names = implementation or _available()
     if "triton" in names and not _has_triton():
-        raise typer.BadParameter("triton needs an NVIDIA GPU; see `gdn-jax info`")
+        wanted = "triton needs an NVIDIA GPU; see `gdn-jax info`"
+        raise typer.BadParameter(wanted, param_hint="-i")
     gpu = "triton" in _available()
     problems = [p for p in _check.problems(large=gpu) if match in p.label]
     if not problems:

@@ -1,46 +1,50 @@
-"""Ctrl-C that is heard while XLA compiles.
+"""Ctrl-C, answered at once wherever the main thread is.
 
-Python runs the handler of a signal between two of its own instructions, and a
-compilation, of many seconds, is one. So a thread waits for what the signal itself
-writes.
+Python's handlers of signals wait until the main thread is back from C, where a
+compilation keeps it for many seconds, and the KeyboardInterrupt that they raise is lost
+in the imports of some extensions. Python's own note of a signal waits for neither: a
+byte in a socket, which a thread reads here.
 """
 
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
 
-EXIT = 130  # what shells have for Ctrl-C
+STATUS = 130  # what shells have for Ctrl-C
+SHOW_CURSOR = b"\x1b[?25h\n"
 
 
-class Presses:
-    """While entered, `on_press` is called by a thread, at once, with how many times
-    Ctrl-C has been pressed since; it may be replaced on the way. `came` tells of it as
-    soon as the main thread is Python's again.
+class CtrlC:
+    """While entered, Ctrl-C ends the process at once.
 
-    As `Interrupts` it stays out of other threads and of processes that ignore Ctrl-C.
+    Where there is a `warning`, the first one only shows it and is noted in `came`.
+
+    Outside of the main thread, where Python lets no one handle signals, and in a
+    process that ignores Ctrl-C, as one started in a shell's background, it does
+    nothing. They nest: the inner one answers.
     """
 
     came: bool = False
-    _before: Any = None
 
-    def __init__(self, on_press: Callable[[int], None]):
-        self.on_press = on_press
+    def __init__(self, warning: str | None = None):
+        self._warning = warning
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Presses":
-        before = signal.getsignal(signal.SIGINT)
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and before not in (None, signal.SIG_IGN):
-            self._before = before
-            self._read, self._write = socket.socketpair()
-            self._write.setblocking(False)  # as set_wakeup_fd demands
-            self._old = signal.set_wakeup_fd(self._write.fileno())
-            signal.signal(signal.SIGINT, self._note)
-            self._thread = threading.Thread(target=self._listen, daemon=True)
-            self._thread.start()
+    def __enter__(self) -> "CtrlC":
+        ignores = signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN)
+        if ignores or threading.current_thread() is not threading.main_thread():
+            return self
+        self._bytes, self._end = socket.socketpair()  # Windows takes no pipe
+        self._end.setblocking(False)
+        number = self._end.fileno()
+        # The socket only has signals with a handler of Python's.
+        self._handler = signal.signal(signal.SIGINT, self._note)
+        self._outer = signal.set_wakeup_fd(number, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -49,25 +53,30 @@ class Presses:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is None:
+        if self._thread is None:
             return
-        signal.signal(signal.SIGINT, self._before)
-        signal.set_wakeup_fd(self._old)
-        self._write.close()
+        signal.set_wakeup_fd(self._outer)
+        signal.signal(signal.SIGINT, self._handler)
+        self._end.close()  # which ends the thread
         self._thread.join()
-        self._read.close()
+        self._bytes.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
 
-    def _listen(self) -> None:
-        count = 0
-        while numbers := self._read.recv(64):  # nothing once the other end is closed
-            for _ in range(numbers.count(signal.SIGINT)):
-                count += 1
-                self.on_press(count)
+    def _watch(self) -> None:
+        warning = self._warning
+        while byte := self._bytes.recv(1):
+            if byte[0] != signal.SIGINT:
+                continue
+            if warning is None:
+                _end()
+            print(f"\n{warning}", file=sys.stderr, flush=True)
+            warning = None
 
 
-def leave() -> None:
-    """Ends the process without asking whoever computes in it."""
-    os._exit(EXIT)
+def _end() -> None:
+    """By the system's calls alone: the main thread may hold a stream's lock."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)  # which a bar or a spinner hides
+    os._exit(STATUS)
