@@ -45,9 +45,14 @@ def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
     assert names["out"].shape == (3, 100, 4, 64) and np.isfinite(names["out"]).all()
 
 
+PUBLIC = [getattr(gdn_jax, name) for name in gdn_jax.__all__]
+METHODS = [nn.GatedDeltaNet.__call__, gdn_jax.Engine.submit]
+
+
 @pytest.mark.parametrize(
     "function",
-    [*filter(inspect.isfunction, vars(gdn_jax).values()), nn.GatedDeltaNet.__call__],
+    [*filter(inspect.isfunction, PUBLIC), *METHODS],
+    ids=lambda function: function.__qualname__,
 )
 def test_help_begins_with_a_signature_to_be_read(function):
     """ArrayLike is a union of eight types, and expands where it is not a name."""

@@ -1,5 +1,7 @@
 """`generate`: prompts to texts in one call."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 

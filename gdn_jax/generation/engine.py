@@ -1,5 +1,7 @@
 """Continuous batching: requests wait in a queue for rows of one state."""
 
+from __future__ import annotations  # so that help() names types and expands none
+
 import collections
 import os
 import weakref
@@ -257,9 +259,7 @@ class Engine:
         saving.save(path, self.state, notes)
 
     @classmethod
-    def restore(
-        cls, path: str | os.PathLike[str], model: Model, params: Any
-    ) -> "Engine":
+    def restore(cls, path: str | os.PathLike[str], model: Model, params: Any) -> Engine:
         """The engine that was saved, with the model and parameters that it had.
 
         Its texts go on bit for bit as they would have, on the same device and versions.
