@@ -1,4 +1,4 @@
-"""The code of the documentation's pages runs, as printed; their links lead somewhere."""
+"""The code of the documentation runs, page by page, as printed."""
 
 import pathlib
 import re
