@@ -242,7 +242,7 @@ def test_a_wrong_size_of_files_is_told(size, saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="max_shard_bytes must be a number > 0"):
         models.save(tmp_path / "new", model, params, max_shard_bytes=size)
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file is a file. Name a folder"):
+    with pytest.raises(NotADirectoryError, match=r"file is a file. Name a folder"):
         models.save(tmp_path / "file", model, params)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
