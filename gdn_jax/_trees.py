@@ -21,8 +21,6 @@ def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
     Raises:
       IsADirectoryError, NotADirectoryError: no file can be there.
     """
-    from safetensors.numpy import save_file
-
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Name a file in it to save to.")
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -32,8 +30,19 @@ def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: _plain(x) for name, x in _named(tree).items()}
     beside = path.with_name(path.name + ".partial")
-    save_file(arrays, beside, metadata={NOTES: json.dumps(notes)})
+    write(beside, arrays, {NOTES: json.dumps(notes)})
     os.replace(beside, path)
+
+
+def write(path: pathlib.Path, arrays: Any, metadata: dict[str, str]) -> None:
+    """A safetensors file that may be read by whom the umask lets; the package's own are
+    their owner's alone."""
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path, metadata)
+    path.chmod(mode)
 
 
 def load_notes(path: pathlib.Path) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import os
 
 import checkpoints
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from checkpoints import CONV, MODELS, assert_same, contents, edit, edit_json, make
@@ -15,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.errors import JaxRuntimeError
 from safetensors.numpy import load_file
 
-from gdn_jax import models
+from gdn_jax import _trees, models
 from gdn_jax.models import checkpoint, files, parameters, rules
 
 saved, copied = checkpoints.saved, checkpoints.copied
@@ -204,7 +206,7 @@ def test_decays_of_a_bfloat16_file_become_float32(saved, copied):
 
 def test_a_save_that_fails_leaves_the_old_files(copied, monkeypatch):
     folder = copied("3.5 tied")
-    before, write = contents(folder), files.save_file
+    before, write = contents(folder), _trees.write
     model, params = models.load(folder)
     calls = itertools.count()
 
@@ -213,12 +215,36 @@ def test_a_save_that_fails_leaves_the_old_files(copied, monkeypatch):
             raise OSError("no space left")
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(_trees, "write", fail)
     with pytest.raises(OSError, match="no space"):
         models.save(
             folder, model, jax.tree.map(lambda x: x + 1, params), max_shard_bytes=1
         )
     assert contents(folder) == before
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(saved, tmp_path):
+    _, model, params = saved("3.5 tied")
+    before = os.umask(0o027)
+    try:
+        models.save(tmp_path, model, params)
+        _trees.save(tmp_path / "state", dict(x=np.zeros(1)), {})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+@pytest.mark.parametrize("size", [0, -1, "x"])
+def test_a_wrong_size_of_files_is_told(size, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    _, model, params = saved("3.5 tied")
+    with pytest.raises(ValueError, match="max_shard_bytes must be a number > 0"):
+        models.save(tmp_path / "new", model, params, max_shard_bytes=size)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file is a file. Name a folder"):
+        models.save(tmp_path / "file", model, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_save_takes_the_place_of_older_ones(saved, tmp_path):

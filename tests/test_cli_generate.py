@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 from engines import make
 from typer.testing import CliRunner
@@ -76,6 +77,7 @@ def test_the_seed_decides():
         (["--batch", "-"], "no prompts"),
         (["--batch", "nowhere"], "--batch nowhere: No such file or directory. Wanted:"),
         (["--batch", str(models.SMALL)], ": Is a directory. Wanted: UTF-8 text with"),
+        (["bad \udcff byte"], "PROMPT is no UTF-8 (surrogates not allowed at 4)."),
         (["--batch", str(WEIGHTS)], "Not in UTF-8. Wanted: UTF-8 text with a prompt"),
         ([""], "one token at least"),
     ],
@@ -94,6 +96,26 @@ def test_a_closed_pipe_ends_it_quietly(monkeypatch):
     monkeypatch.setattr(generating, "_load", load)
     result = generate("hello")
     assert (result.exit_code, result.output) == (1, "")
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path):
+    (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbfdef a\n")
+    result = generate("--max-tokens", "1", "--batch", str(tmp_path / "prompts"))
+    assert "prefill 5 tokens" in result.stderr
+
+
+def test_a_broken_model_is_told(tmp_path):
+    model, params = models.load(models.SMALL, dtype="float32", progress=False)
+    params["norm"]["weight"] = params["norm"]["weight"].at[0].set(jnp.nan)
+    models.save(tmp_path, model, params)
+    result = generate("def read_", "--model", str(tmp_path), *SHORT)
+    assert result.exit_code == 1 and "logits are no numbers" in result.stderr
+    assert result.stdout == "def read_\n"
+
+
+def test_float16_runs_on_a_cpu():
+    result = generate("def read_", *SHORT, "--dtype", "float16")
+    assert result.exit_code == 0 and len(result.stdout) > len("def read_")
 
 
 def test_a_checkpoint_that_cannot_draft_says_so(tmp_path):

@@ -276,6 +276,21 @@ def test_memory_is_a_containers_where_that_is_less(monkeypatch, tmp_path):
             make_engine()
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_text_ends_where_logits_are_no_numbers(drafts):
+    """One prompt's rows are no other's: those go on."""
+    model, params = make()
+    table = params["embed"]["embedding"].at[7].set(jnp.nan)
+    params = params | dict(embed=dict(embedding=table))
+    engine = Engine(model, params, **SIZES, speculative=drafts)
+    bad = engine.submit([7, 1, 2], max_tokens=NEW, stop=())
+    good = engine.submit([1, 2, 3], max_tokens=NEW, stop=())
+    finish(engine)
+    assert (bad.finish_reason, bad.tokens, bad.log_probabilities) == ("nan", [], [])
+    assert good.finish_reason == "length" and len(good.tokens) == NEW
+    assert not engine.requests and not np.asarray(engine.state.is_active).any()
+
+
 def test_a_block_is_no_longer_than_a_text():
     assert make_engine(steps_per_call=10**9).sizes.steps_per_call == 96
 

@@ -6,6 +6,7 @@ import functools
 import flax
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -125,6 +126,23 @@ def in_rows(values, rest=0):
     """[P ..]: each sequence's in its row."""
     values = jnp.asarray(values)
     return jnp.full((P, *values.shape[1:]), rest, values.dtype).at[ROWS].set(values)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m, p: m.init_state(0, 16), "num_rows must be an int >= 1; got 0"),
+        (lambda m, p: m.init_state(1, 1.5), "num_positions must be .*; got 1.5"),
+        (lambda m, p: m.init_state(1, 16, drafts=-1), "drafts must be an int >= 1"),
+        (lambda m, p: m.apply(p, jnp.zeros((1, 0), int)), "one at least; got .1, 0."),
+        (lambda m, p: m.apply(p, jnp.zeros((1, 1), int), 3), "state must be a Model"),
+    ],
+)
+def test_a_wrong_size_or_state_is_told(call, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    kind = make("qwen3_5_text")
+    with pytest.raises(ValueError, match=told):
+        call(kind.model, kind.params)
 
 
 def test_ragged_prefill_begins_rows_whatever_they_hold(kind):

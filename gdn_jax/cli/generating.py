@@ -30,7 +30,10 @@ def _share(value: float) -> float:
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="What the text goes on from.")
+        str | None,
+        typer.Argument(
+            help="What the text goes on from. The shipped model's default: def read_"
+        ),
     ] = None,
     model: Annotated[
         pathlib.Path | None,
@@ -60,7 +63,7 @@ def generate(
         typer.Option(min=1, help="Texts that grow at once. Default: all, up to 64."),
     ] = None,
     speculative: Annotated[
-        int, typer.Option(min=0, help="Drafts a step, by the model's own head.")
+        int, typer.Option(min=0, max=8, help="Drafts a step, by the model's own head.")
     ] = 0,
     dtype: Annotated[
         Dtype | None,
@@ -105,6 +108,9 @@ def generate(
         notes.print(_report(speeds, engine), style="dim")
     if finished < len(requests):
         raise typer.Exit(STATUS)
+    if any(request.finish_reason == "nan" for request in requests):
+        notes.print("the model's logits are no numbers: is it broken?", style="red")
+        raise typer.Exit(1)
 
 
 def _report(speeds: Speeds, engine: "Engine") -> str:
@@ -116,18 +122,30 @@ def _prompts(prompt: str | None, batch: str | None, is_shipped: bool) -> list[st
     if batch is None:
         if prompt is None and not is_shipped:
             raise ValueError("PROMPT is missing: what shall the text go on from?")
-        return [PROMPT if prompt is None else prompt]
+        return [PROMPT if prompt is None else _utf8(prompt)]
     if prompt is not None:
         raise ValueError("PROMPT and --batch exclude each other.")
     is_stdin = batch == "-"
     wanted = "UTF-8 text with a prompt a line, or - for stdin"
     with errors_of("--batch", batch, wanted):
-        text = sys.stdin.read() if is_stdin else pathlib.Path(batch).read_text("utf-8")
+        # -sig: without the mark that some editors begin a file with
+        text = (
+            sys.stdin.read() if is_stdin else pathlib.Path(batch).read_text("utf-8-sig")
+        )
     # not splitlines, which cuts at form feeds too
     prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line]
     if not prompts:
         raise ValueError(f"--batch {batch} has no prompts; it wants one a line.")
     return prompts
+
+
+def _utf8(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes that the locale has no characters for
+        fault = f"PROMPT is no UTF-8 ({error.reason} at {error.start})."
+        raise ValueError(f"{fault} Pass it in a file, by --batch.") from None
+    return prompt
 
 
 def _check_folder(folder: pathlib.Path) -> None:

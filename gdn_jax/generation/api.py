@@ -29,7 +29,8 @@ class Result(NamedTuple):
     Attributes:
       tokens: the text, token ids; a token that ended it is its last.
       log_probabilities: of each, by the model alone, whatever the options.
-      finish_reason: "stop", a token of `stop` came; "length", max_tokens.
+      finish_reason: "stop", a token of `stop` came; "length", max_tokens; "nan", the
+        model's logits are no numbers, and the text ends before them.
     """
 
     tokens: list[int]

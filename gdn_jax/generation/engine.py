@@ -187,10 +187,7 @@ class Engine:
             self.queue.remove(request)
         else:
             self._check_state()
-            ended = np.zeros(self.sizes.num_rows, bool)
-            ended[request.row] = True
-            self.state = steps.stop_rows(self.state, ended)
-            self._release(request)
+            self._stop(request)
         request.finish_reason = "cancelled"
 
     def run(self) -> Iterator[list[Request]]:
@@ -267,8 +264,9 @@ class Engine:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it is no engine's file, or of another model, or the parameters
-            are not the model's.
+          ValueError: it is no engine's file, or of another config or dtype, or the
+            parameters are not of the model's shapes. Values are not compared: with
+            others the texts go on from states that are not theirs.
           MemoryError: the device has no room for the state.
         """
         check_params(model, params)
@@ -351,9 +349,18 @@ class Engine:
                     emitted.log_probabilities[row, :count].tolist(),
                 )
                 changed.append(request)
-            if request.finish_reason is not None:
+            if request.finish_reason == "nan":
+                self._stop(request)
+            elif request.finish_reason is not None:
                 self._release(request)
         return changed
+
+    def _stop(self, request: Request) -> None:
+        """Ends a text that the device would go on with."""
+        ended = np.zeros(self.sizes.num_rows, bool)
+        ended[request.row] = True
+        self.state = steps.stop_rows(self.state, ended)
+        self._release(request)
 
     def _release(self, request: Request) -> None:
         self.running = {

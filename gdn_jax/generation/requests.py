@@ -1,6 +1,7 @@
 """What is asked of an engine, and what it has answered so far."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ class Request:
       tokens: the text so far, token ids; a token that ended it is its last.
       log_probabilities: of each, by the model alone, whatever the options.
       finish_reason: None while it goes on; "stop", a token of `stop` came; "length",
-        max_tokens; "cancelled".
+        max_tokens; "cancelled"; "nan", the model's logits are no numbers, of which no
+        token is kept.
       prefilled: tokens of the prompt that the model has read.
       row: of the engine's state; None while it waits and once it is finished.
     """
@@ -58,9 +60,13 @@ class Request:
         return len(self.prompt) - self.prefilled
 
     def take(self, tokens: Sequence[int], log_probabilities: Sequence[float]) -> None:
-        self.tokens += tokens
-        self.log_probabilities += log_probabilities
-        if self.tokens and self.tokens[-1] in self.stop:
+        known = [not math.isnan(x) for x in log_probabilities]
+        count = known.index(False) if False in known else len(known)
+        self.tokens += tokens[:count]
+        self.log_probabilities += log_probabilities[:count]
+        if count < len(known):
+            self.finish_reason = "nan"
+        elif self.tokens and self.tokens[-1] in self.stop:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_tokens:
             self.finish_reason = "length"

@@ -53,7 +53,8 @@ def load(
     Args:
       path: the folder.
       dtype: float32, bfloat16 or float16, of parameters and activations; A_log and
-        dt_bias are float32 always. None: the embedding's.
+        dt_bias are float32 always. None: the embedding's, also of those that the
+        folder has in another.
       mesh: devices to split the parameters between, with axes of type Auto. None: all
         are put on the default device.
       axes: which of the parameters' logical axes is split over which of the mesh's, in
@@ -125,8 +126,14 @@ def save(
 
     Raises:
       ValueError: params are not the model's; every fault is listed.
+      NotADirectoryError: path is a file.
     """
     arrays = check_params(model, params)
+    if not isinstance(max_shard_bytes, int | float) or not max_shard_bytes > 0:
+        remedy = "It is the bytes of a file."
+        checks.fail("max_shard_bytes", repr(max_shard_bytes), "a number > 0", remedy)
+    if (path := pathlib.Path(path)).exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file. Name a folder to save to.")
     sources = {
         source.name: (path, source)
         for path, array in arrays.items()

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from gdn_jax import _trees
 from gdn_jax.models.rules import Region
 
 SINGLE = "model.safetensors"
@@ -155,7 +155,8 @@ def write_shards(
     files = files if len(files) > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
         # transformers wants to read "pt".
-        save_file({name: get(name) for name in names}, path / file, {"format": "pt"})
+        arrays = {name: get(name) for name in names}
+        _trees.write(path / file, arrays, {"format": "pt"})
     if len(files) > 1:
         weight_map = {
             name: file

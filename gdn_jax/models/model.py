@@ -224,7 +224,13 @@ class Model(nn.Module):
           num_positions: M, tokens of the longest, drafts included.
           drafts: most drafts of a speculative step.
           recurrent_dtype: of the rule's states; see `GatedDeltaNet.init_state`.
+
+        Raises:
+          ValueError: a size is wrong.
         """
+        checks.count("num_rows", num_rows, "It is a count of sequences.")
+        checks.count("num_positions", num_positions, "It is a count of tokens.")
+        checks.count("1 + drafts", 1 + drafts, "drafts are counted from 0.")
         kinds = self.config.layer_types
         layers = (
             init_layer_state(

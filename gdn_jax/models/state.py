@@ -96,6 +96,11 @@ def find_tokens(
     """Checks a call's tables."""
     if len(shape) != 2:
         checks.fail("tokens", shape, "[N, T]", "One row for each sequence.")
+    if 0 in shape:
+        checks.fail("tokens", shape, "[N, T] of one at least", "Leave the call out.")
+    if state is not None and not isinstance(state, ModelState):
+        remedy = "Give what init_state or the last call gave."
+        checks.fail("state", f"a {type(state).__name__}", "a ModelState", remedy)
     N, T = shape
     tables: dict[str, Any] = dict(
         rows=rows,

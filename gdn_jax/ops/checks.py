@@ -100,7 +100,7 @@ def count(name: str, x: Any, remedy: str) -> None:
     except TypeError:
         number = 0
     if number < 1:
-        fail(name, x, "an int >= 1", remedy)
+        fail(name, repr(x), "an int >= 1", remedy)
 
 
 def float_dtype(name: str, x: Any, remedy: str) -> np.dtype:

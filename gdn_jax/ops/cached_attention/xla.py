@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from gdn_jax.ops.cached_attention.call import Inputs, Options
 
@@ -18,6 +18,16 @@ def xla(x: Inputs, options: Options) -> Array:
     attention: Any = options.attention
     if attention == "cudnn":  # which adds its mask: NaN of a former sequence would stay
         k = jnp.where(reached.any(axis=1)[:, :, None, None], k, 0)
-    return jax.nn.dot_product_attention(
-        x.q, k, v, mask=reached[:, None], implementation=attention
-    )
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=reached[:, None], implementation=attention
+        )
+
+    def attend_in_float32(*qkv: Array) -> Array:
+        return attend(*(x.astype(jnp.float32) for x in qkv)).astype(x.q.dtype)
+
+    if x.q.dtype == jnp.float16 and attention != "cudnn":
+        # of which a CPU has no products with float32 sums
+        return lax.platform_dependent(x.q, k, v, cpu=attend_in_float32, default=attend)
+    return attend(x.q, k, v)
