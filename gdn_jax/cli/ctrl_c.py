@@ -11,7 +11,9 @@ import signal
 import socket
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
+
+from gdn_jax.generation.interrupts import can_be_handled
 
 STATUS = 130  # what shells have for Ctrl-C
 SHOW_CURSOR = b"\x1b[?25h\n"
@@ -22,9 +24,8 @@ class CtrlC:
 
     Where there is a `warning`, the first one only shows it and is noted in `came`.
 
-    Outside of the main thread, where Python lets no one handle signals, and in a
-    process that ignores Ctrl-C, as one started in a shell's background, it does
-    nothing. They nest: the inner one answers.
+    Where it is not this thread's to handle it does nothing. They nest: the inner one
+    answers.
     """
 
     came: bool = False
@@ -34,8 +35,7 @@ class CtrlC:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "CtrlC":
-        ignores = signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN)
-        if ignores or threading.current_thread() is not threading.main_thread():
+        if not can_be_handled():
             return self
         self._bytes, self._end = socket.socketpair()  # Windows takes no pipe
         self._end.setblocking(False)
@@ -47,12 +47,7 @@ class CtrlC:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is None:
             return
         signal.set_wakeup_fd(self._outer)

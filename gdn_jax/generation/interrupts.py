@@ -2,34 +2,32 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
+
+
+def can_be_handled() -> bool:
+    """Whether SIGINT is this thread's to handle: not outside of the main thread, where
+    Python delivers no signals, nor in a process that ignores it, as one started in a
+    shell's background, nor where the handler (None) is not Python's and could not be
+    put back."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN)
 
 
 class Interrupts:
     """While entered, the first SIGINT waits for `deliver`; a second interrupts at once.
-
-    Outside of the main thread, where Python delivers no signals, and in a process that
-    ignores it, as one started in a shell's background, it does nothing.
-    """
+    Where it is not this thread's to handle it does nothing."""
 
     came: bool = False
     _before: Any = None
 
     def __enter__(self) -> "Interrupts":
-        before = signal.getsignal(signal.SIGINT)
-        in_main = threading.current_thread() is threading.main_thread()
-        # None: not Python's, which could not be put back.
-        if in_main and before not in (None, signal.SIG_IGN):
+        if can_be_handled():
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
