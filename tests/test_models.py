@@ -133,7 +133,7 @@ def in_rows(values, rest=0):
     [
         (lambda m, p: m.init_state(0, 16), "num_rows must be an int >= 1; got 0"),
         (lambda m, p: m.init_state(1, 1.5), "num_positions must be .*; got 1.5"),
-        (lambda m, p: m.init_state(1, 16, drafts=-1), "drafts must be an int >= 1"),
+        (lambda m, p: m.init_state(1, 16, drafts=-1), "drafts must be >= 0; got -1"),
         (lambda m, p: m.apply(p, jnp.zeros((1, 0), int)), "one at least; got .1, 0."),
         (lambda m, p: m.apply(p, jnp.zeros((1, 1), int), 3), "state must be a Model"),
     ],

@@ -15,16 +15,9 @@ import numpy as np
 
 from gdn_jax.generation import saving, steps
 from gdn_jax.generation.interrupts import Interrupts
-from gdn_jax.generation.prompts import pieces
+from gdn_jax.generation.prompts import next_pieces
 from gdn_jax.generation.requests import Figures, Request, TokenIds, make_request
-from gdn_jax.generation.sizes import (
-    SHORTEST_PIECE,
-    Sizes,
-    check_memory,
-    check_sizes,
-    power_of_two,
-    too_large,
-)
+from gdn_jax.generation.sizes import Sizes, check_memory, check_sizes, too_large
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
 from gdn_jax.models.parameters import check_params
@@ -304,15 +297,7 @@ class Engine:
             self.running[row] = request
 
     def _prefill(self, reading: list[Request]) -> list[Request]:
-        """Reads the next tokens of those that have most to read, so that rows of a call
-        are of like lengths."""
-        reading.sort(key=lambda request: -request.unread)
-        most = self.sizes.prefill_tokens
-        T = max(power_of_two(reading[0].unread), SHORTEST_PIECE)
-        T = min(T, power_of_two(most + 1) // 2)
-        N = min(power_of_two(len(reading)), max(1, most // T), self.sizes.num_rows)
-        reading = reading[:N]
-        prompts = pieces(reading, N, T, self.sizes)
+        reading, prompts = next_pieces(reading, self.sizes)
         drafting = self.sizes.speculative > 0 and bool(prompts.is_last.any())
         emitted = self._call(steps.prefill, prompts, drafting)
         for request, count in zip(reading, prompts.num_tokens.tolist(), strict=False):

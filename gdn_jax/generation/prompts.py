@@ -7,12 +7,23 @@ import numpy as np
 
 from gdn_jax.generation.requests import Request
 from gdn_jax.generation.sampling import Options
-from gdn_jax.generation.sizes import Sizes
+from gdn_jax.generation.sizes import SHORTEST_PIECE, Sizes, power_of_two
 from gdn_jax.generation.state import Row
 from gdn_jax.generation.steps import Prompts
 
 
-def pieces(requests: list[Request], N: int, T: int, sizes: Sizes) -> Prompts:
+def next_pieces(reading: list[Request], sizes: Sizes) -> tuple[list[Request], Prompts]:
+    """The next tokens of those that have most to read, so that rows of a call are of
+    like lengths; and whose they are."""
+    reading = sorted(reading, key=lambda request: -request.unread)
+    most = sizes.prefill_tokens
+    T = max(power_of_two(reading[0].unread), SHORTEST_PIECE)
+    T = min(T, power_of_two(most + 1) // 2)
+    N = min(power_of_two(len(reading)), max(1, most // T), sizes.num_rows)
+    return reading[:N], _pieces(reading[:N], N, T, sizes)
+
+
+def _pieces(requests: list[Request], N: int, T: int, sizes: Sizes) -> Prompts:
     """The next T tokens at most of N prompts at most, and rows that fill the batch."""
     taken = [request.row for request in requests]
     others = [row for row in range(sizes.num_rows) if row not in taken]

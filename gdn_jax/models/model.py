@@ -230,7 +230,8 @@ class Model(nn.Module):
         """
         checks.count("num_rows", num_rows, "It is a count of sequences.")
         checks.count("num_positions", num_positions, "It is a count of tokens.")
-        checks.count("1 + drafts", 1 + drafts, "drafts are counted from 0.")
+        if drafts < 0:
+            checks.fail("drafts", drafts, ">= 0", "It is a count of drafts.")
         kinds = self.config.layer_types
         layers = (
             init_layer_state(
