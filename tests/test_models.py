@@ -128,23 +128,6 @@ def in_rows(values, rest=0):
     return jnp.full((P, *values.shape[1:]), rest, values.dtype).at[ROWS].set(values)
 
 
-@pytest.mark.parametrize(
-    ("call", "told"),
-    [
-        (lambda m, p: m.init_state(0, 16), "num_rows must be an int >= 1; got 0"),
-        (lambda m, p: m.init_state(1, 1.5), "num_positions must be .*; got 1.5"),
-        (lambda m, p: m.init_state(1, 16, drafts=-1), "drafts must be >= 0; got -1"),
-        (lambda m, p: m.apply(p, jnp.zeros((1, 0), int)), "one at least; got .1, 0."),
-        (lambda m, p: m.apply(p, jnp.zeros((1, 1), int), 3), "state must be a Model"),
-    ],
-)
-def test_a_wrong_size_or_state_is_told(call, told, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    kind = make("qwen3_5_text")
-    with pytest.raises(ValueError, match=told):
-        call(kind.model, kind.params)
-
-
 def test_ragged_prefill_begins_rows_whatever_they_hold(kind):
     logits, state = kind.prefill()
     for n, length in enumerate(LENGTHS):
@@ -289,6 +272,8 @@ def integers(*shape):
 
 WRONG = {
     "tokens of one axis": (dict(tokens=integers(2)), "tokens must be"),
+    "no tokens": (dict(tokens=integers(2, 0)), r"one at least; got \(2, 0\)"),
+    "a state that is none": (dict(state=3), "state must be a ModelState; got a int"),
     "tokens that are floats": (dict(tokens=np.zeros((2, 3))), "tokens must be int32"),
     "other sequences than the state's": (dict(tokens=integers(3, 1)), "Give rows"),
     "rows of another number": (dict(rows=integers(1)), "rows must be"),
@@ -361,9 +346,24 @@ def test_padding_needs_no_positions():
 
 
 @pytest.mark.parametrize(("change", "told"), WRONG.values(), ids=WRONG)
-def test_a_wrong_call_says_what_to_do(change, told):
+def test_a_wrong_call_says_what_to_do(change, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     kind = make("qwen3_next")
     call = dict(tokens=integers(2, 3), state=kind.model.init_state(2, M, drafts=2))
     call = change if "method" in change else call | change
     with pytest.raises(ValueError, match=told):
         kind.model.apply(kind.params, **call)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (dict(num_rows=0), "num_rows must be an int >= 1; got 0"),
+        (dict(num_positions=1.5), "num_positions must be an int >= 1; got 1.5"),
+        (dict(drafts=-1), "drafts must be >= 0; got -1"),
+    ],
+)
+def test_wrong_sizes_of_a_state_are_told(sizes, told, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=told):
+        make("qwen3_next").model.init_state(**dict(num_rows=1, num_positions=4) | sizes)
