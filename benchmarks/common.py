@@ -129,7 +129,7 @@ def check_and_time(
     errors = errors_of(expected, call.result())
     row |= {"note": call.note, "errors": errors}
     if not passed(tolerance, errors):
-        return row | {"absent": "wrong results"}
+        return row | {"absent": "errors above the tolerance"}
     found = timing.measure(call.run, REPEATS, wait=wait, belongs=call.kernels)
     row |= dataclasses.asdict(found)
     moved = call.moved_bytes or problem.moved_bytes
