@@ -21,9 +21,14 @@ class SlotPool:
     Host-side bookkeeping, for use outside jit. It holds no arrays: a freed slot keeps
     its old state on the device, so a new owner's first step passes `has_state` False.
 
-        pool = SlotPool(num_slots)
-        slots = pool.alloc("request 7", 1 + num_drafts)
-        pool.free("request 7")
+        >>> from gdn_jax import SlotPool
+        >>> pool = SlotPool(8)
+        >>> pool.alloc("request 7", 4)                 # a token and three drafts
+        [0, 1, 2, 3]
+        >>> pool
+        SlotPool(8 slots, 4 free, 1 owners)
+        >>> pool.free("request 7")
+        [0, 1, 2, 3]
 
     Args:
       num_slots: P, the slots of the state pool.

@@ -1,6 +1,5 @@
 """The causal convolution: every implementation against float64, and against itself."""
 
-import doctest
 import functools
 
 import jax
@@ -193,13 +192,6 @@ def test_a_wrong_call_is_told(change, text):
 def test_a_state_of_another_type_is_told():
     with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="ConvState"):
         gdn_jax.causal_conv1d(**GOOD | dict(state=(1, 2)))
-
-
-def test_the_docstrings_example_is_right():
-    text = gdn_jax.causal_conv1d.__doc__
-    example = doctest.DocTestParser().get_doctest(text, {}, "example", None, 0)
-    assert len(example.examples) == 11
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_an_empty_call_returns_what_it_got(path):

@@ -56,8 +56,13 @@ def generate(
 ) -> list[list[int]] | list[Result]:
     """The texts that a model writes behind some prompts.
 
-        model, params = models.load(folder)
-        texts = generate(model, params, [[1, 2, 3], [4]], max_tokens=100)
+        >>> from gdn_jax import generate, models
+        >>> model, params = models.load(models.SMALL, progress=False)
+        >>> tokenizer = models.load_tokenizer(models.SMALL)
+        >>> prompt = tokenizer.encode("def main(")
+        >>> [text] = generate(model, params, [prompt], max_tokens=8)
+        >>> len(text), type(tokenizer.decode(text))
+        (8, <class 'str'>)
 
     A text depends on its prompt, the options, `seed` and the prompt's index, not on the
     other prompts, up to rounding: batches of other sizes may add up in other orders,

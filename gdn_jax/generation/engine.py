@@ -27,10 +27,14 @@ from gdn_jax.ops import checks
 class Engine:
     """Generates the texts of many prompts, of any lengths, in rows of one state.
 
-        engine = Engine(model, params, num_rows=8, num_positions=2048)
-        requests = [engine.submit(prompt, max_tokens=100) for prompt in prompts]
-        for changed in engine.run():        # the requests that gained tokens
-            ...
+        >>> from gdn_jax import Engine, models
+        >>> model, params = models.load(models.SMALL, progress=False)
+        >>> engine = Engine(model, params, num_rows=2, num_positions=64)
+        >>> texts = [engine.submit(text, max_tokens=8) for text in ([65], [66])]
+        >>> for changed in engine.run():        # the requests that gained tokens
+        ...     pass
+        >>> [len(request.tokens) for request in texts]
+        [8, 8]
 
     A request takes a free row, its prompt is read in pieces, beside those of others,
     and its text grows in blocks of up to `steps_per_call` steps that run on the device

@@ -38,8 +38,12 @@ def load(
 ) -> tuple[Model, Params]:
     """A model and its parameters from a folder as Hugging Face has them.
 
-        model, params = load("Qwen3.5-0.8B")
-        logits = model.apply({"params": params}, tokens)
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import models
+        >>> model, params = models.load(models.SMALL, progress=False)
+        >>> tokens = jnp.array([[100, 101, 102]])
+        >>> jax.jit(model.apply)({"params": params}, tokens).shape   # N, T, vocabulary
+        (1, 3, 256)
 
     The folder holds config.json and model.safetensors, or numbered files with their
     index. Of a multimodal checkpoint the text model is taken. There are as many layers

@@ -24,12 +24,15 @@ from gdn_jax.ops import checks
 class Model(nn.Module):
     """Embedding, layers of Gated DeltaNet or attention, each with its MLP, and a head.
 
-        model = Model(config)
-        params = model.init(jax.random.key(0), tokens)["params"]
-        logits = model.apply({"params": params}, tokens)          # training
-
-        state = model.init_state(N, num_positions)
-        logits, state = model.apply({"params": params}, tokens, state)
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import models
+        >>> model, params = models.load(models.SMALL, progress=False)
+        >>> apply = jax.jit(model.apply)
+        >>> tokens = jnp.array([[100, 101, 102]])
+        >>> logits = apply({"params": params}, tokens)               # training
+        >>> state = model.init_state(num_rows=1, num_positions=64)
+        >>> logits, state = apply({"params": params}, tokens, state)   # goes on
+        >>> logits, state = apply({"params": params}, tokens[:, :1], state)
 
     `load` makes both from a checkpoint. As transformers 5.23's Qwen3NextForCausalLM,
     Qwen3_5ForCausalLM and Qwen3_5MoeForCausalLM.

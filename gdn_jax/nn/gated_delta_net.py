@@ -31,10 +31,16 @@ class GatedDeltaNet(nn.Module):
         out = gated delta rule(q, k, v, a, b)               (see `fused_update`)
         y = projection(RMS norm(out) * silu(z))
 
-        layer = GatedDeltaNet(2048, 16, 32, 128, 128)
-        params = layer.init(jax.random.key(0), x)
-        y, state = layer.apply(params, x)                   # from zeros: training
-        y, state = layer.apply(params, x_next, state)       # goes on
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax.nn import GatedDeltaNet
+        >>> layer = GatedDeltaNet(64, 2, 4, 16, 16)         # D, H, HV, K, V
+        >>> x = jax.random.normal(jax.random.key(0), (2, 6, 64))
+        >>> params = layer.init(jax.random.key(1), x)
+        >>> y, _ = layer.apply(params, x)                   # from zeros: training
+        >>> first, state = layer.apply(params, x[:, :5])
+        >>> last, state = layer.apply(params, x[:, 5:], state)       # goes on
+        >>> bool(jnp.allclose(y[:, 5:], last, atol=1e-4))
+        True
 
     Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464); KDA:
     "Kimi Linear" (arXiv:2510.26692). Models, as transformers 5.23 has them, differ from
@@ -73,10 +79,11 @@ class GatedDeltaNet(nn.Module):
     between heads), "gdn_channels" (C). NNX creates them on a mesh, by the rules of
     `nn.logical_axis_rules`, unless told that there is none:
 
-        module = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0))
-        with nnx.use_eager_sharding(False):
-            nnx.bridge.lazy_init(module, x)
-        y, state = module(x)
+        >>> from flax import nnx
+        >>> module = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0))
+        >>> with nnx.use_eager_sharding(False):
+        ...     module = nnx.bridge.lazy_init(module, x)
+        >>> y, state = module(x)
     """
 
     hidden_size: int

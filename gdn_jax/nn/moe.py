@@ -29,9 +29,12 @@ class MixtureOfExperts(nn.Module):
     with p_e divided by the sum of the k where `norm_topk`. Every token has all its
     experts, whatever others chose: there is no capacity, and none influences another.
 
-        layer = MixtureOfExperts(2048, 512, 10, 512, 512)             # Qwen3-Next
-        params = layer.init(jax.random.key(0), x)
-        y = layer.apply(params, x)
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax.nn import MixtureOfExperts
+        >>> layer = MixtureOfExperts(64, 8, 2, 32, 32)    # Qwen3-Next's: 2048, 512, ..
+        >>> x = jnp.ones((2, 3, 64))
+        >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+        (2, 3, 64)
 
     As transformers 5.23's Qwen3NextSparseMoeBlock and Qwen3_5MoeSparseMoeBlock, but
     that the weights p_e and the sum over experts stay float32.

@@ -134,22 +134,44 @@ def fused_update(
     `config` are to be closed over, not passed; of both JAX's own errors tell, without a
     remedy. Under `jax.vmap` an unbatched pool is broadcast, one copy per batch entry.
     Under `jax.shard_map` split heads or rows; "interpret" needs `check_vma=False`.
-    `jax.export` of a jitted `f` needs the kernel's custom call allowed:
 
-        from jax import export
-        allowed = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-        make = export.export(f, platforms=["cuda"], disabled_checks=[allowed])
-        data = make(*args).serialize()          # needs the flatbuffers package
-        export.deserialize(data).call(*args)
+    Examples:
+      A token for each of two rows, whose states lie in slots 3 and 0 of a pool of 4:
 
-    On a machine without a GPU (export, lowering, compiling ahead of time) name the
-    device that the launch is for, by its kind as JAX prints it, around the tracing.
-    Without one, implementation=None is xla there:
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import fused_update
+        >>> H, HV, K, V = 1, 2, 16, 16
+        >>> q = k = jnp.ones((2, 1, H, K))
+        >>> v = jnp.ones((2, 1, HV, V))
+        >>> a = b = jnp.zeros((2, 1, HV))
+        >>> A_log = dt_bias = jnp.zeros(HV)
+        >>> tokens = q, k, v, A_log, a, b, dt_bias
+        >>> slots = jnp.array([3, 0], jnp.int32)
+        >>> update = jax.jit(fused_update, donate_argnums=0)
+        >>> state, out = update(jnp.zeros((4, HV, V, K)), *tokens, slots=slots)
+        >>> out.shape, [bool(jnp.any(each)) for each in state]
+        ((2, 1, 2, 16), [True, False, False, True])
 
-        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-        h200 = AbstractDevice("NVIDIA H200", 1, "cuda")
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
-            jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+      On a machine without a GPU (export, lowering, compiling ahead of time) name the
+      device that the launch is for, by its kind as JAX prints it, around the tracing;
+      without one, implementation=None is xla there:
+
+        >>> from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+        >>> h200 = AbstractDevice("NVIDIA H200", 1, "cuda")
+        >>> with use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+        ...     traced = update.trace(state, *tokens, slots=slots)
+        ...     lowered = traced.lower(lowering_platforms=("cuda",))
+        >>> "triton" in lowered.as_text()
+        True
+
+      `jax.export` needs the kernel's custom call allowed, and the flatbuffers package:
+
+        >>> from jax import export
+        >>> call = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+        >>> make = export.export(update, platforms=["cuda"], disabled_checks=[call])
+        >>> data = make(state, *tokens, slots=slots).serialize()
+        >>> export.deserialize(data).platforms
+        ('cuda',)
     """
     x, options, unpack = arguments.pack(
         state,
@@ -205,6 +227,19 @@ def recurrent_update(
 
     Everything else is as in `fused_update`: shapes, dtypes, in-place update, null rule,
     errors and transformations.
+
+    Examples:
+      Nothing is forgotten, and beta is 1: a key reads what was last written with it.
+
+        >>> import jax.numpy as jnp
+        >>> from gdn_jax import recurrent_update
+        >>> k = jnp.eye(16)[jnp.array([0, 1, 0])].reshape(1, 3, 1, 16)
+        >>> v = jnp.arange(3.0)[None, :, None, None] * jnp.ones(16)
+        >>> never, always = jnp.zeros((1, 3, 1)), jnp.ones((1, 3, 1))
+        >>> empty = jnp.zeros((1, 1, 16, 16))
+        >>> state, out = recurrent_update(empty, k, k, v, never, always, scale=1.0)
+        >>> state[0, 0, 0, :3].round(3).tolist()
+        [2.0, 1.0, 0.0]
     """
     x, options, unpack = arguments.pack(
         state,

@@ -78,6 +78,23 @@ def chunk_update(
     value head, and for every token and value head 0.5 KB and two float32 values for
     each of K and of V ("xla": several times that). `vmap`, `scan` and `shard_map` as
     with `fused_update`.
+
+    Examples:
+      Rows of 100 and 30 tokens one behind the other, and the gradient of a sum:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import chunk_update
+        >>> L, H, HV, K, V = 130, 1, 2, 16, 16
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, L, H, K))
+        >>> v, a, b = jnp.ones((L, HV, V)), jnp.zeros((L, HV)), jnp.zeros((L, HV))
+        >>> rows = dict(cu_seqlens=jnp.array([0, 100, 130], jnp.int32))
+        >>> def total(v):
+        ...     state = jnp.zeros((2, HV, V, K))
+        ...     gates = jnp.zeros(HV), a, b, jnp.zeros(HV)
+        ...     state, out = chunk_update(state, q, k, v, *gates, **rows)
+        ...     return out.sum()
+        >>> jax.grad(total)(v).shape
+        (130, 2, 16)
     """
     _dispatch.check_name(implementation)
     _dispatch.check_config(config, ChunkConfig, implementation)

@@ -1,0 +1,24 @@
+"""What the docstrings of public names show can be typed in."""
+
+import doctest
+import inspect
+
+import pytest
+
+import gdn_jax
+from gdn_jax import models, nn
+
+NAMES = {
+    f"{module.__name__}.{name}": inspect.getdoc(getattr(module, name)) or ""
+    for module in (gdn_jax, nn, models)
+    for name in getattr(module, "__all__", vars(module))
+    if not name.startswith("_")
+}
+WITH_EXAMPLES = [name for name, text in NAMES.items() if ">>>" in text]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_an_example_holds(name):
+    parser = doctest.DocTestParser()
+    example = parser.get_doctest(NAMES[name], {}, name, None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
