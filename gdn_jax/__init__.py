@@ -9,8 +9,9 @@ causal_conv1d, ConvState    the convolution before it, and its state in slots
 gated_rms_norm              the norm behind it, with its output gate
 grouped_dot                 rows by their groups' weights: a mixture of experts
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
+replay_update, ReplayState  the same, with a state that is written once in many steps
 LaunchConfig, ChunkConfig,  a kernel's launch, to pin
-ConvConfig, GroupedDotConfig
+ConvConfig, ReplayConfig, GroupedDotConfig
 testing                     cases, an oracle, tolerances, check_slots
 
 Each is imported once it is asked for: the first two need Flax, as gdn_jax.nn and
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from gdn_jax.ops.gated_delta.api import fused_update as fused_update
     from gdn_jax.ops.gated_delta.api import recurrent_update as recurrent_update
     from gdn_jax.ops.gated_delta.chunk_api import chunk_update as chunk_update
+    from gdn_jax.ops.gated_delta.replay_api import replay_update as replay_update
+    from gdn_jax.ops.gated_delta.replay_state import ReplayState as ReplayState
     from gdn_jax.ops.gated_delta.tuning import ChunkConfig as ChunkConfig
     from gdn_jax.ops.gated_delta.tuning import LaunchConfig as LaunchConfig
+    from gdn_jax.ops.gated_delta.tuning import ReplayConfig as ReplayConfig
     from gdn_jax.ops.gated_delta.unfused import gates as gates
     from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
     from gdn_jax.ops.grouped_dot.api import grouped_dot as grouped_dot
@@ -48,6 +52,8 @@ _MODULES = {
     "Engine": "generation.engine",
     "GroupedDotConfig": "ops.grouped_dot.tuning",
     "LaunchConfig": "ops.gated_delta.tuning",
+    "ReplayConfig": "ops.gated_delta.tuning",
+    "ReplayState": "ops.gated_delta.replay_state",
     "SlotPool": "pool",
     "causal_conv1d": "ops.causal_conv1d.api",
     "chunk_update": "ops.gated_delta.chunk_api",
@@ -58,6 +64,7 @@ _MODULES = {
     "generate": "generation.api",
     "grouped_dot": "ops.grouped_dot.api",
     "recurrent_update": "ops.gated_delta.api",
+    "replay_update": "ops.gated_delta.replay_api",
 }
 
 __all__ = [
@@ -67,6 +74,8 @@ __all__ = [
     "Engine",
     "GroupedDotConfig",
     "LaunchConfig",
+    "ReplayConfig",
+    "ReplayState",
     "SlotPool",
     "causal_conv1d",
     "chunk_update",
@@ -77,6 +86,7 @@ __all__ = [
     "generate",
     "grouped_dot",
     "recurrent_update",
+    "replay_update",
     "testing",
 ]
 

@@ -31,8 +31,8 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     # A dead token's inputs are replaced before they meet arithmetic: a NaN there would
     # reach the gradients through a later select.
     tokens = (x.q, x.k, x.v, *gates.per_token)
-    tokens = jax.tree.map(lambda y: _where(live, y, 0.0), tokens)
-    start = _where(rows.keeps_state, x.state[rows.read], 0.0).astype(jnp.float32)
+    tokens = jax.tree.map(lambda y: where(live, y, 0.0), tokens)
+    start = where(rows.keeps_state, x.state[rows.read], 0.0).astype(jnp.float32)
 
     lanes = 1 if options.tokens_per_row is None else x.num_rows
     timeline = jax.tree.map(
@@ -43,22 +43,22 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     def body(carry, now):
         pool, state, last = carry
         (q, k, v, a, b), row, step, live, write = now
-        state = _where((step == 0) | (row != last), start[row], state)
+        state = where((step == 0) | (row != last), start[row], state)
         if isinstance(gates, Gates):
             log_decay, beta = a, b
         else:
             log_decay, beta = reference_gates(gates, a, b, options.gating)
-        new, out = _rule(state, q, k, v, log_decay, beta, options)
-        state = _where(live, new, state)
+        new, out, *_ = rule(state, q, k, v, log_decay, beta, options)
+        state = where(live, new, state)
         stored = state.astype(x.state.dtype)
         pool = pool.at[write].set(stored, mode="drop")
-        out = _where(live, out, 0.0).astype(options.out_dtype)
-        kept = _where(live, stored, 0.0) if options.per_token_states else None
+        out = where(live, out, 0.0).astype(options.out_dtype)
+        kept = where(live, stored, 0.0) if options.per_token_states else None
         return (pool, state, row), (out, kept)
 
     if options.per_token_states:
         timeline = (*timeline[:-1], jnp.full_like(timeline[-1], num_slots))
-    state = _where(jnp.zeros(lanes, bool), start[:lanes], 0.0)
+    state = where(jnp.zeros(lanes, bool), start[:lanes], 0.0)
     carry = (x.state, state, jnp.full_like(timeline[1][0], -1))
     (pool, *_), (out, kept) = lax.scan(body, carry, timeline)
     out, kept = jax.tree.map(
@@ -83,27 +83,30 @@ def reference_gates(logits: GateLogits, a: Array, b: Array, gating: GateOptions)
     return log_decay, 2.0 * beta if gating.allow_neg_eigval else beta
 
 
-def _rule(state, q, k, v, log_decay, beta, options: Options) -> tuple[Array, Array]:
+def rule(state, q, k, v, log_decay, beta, options: Options) -> tuple[Array, ...]:
+    """(state, out) after one token, what it corrected [.. HV V], and k's factor."""
     q, k, v = (y.astype(jnp.float32) for y in (q, k, v))
+    k_scale = jnp.ones(k.shape[:-1], jnp.float32)
     if options.qk_l2norm:
         q = q * lax.rsqrt(jnp.sum(q * q, -1, keepdims=True) + 1e-6)
-        k = k * lax.rsqrt(jnp.sum(k * k, -1, keepdims=True) + 1e-6)
+        k_scale = lax.rsqrt(jnp.sum(k * k, -1) + 1e-6)
+        k = k * k_scale[..., None]
     group = v.shape[-2] // k.shape[-2]
     q = jnp.repeat(q * options.scale, group, axis=-2)  # [.. HV K]
     k = jnp.repeat(k, group, axis=-2)
     decay = jnp.exp(log_decay)
     per_k = decay.ndim == k.ndim
     state = (decay[..., None, :] if per_k else decay[..., None, None]) * state
-    error = beta[..., None] * (v - _recall(state, k))
-    state = state + error[..., :, None] * k[..., None, :]
-    return state, _recall(state, q)
+    u = beta[..., None] * (v - _recall(state, k))
+    state = state + u[..., :, None] * k[..., None, :]
+    return state, _recall(state, q), u, k_scale
 
 
 def _recall(state: Array, key: Array) -> Array:
     return jnp.einsum("...vk,...k->...v", state, key, precision=lax.Precision.HIGHEST)
 
 
-def _where(condition: Array, chosen: Array, other) -> Array:
+def where(condition: Array, chosen: Array, other) -> Array:
     """`jnp.where` with the condition on the leading axes."""
     extra = jnp.ndim(chosen) - condition.ndim
     condition = condition.reshape(condition.shape + (1,) * extra)

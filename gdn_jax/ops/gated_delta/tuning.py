@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-from typing import Literal
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
 from gdn_jax._triton import check_launch
+from gdn_jax.ops.blocks import padded
 
 MAX_HEAD_DIM = 256  # of K and V: what fits a program
 GROUP = 4  # tokens whose gates are found at once: those that verify three drafts
@@ -88,6 +90,53 @@ def chunk_heuristic(K: int, key_parts: int, solved_parts: int) -> ChunkConfig:
         return ChunkConfig()
     wide = K > 128 or (key_parts > 1 and K > 64)
     return ChunkConfig(16, num_warps=8 if wide else 4, num_stages=stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """How `replay_update`'s kernels are cut up.
+
+    Attributes:
+      block_v, block_k: rows and columns of a state that a program works on at once,
+        at least 16; it walks along K.
+      num_warps, num_stages: of that program; with two stages or more the next tile is
+        loaded while one is worked on.
+      parts: into how many bfloat16 parts a float32 state is cut where it is read: 2
+        leave an error of 2^-17, 3 float32's own.
+      append_warps: of the program that appends a row's records.
+    """
+
+    block_v: int = 64
+    block_k: int = 64
+    num_warps: int = 2
+    num_stages: int = 2
+    parts: int = 2
+    append_warps: int = 4
+
+    def __post_init__(self):
+        check_launch(self, "num_stages", "parts")
+        for name in ("block_v", "block_k"):
+            if not 16 <= getattr(self, name) <= 256:
+                got = getattr(self, name)
+                raise ValueError(f"{name} must be 16 to 256; got {got}")
+        if self.parts not in (2, 3):
+            raise ValueError(f"parts must be 2 or 3; got {self.parts}")
+
+    def fitted(self, V: int, K: int) -> "ReplayConfig":
+        """No larger than a state."""
+        return dataclasses.replace(
+            self,
+            block_v=min(self.block_v, padded(V)),
+            block_k=min(self.block_k, padded(K)),
+        )
+
+    def parts_of(self, dtype: Any) -> int:
+        """Of a state of that dtype; two hold all of a float16."""
+        return self.parts if dtype == jnp.float32 else 2
+
+
+def replay_heuristic(V: int, K: int) -> ReplayConfig:
+    return ReplayConfig().fitted(V, K)
 
 
 Walk = Literal["one", "few", "any"]

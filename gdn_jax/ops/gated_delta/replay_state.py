@@ -1,0 +1,185 @@
+"""The state of replay: a checkpoint a slot, and records of the tokens since.
+
+After j tokens behind a checkpoint S_0 the state is
+
+    S_j = exp(G_j) S_0 + sum over i <= j of exp(G_j - G_i) u_i k_i^T
+
+with u_i what token i corrected and G the running sum of log-decays. So a step writes a
+record of each of its tokens, a hundredth of a state, and the checkpoint only where the
+ring of records is full. Rejecting drafts drops their records.
+
+    start             + committed          + pending     (all mod R)
+    | part of the text | of the last step: not yet known how many stand |
+
+Source: ReplaySSM (Dao-AILab and NVIDIA, 2026; vLLM RFC 47572).
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+from gdn_jax.ops import checks
+
+WINDOWS = (16, 32)
+
+
+class ReplayState(NamedTuple):
+    """States of a pool of slots, each a checkpoint and a ring of R records.
+
+    Attributes:
+      checkpoint: [P, HV, V, K], float32, bfloat16 or float16.
+      u: [P, HV, R, V] float32, what each token corrected: beta (v - prediction).
+      k: [P, H, R, K], keys as they came, in the activations' dtype.
+      k_scale: [P, H, R] float32, 1 / |k|, or 1 without `qk_l2norm`.
+      log_decay: [P, HV, R] float32, or [P, HV, R, K] with a decay for each K (KDA).
+      start: [P] int32, the column of the oldest record.
+      committed: [P] int32, records of tokens that stand.
+      pending: [P] int32, records of the last call's tokens, behind them.
+    """
+
+    checkpoint: t.State
+    u: Array
+    k: Array
+    k_scale: Array
+    log_decay: Array
+    start: t.Start
+    committed: t.Start
+    pending: t.Start
+
+    @property
+    def window(self) -> int:
+        """R"""
+        return self.u.shape[2]
+
+    @classmethod
+    def zeros(
+        cls,
+        num_slots: int,
+        num_key_heads: int,
+        num_value_heads: int,
+        key_head_dim: int,
+        value_head_dim: int,
+        *,
+        window: int = 16,
+        dtype: Any = jnp.float32,
+        key_dtype: Any = jnp.bfloat16,
+        per_key_decay: bool = False,
+    ) -> "ReplayState":
+        """Empty states of `num_slots` sequences; `window` is R, `key_dtype` that of the
+        keys that calls bring, `per_key_decay` of KDA."""
+        shape = num_slots, num_value_heads, value_head_dim, key_head_dim
+        remedy = "The checkpoint's dtype."
+        pool = jnp.zeros(shape, checks.float_dtype("dtype", dtype, remedy))
+        return cls.from_dense(
+            pool,
+            num_key_heads=num_key_heads,
+            window=window,
+            key_dtype=key_dtype,
+            per_key_decay=per_key_decay,
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        state: Array,
+        *,
+        num_key_heads: int,
+        window: int = 16,
+        key_dtype: Any = jnp.bfloat16,
+        per_key_decay: bool = False,
+    ) -> "ReplayState":
+        """From a pool [P, HV, V, K] of states, which become the checkpoints: that of
+        `fused_update` or of a prefill by `chunk_update`."""
+        if jnp.ndim(state) != 4:
+            checks.fail("state", jnp.shape(state), "[P, HV, V, K]", "Add what misses.")
+        remedy = "It is that of k."
+        key_dtype = checks.float_dtype("key_dtype", key_dtype, remedy)
+        if window not in WINDOWS:
+            remedy = "It is R, the records that a slot has room for."
+            checks.fail("window", repr(window), f"one of {WINDOWS}", remedy)
+        checks.count("num_key_heads", num_key_heads, "It is H.")
+        P, HV, V, K = state.shape
+        if HV % num_key_heads:
+            remedy = "Value head i reads key head i // (HV // H)."
+            checks.fail("num_key_heads", num_key_heads, f"a divisor of {HV=}", remedy)
+        H, R = num_key_heads, window
+        f32, none = jnp.float32, jnp.zeros(P, jnp.int32)
+        return cls(
+            checkpoint=jnp.asarray(state),
+            u=jnp.zeros((P, HV, R, V), f32),
+            k=jnp.zeros((P, H, R, K), key_dtype),
+            k_scale=jnp.zeros((P, H, R), f32),
+            log_decay=jnp.zeros((P, HV, R, *([K] if per_key_decay else [])), f32),
+            start=none,
+            committed=none.copy(),  # no two leaves of a donated state are one buffer
+            pending=none.copy(),
+        )
+
+    def to_dense(self, num_accepted: Any = None) -> Array:
+        """The states [P, HV, V, K], in the checkpoints' dtype. `num_accepted` [P] as
+        the next call would be given it; None: all pending tokens stand."""
+        kept = self.pending
+        if num_accepted is not None:
+            num_accepted = checks.integers("num_accepted", num_accepted)
+            if num_accepted.shape != self.start.shape:
+                wanted = f"[P] = {self.start.shape}"
+                remedy = "One a slot; of slots that are not asked for any number."
+                checks.fail("num_accepted", num_accepted.shape, wanted, remedy)
+            kept = jnp.clip(num_accepted, 0, self.pending)
+        records = in_order(self, jnp.arange(self.start.shape[0]), self.start)
+        state = self.checkpoint.astype(jnp.float32)
+        state = folded(state, records, self.committed + kept)
+        return state.astype(self.checkpoint.dtype)
+
+    def reset(self, slots: Any) -> "ReplayState":
+        """With the states of these slots [N] zero, for their new owners; a slot outside
+        the pool is none. `has_state` False in a call does the same."""
+        slots = checks.integers("slots", slots)
+        num_slots = self.start.shape[0]
+        slots = jnp.where(slots < 0, num_slots, slots)  # not counted from the end
+        counters = "start", "committed", "pending"
+        cleared = {
+            name: getattr(self, name).at[slots].set(0, mode="drop")
+            for name in ("checkpoint", *counters)
+        }
+        return self._replace(**cleared)
+
+
+class Records(NamedTuple):
+    """Records of rows in the order of their tokens: u [N HV R V], k [N HV R K] with its
+    scale in it, log_decay [N HV R], or with K behind."""
+
+    u: Array
+    k: Array
+    log_decay: Array
+
+
+def in_order(state: ReplayState, slot: Array, start: Array) -> Records:
+    R = state.window
+    slot = slot[:, None]
+    column = (start[:, None] + jnp.arange(R)) % R
+    u, k, k_scale, log_decay = (
+        x[slot, :, column].swapaxes(1, 2)
+        for x in (state.u, state.k, state.k_scale, state.log_decay)
+    )
+    k = k.astype(jnp.float32) * k_scale[..., None]
+    return Records(u, jnp.repeat(k, u.shape[1] // k.shape[1], axis=1), log_decay)
+
+
+def folded(state: Array, records: Records, count: Array) -> Array:
+    """The states [N HV V K] after their first `count` [N] records, float32."""
+    R = records.u.shape[2]
+    place = jnp.arange(R)
+    valid = (place < count[:, None])[:, None, :, None]  # [N 1 R 1]
+    per_k = records.log_decay.ndim == 4
+    log_decay = records.log_decay if per_k else records.log_decay[..., None]
+    log_decay = jnp.where(valid, log_decay, 0.0)
+    # what is forgotten after each token: a sum of its own, so that none cancels
+    later = (place[None, :] > place[:, None]).astype(jnp.float32)
+    after = jnp.einsum("ij,nhjk->nhik", later, log_decay, precision="highest")
+    k = jnp.where(valid, records.k * jnp.exp(after), 0.0)
+    u = jnp.where(valid, records.u, 0.0)
+    left = jnp.exp(jnp.sum(log_decay, axis=2))[:, :, None, :]
+    return state * left + jnp.einsum("nhrv,nhrk->nhvk", u, k, precision="highest")
