@@ -129,7 +129,7 @@ class _Tile(NamedTuple):
     key_head: Array
     v: Array  # [BV]
     in_v: Array | None
-    token: Array  # [T], where in L
+    token: Array  # [T], where in L; those that are not valid lie anywhere
     valid: Array
     new: Array  # [T], the columns of their records
 
@@ -139,14 +139,13 @@ class _Tile(NamedTuple):
         v = pl.program_id(0) * config.block_v + indices(config.block_v)
         step = indices(padded(x.longest(options)))
         rows, R = turn.rows, x.state.window
-        last = np.int32(x.q.shape[0] - 1)
         return cls(
             turn,
             head,
             lax.div(head, np.int32(x.v.shape[1] // x.k.shape[1])),
             v,
             inside(v, x.v.shape[2]),
-            jnp.minimum(rows.begin + step, last),
+            rows.begin + step,
             step < rows.length,
             turn.column(turn.history + step, R),
         )
