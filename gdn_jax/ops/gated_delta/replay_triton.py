@@ -110,13 +110,14 @@ def meet_kernel(
         if not interpret:
             _triton.barrier()  # all of the program's warps have read the old u
         tile.store(u_ref.at[tile.slot, tile.head, tile.new[None, :], tile.column], u)
+        out = out.astype(out_ref.dtype)
         tile.store(out_ref.at[tile.token[None, :], tile.head, tile.column], out)
 
     if options.tokens_per_row is not None:
 
         @pl.when(~turn.rows.live)
         def _():
-            nothing = jnp.zeros((tile.v.size, tile.token.size), jnp.float32)
+            nothing = jnp.zeros((tile.v.size, tile.token.size), out_ref.dtype)
             place = out_ref.at[tile.token[None, :], tile.head, tile.column]
             tile.store(place, nothing)
 

@@ -107,7 +107,7 @@ class ReplayConfig:
     """
 
     block_v: int = 64
-    block_k: int = 64
+    block_k: int = 32
     num_warps: int = 2
     num_stages: int = 2
     parts: int = 2
