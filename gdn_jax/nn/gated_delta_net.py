@@ -158,8 +158,8 @@ class GatedDeltaNet(nn.Module):
         that begin, of any lengths, may share a call.
 
         Args:
-          x: [N, T, D] (dense) or [L, D] (packed; without `cu_seqlens` every token is a
-            sequence of its own).
+          x: [N, T, D] (dense) or [L, D] (packed). One sequence of T tokens is [1, T, D]:
+            packed tokens without `cu_seqlens` are L sequences of one token each.
           state: from `init_state` or the last call. Donate it under `jax.jit` and it is
             updated in place. None: every row begins from zeros.
           slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`.
@@ -223,7 +223,9 @@ class GatedDeltaNet(nn.Module):
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
         path = arguments.choose_path(path, x, given)
         state = self._begin(x, given) if state is None else state
-        pools = pools_of(state, self.conv_width, given, null_slot)
+        pools = pools_of(
+            state, self.heads.channels, self.conv_width, given, null_slot
+        )
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
@@ -298,13 +300,15 @@ class GatedDeltaNet(nn.Module):
         num_conv_slots: int | None = None,
         recurrent_dtype: Any = jnp.float32,
     ) -> GatedDeltaNetState:
-        """An empty state, dense or a pool.
+        """An empty state, dense or a pool. Call it for each layer: two that share one
+        cannot both be donated.
 
         Args:
           num_slots: N for a state per sequence; P for a pool, with `slots`.
-          columns: S, 1 + drafts, for speculative decoding.
-          num_conv_slots: slots of the convolution's state, for calls with `conv_slots`;
-            None: num_slots.
+          columns: S, 1 + drafts, for speculative decoding, where a sequence takes S of
+            the P slots. It widens the convolution's ring alone.
+          num_conv_slots: slots of the convolution's state, for calls with `conv_slots`,
+            since a sequence needs one where the rule takes S; None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
 
         Raises:

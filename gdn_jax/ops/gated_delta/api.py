@@ -90,6 +90,7 @@ def fused_update(
         start at whichever draft was accepted. After a prefill into slots[:, 0] it is 1.
         Dense T <= S; packed tokens past column S - 1 give `out` and store nothing.
       has_state: [N] bool. False starts a sequence from zeros, whatever its slot holds.
+        None: all go on from their slots.
       null_slot: one that means "none" in `slots`, for callers with one (vLLM: 0).
       scale: of q, > 0; K**-0.5 if None.
       qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6).
