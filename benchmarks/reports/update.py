@@ -35,9 +35,7 @@ def contenders(result: dict, state: str, T: int) -> Iterator[tuple[str, dict]]:
 
 def plot_decode(result: dict, path: pathlib.Path) -> None:
     """Time, and the share of a copy's bandwidth, against batch."""
-    figure, axes = plt.subplots(
-        2, 2, figsize=(WIDTH, 7.5), sharex=True, sharey="row"
-    )
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 7.5), sharex=True, sharey="row")
     for column, state in enumerate(STATES):
         time, share = axes[:, column]
         for name, rows in contenders(result, state, T=1):
