@@ -54,8 +54,10 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
       hidden_size: D, of x and y.
-      num_key_heads, num_value_heads: H and HV; HV % H == 0.
-      key_head_dim, value_head_dim: K and V.
+      num_key_heads: H.
+      num_value_heads: HV; HV % H == 0.
+      key_head_dim: K.
+      value_head_dim: V.
       conv_width: W of the convolution.
       layout: which projections are one matrix. "flat": [q | k | v], and one each for z,
         b and a. "interleaved": [q | k | v | z] and [b | a], each key head's part after
@@ -63,7 +65,8 @@ class GatedDeltaNet(nn.Module):
       per_key_decay: a decay for each K instead of each head (KDA).
       gate_rank: if given, the projections of `a` and `z` are products of two through so
         many features. Not with "interleaved", nor is `per_key_decay`.
-      allow_neg_eigval, gate_lower_bound: as in `fused_update`.
+      allow_neg_eigval: as in `fused_update`.
+      gate_lower_bound: as in `fused_update`.
       norm_eps: of the norm behind the rule.
       output_activation: of the output gate, "silu" or "sigmoid".
       dtype: of the projections, the convolution's state and y; the rule, the norm and
@@ -71,8 +74,9 @@ class GatedDeltaNet(nn.Module):
       param_dtype: of parameters but A_log and dt_bias, which are float32.
       kernel_init: of the projections.
       conv_init: of the convolution's weight [C, W].
-      A_log_init, dt_bias_init: of the gates' parameters. transformers begins dt_bias
-        with ones in Qwen's models, with time steps in the others, as here.
+      A_log_init: of A_log.
+      dt_bias_init: of dt_bias, which transformers begins with ones in Qwen's models,
+        with time steps in the others, as here.
 
     Parameters carry logical axis names (`nn.logical_to_mesh`): "embed" (D),
     "gdn_key_heads" and "gdn_value_heads" (axes whose outer part is heads, to be split

@@ -57,8 +57,10 @@ def fused_update(
     For each sequence and value head, token by token and in float32, whatever of
     float32, bfloat16 and float16 each argument is:
 
-        decay = exp(-exp(A_log) * softplus(a + dt_bias))        beta = sigmoid(b)
-        q, k  = q / |q|, k / |k|  (if qk_l2norm);               q = q * scale
+        decay = exp(-exp(A_log) * softplus(a + dt_bias))
+        beta  = sigmoid(b)
+        q, k  = q / |q|, k / |k|  (if qk_l2norm)
+        q     = q * scale
         S     = decay * S
         S     = S + beta * (v - S k) k^T
         out   = S q

@@ -44,8 +44,8 @@ def gates(
         implementation: as in `fused_update`. On a GPU one kernel; XLA makes two.
 
     Returns:
-      log_decay of a's shape, <= 0, and beta of b's, in (0, 1), or (0, 2) with
-      `allow_neg_eigval`.
+      log_decay: of a's shape, <= 0.
+      beta: of b's shape, in (0, 1), or (0, 2) with `allow_neg_eigval`.
 
     Raises:
       ValueError: a shape or a parameter is wrong.
