@@ -148,7 +148,11 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
         return state
     real = (source >= 0) & (source < P) & (target >= 0) & (target < P)
     source, target = jnp.where(real, source, 0), jnp.where(real, target, P)
-    return jax.tree.map(lambda pool: pool.at[target].set(pool[source], mode="drop"), state)
+
+    def copy(pool: Array) -> Array:
+        return pool.at[target].set(pool[source], mode="drop")
+
+    return jax.tree.map(copy, state)
 
 
 def _slots_of(state: Any) -> int:
@@ -156,7 +160,7 @@ def _slots_of(state: Any) -> int:
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) > 1 or None in sizes:
         raise ValueError(
-            f"state must be pools [P, ...] of one P; got shapes {shapes}. Pools of other "
-            f"sizes have other slots: copy each by slots of its own."
+            f"state must be pools [P, ...] of one P; got shapes {shapes}. Copy those of "
+            f"other sizes by slots of their own."
         )
     return sizes.pop() if sizes else 0

@@ -22,10 +22,15 @@ def test_the_null_slot_may_stand_in_many_places():
 @pytest.mark.parametrize(
     ("slots", "keywords", "text"),
     [
-        (GOOD, dict(num_slots=5), "row 0, column 1: slot 5 is outside [0, 5)"),
+        (
+            GOOD,
+            dict(num_slots=5, num_accepted=[1, 1]),
+            "row 0, column 1: slot 5 is outside [0, 5)",
+        ),
         ([-2, 1], {}, "row 0, column 0: slot -2 is outside [0, 6)"),
         (GOOD, dict(num_accepted=[0, 1]), "row 0: num_accepted 0 is outside 1..3"),
         (GOOD, dict(num_accepted=[1, 4]), "row 1: num_accepted 4 is outside 1..3"),
+        ([1, 2], dict(num_slots=-1), "num_slots must be an int >= 1; got -1"),
         ([2, 3, 2], {}, "slot 2 is given to (row, column) (0, 0), (2, 0)"),
         (
             [[2, 2]],
@@ -38,7 +43,6 @@ def test_the_null_slot_may_stand_in_many_places():
         ([4.0, 4.5], {}, "slots must be of integers; got float64"),
         (GOOD, dict(num_accepted=[1]), "num_accepted must be [2], as slots has rows"),
         ([1, 2], dict(cu_seqlens=[0, 3]), "cu_seqlens must be [3], as slots has rows"),
-        ([1, 2], dict(num_slots=GOOD), "num_slots must be an int >= 1; got an array"),
     ],
 )
 def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):

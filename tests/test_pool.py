@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,8 +28,8 @@ def test_alloc_gives_all_or_nothing():
         pool.alloc("a", 4)
     assert pool.num_free == 3
     assert pool.owners == ()
-    with pytest.raises(TypeError, match="unhashable"):
-        pool.alloc(["a"])
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        pool.alloc(["a"])  # not hashable
     assert pool.alloc("a", 3) == [0, 1, 2]
 
 
@@ -95,10 +96,12 @@ def test_copy_checks_its_slots(src, dst, text):
 @pytest.mark.parametrize("other", [jnp.zeros((3, 1)), 1.0])
 def test_pools_of_other_sizes_are_not_copied_in_part(other):
     slots = jnp.zeros(2, jnp.int32)
-    with pytest.raises(ValueError, match="state must be pools .* of one P; got shapes"):
+    with pytest.raises(
+        ValueError, match=r"state must be pools .* of one P; got shapes"
+    ):
         gdn_jax.copy_slots((jnp.zeros((4, 1)), other), slots, slots)
 
 
 def test_a_pool_on_the_host_is_copied_too():
-    copied = gdn_jax.copy_slots(np.arange(3.0, dtype=np.float32), [2], [0])
+    copied = gdn_jax.copy_slots(np.arange(3.0), np.int32([2]), np.int32([0]))
     assert copied.tolist() == [2, 1, 2]

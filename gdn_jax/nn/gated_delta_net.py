@@ -162,7 +162,7 @@ class GatedDeltaNet(nn.Module):
         that begin, of any lengths, may share a call.
 
         Args:
-          x: [N, T, D] (dense) or [L, D] (packed). One sequence of T tokens is [1, T, D]:
+          x: [N, T, D] (dense) or [L, D] (packed). A sequence of T tokens is [1, T, D]:
             packed tokens without `cu_seqlens` are L sequences of one token each.
           state: from `init_state` or the last call. Donate it under `jax.jit` and it is
             updated in place. None: every row begins from zeros.
@@ -227,9 +227,7 @@ class GatedDeltaNet(nn.Module):
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
         path = arguments.choose_path(path, x, given)
         state = self._begin(x, given) if state is None else state
-        pools = pools_of(
-            state, self.heads.channels, self.conv_width, given, null_slot
-        )
+        pools = pools_of(state, self.heads.channels, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
