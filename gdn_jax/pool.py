@@ -160,7 +160,7 @@ def _slots_of(state: Any) -> int:
     sizes = {shape[0] if shape else None for shape in shapes}
     if len(sizes) > 1 or None in sizes:
         raise ValueError(
-            f"state must be pools [P, ...] of one P; got shapes {shapes}. Copy those of "
+            f"state must be pools [P, ...] of one P; got {shapes}. Copy those of "
             f"other sizes by slots of their own."
         )
     return sizes.pop() if sizes else 0
