@@ -157,10 +157,10 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
 
 def _slots_of(state: Any) -> int:
     shapes = [pool.shape for pool in jax.tree.leaves(state)]
-    sizes = {shape[0] if shape else None for shape in shapes}
-    if len(sizes) > 1 or None in sizes:
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) > 1 or () in shapes:
         raise ValueError(
             f"state must be pools [P, ...] of one P; got {shapes}. Copy those of "
             f"other sizes by slots of their own."
         )
-    return sizes.pop() if sizes else 0
+    return max(sizes, default=0)

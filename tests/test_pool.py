@@ -96,9 +96,7 @@ def test_copy_checks_its_slots(src, dst, text):
 @pytest.mark.parametrize("other", [jnp.zeros((3, 1)), 1.0])
 def test_pools_of_other_sizes_are_not_copied_in_part(other):
     slots = jnp.zeros(2, jnp.int32)
-    with pytest.raises(
-        ValueError, match=r"state must be pools .* of one P; got"
-    ):
+    with pytest.raises(ValueError, match=r"state must be pools .* of one P; got"):
         gdn_jax.copy_slots((jnp.zeros((4, 1)), other), slots, slots)
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from gdn_jax.ops import checks
 
@@ -78,7 +78,7 @@ def _integers(name: str, x: Any, length: int | None = None) -> Any:
     """On the host; [length] if that is given. None stays None."""
     if x is None:
         return None
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         remedy = "Call check_slots on the host, outside jit."
         checks.fail(name, "a tracer", "an array of values", remedy)
     x = np.asarray(x)
