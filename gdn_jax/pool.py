@@ -73,8 +73,9 @@ class SlotPool:
                 f"{owner!r} wants {count} slots and {len(self._free)} of "
                 f"{self.num_slots} are free. Free an owner or make the pool larger."
             )
+        owned = self._owned.setdefault(owner, [])  # first: it may not be hashable
         slots = [self._free.pop() for _ in range(count)]
-        self._owned.setdefault(owner, []).extend(slots)
+        owned.extend(slots)
         return slots
 
     def slots(self, owner: Hashable) -> list[int]:
@@ -113,17 +114,22 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
     """Copies slot src[i] to dst[i] of every pool in `state`: forks, prefix caching.
 
     Args:
-      state: an array [P, ...] or a pytree of them. Donate it under jit: the copies then
-        happen in place, and slots outside `dst` keep their bits.
+      state: an array [P, ...] or a pytree of them, of one P. Donate it under jit: the
+        copies then happen in place, and slots outside `dst` keep their bits.
       src, dst: [M] int32. A pair with either one outside [0, P) is skipped. All sources
         are read before any slot is written; a slot that stands twice in `dst` gets one
         of its sources.
+
+    A fork of a row that decodes speculatively, slots [N, S], copies all of its S slots,
+    and goes on with the same `num_accepted`: which of them counts is not known to the
+    pool, and a layer's convolution keeps its inputs at the first.
 
     Returns:
       state, with the copies made.
 
     Raises:
-      ValueError: src and dst are not int32 [M] of one length.
+      ValueError: src and dst are not int32 [M] of one length, or the pools are not of
+        one P.
     """
     source, target = checks.integers("src", src), checks.integers("dst", dst)
     for name, slots in (("src", source), ("dst", target)):
@@ -136,12 +142,25 @@ def copy_slots(state: Any, src: ArrayLike, dst: ArrayLike) -> Any:
             f"src and dst must be of one length; got {source.shape} and {target.shape}."
         )
 
+    state = jax.tree.map(jnp.asarray, state)
+    P = _slots_of(state)
+    if P == 0:
+        return state
+    real = (source >= 0) & (source < P) & (target >= 0) & (target < P)
+    source, target = jnp.where(real, source, 0), jnp.where(real, target, P)
+
     def copy(pool: Array) -> Array:
-        P = pool.shape[0]
-        if P == 0:
-            return pool
-        real = (source >= 0) & (source < P) & (target >= 0) & (target < P)
-        taken = pool[jnp.where(real, source, 0)]
-        return pool.at[jnp.where(real, target, P)].set(taken, mode="drop")
+        return pool.at[target].set(pool[source], mode="drop")
 
     return jax.tree.map(copy, state)
+
+
+def _slots_of(state: Any) -> int:
+    shapes = [pool.shape for pool in jax.tree.leaves(state)]
+    sizes = {shape[0] for shape in shapes if shape}
+    if len(sizes) > 1 or () in shapes:
+        raise ValueError(
+            f"state must be pools [P, ...] of one P; got {shapes}. Copy those of "
+            f"other sizes by slots of their own."
+        )
+    return max(sizes, default=0)

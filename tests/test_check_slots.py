@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,17 +22,41 @@ def test_the_null_slot_may_stand_in_many_places():
 @pytest.mark.parametrize(
     ("slots", "keywords", "text"),
     [
-        (GOOD, dict(num_slots=5), "row 0, column 1: slot 5 is outside [0, 5)"),
+        (
+            GOOD,
+            dict(num_slots=5, num_accepted=[1, 1]),
+            "row 0, column 1: slot 5 is outside [0, 5)",
+        ),
         ([-2, 1], {}, "row 0, column 0: slot -2 is outside [0, 6)"),
         (GOOD, dict(num_accepted=[0, 1]), "row 0: num_accepted 0 is outside 1..3"),
         (GOOD, dict(num_accepted=[1, 4]), "row 1: num_accepted 4 is outside 1..3"),
+        ([1, 2], dict(num_slots=-1), "num_slots must be an int >= 1; got -1"),
         ([2, 3, 2], {}, "slot 2 is given to (row, column) (0, 0), (2, 0)"),
-        ([[2, 2]], {}, "slot 2 is given to (row, column) (0, 0), (0, 1)"),
+        (
+            [[2, 2]],
+            dict(num_accepted=[1]),
+            "slot 2 is given to (row, column) (0, 0), (0, 1)",
+        ),
+        ([1, 2], dict(cu_seqlens=[0, 3, 2]), "row 1: cu_seqlens falls from 3 to 2"),
+        ([[2, 3]], {}, "slots must be [N] where num_accepted is None; got (1, 2)"),
+        (2, {}, "slots must be [N] or [N, S]; got ()"),
+        ([4.0, 4.5], {}, "slots must be of integers; got float64"),
+        (GOOD, dict(num_accepted=[1]), "num_accepted must be [2], as slots has rows"),
+        ([1, 2], dict(cu_seqlens=[0, 3]), "cu_seqlens must be [3], as slots has rows"),
     ],
 )
 def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         testing.check_slots(slots, **dict(num_slots=6) | keywords)
+
+
+def test_a_row_that_pads_the_batch_has_no_counts():
+    testing.check_slots([[0, 1], [-1, -1]], 6, num_accepted=[2, 0])
+
+
+def test_under_jit_it_says_where_to_call_it():
+    with pytest.raises(ValueError, match="Call check_slots on the host, outside jit"):
+        jax.jit(lambda slots: testing.check_slots(slots, 6))(np.arange(3))
 
 
 def test_every_fault_of_a_slot_table_is_counted():

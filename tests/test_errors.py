@@ -102,12 +102,10 @@ SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
             "k must be of q's shape (2, 3, 2, 8); got (2, 3, 4, 8)": dict(
                 k=zeros(N, T, HV, K)
             ),
-            "v must be (2, 3, 'HV', 'V'), ...; got (2, 4, 4, 6)": dict(
+            "v must be [2, 3, HV, V], ...; got (2, 4, 4, 6)": dict(
                 v=zeros(N, 4, HV, V)
             ),
-            "v must be (2, 3, 'HV', 'V'), ...; got (6, 4, 6)": dict(
-                v=zeros(N * T, HV, V)
-            ),
+            "v must be [2, 3, HV, V], ...; got (6, 4, 6)": dict(v=zeros(N * T, HV, V)),
             "v must be ... (HV % H == 0); got 3 value heads over 2 key heads": dict(
                 v=zeros(N, T, 3, V)
             ),

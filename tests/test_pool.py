@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,6 +28,9 @@ def test_alloc_gives_all_or_nothing():
         pool.alloc("a", 4)
     assert pool.num_free == 3
     assert pool.owners == ()
+    with pytest.raises((TypeError, jaxtyping.TypeCheckError)):
+        pool.alloc(["a"])  # not hashable
+    assert pool.alloc("a", 3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -87,3 +91,15 @@ def test_an_empty_pool_is_left_alone():
 def test_copy_checks_its_slots(src, dst, text):
     with pytest.raises(ValueError, match=text):
         gdn_jax.copy_slots(jnp.zeros((4, 1)), src, dst)
+
+
+@pytest.mark.parametrize("other", [jnp.zeros((3, 1)), 1.0])
+def test_pools_of_other_sizes_are_not_copied_in_part(other):
+    slots = jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match=r"state must be pools .* of one P; got"):
+        gdn_jax.copy_slots((jnp.zeros((4, 1)), other), slots, slots)
+
+
+def test_a_pool_on_the_host_is_copied_too():
+    copied = gdn_jax.copy_slots(np.arange(3.0), np.int32([2]), np.int32([0]))
+    assert copied.tolist() == [2, 1, 2]

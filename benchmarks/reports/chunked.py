@@ -4,8 +4,9 @@ import pathlib
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
-from reports.style import STYLE, absences, legend, line, markdown, source
+from reports.style import STYLE, WIDTH, absences, legend, line, markdown, source
 
 
 def title_of(row: dict) -> str:
@@ -78,7 +79,7 @@ def _ratio(rows: dict[str, dict], ours: dict[str, dict]):
 
 def plot(result: dict, what: str, path: pathlib.Path) -> None:
     """One row of tokens: time, and others' time in units of ours, against length."""
-    figure, (time, ratio) = plt.subplots(1, 2, figsize=(9, 4.5))
+    figure, (time, ratio) = plt.subplots(1, 2, figsize=(WIDTH, 4))
     times = {
         name: {
             row["T"]: row["median_us"]
@@ -100,11 +101,14 @@ def plot(result: dict, what: str, path: pathlib.Path) -> None:
         axis.set_xticks(ticks, [str(T) for T in ticks])
         axis.set_xlabel("tokens of one sequence")
         axis.grid(alpha=0.3, which="both")
+    ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ratio.yaxis.set_major_formatter("{x:g}")
+    ratio.yaxis.set_minor_formatter("")
     time.set_ylabel("microseconds on the device")
     ratio.set_ylabel("time / gdn_jax's")
     figure.suptitle(f"{what}, H=16 HV=32 K=V=128, {result['device']}")
     legend(figure, time)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def prefill(result: dict, folder: pathlib.Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-from reports.style import SHOWN, legend, markdown, source
+from reports.style import SHOWN, WIDTH, legend, markdown, source
 
 STATE = "float32"
 DRAFTS = (0, 3)  # that are shown
@@ -117,7 +117,7 @@ def parts_of(row: dict) -> list[float]:
 def draw(axis, result: dict) -> None:
     """Bars of a model: plain and, hatched, with drafts beside."""
     batches, width = batches_of(result), 0.8 / len(DRAFTS)
-    above = dict(textcoords="offset points", ha="center", fontsize=8)
+    above = dict(textcoords="offset points", ha="center", fontsize=9)
     highest = 0.0
     for i, drafts in enumerate(DRAFTS):
         look = dict(edgecolor="white", linewidth=0, hatch="///" if drafts else None)
@@ -139,23 +139,18 @@ def draw(axis, result: dict) -> None:
     axis.set_xticks(range(len(batches)), [str(N) for N in batches])
     axis.set_xlim(-0.6, len(batches) - 0.4)
     axis.set_ylim(0, 1.12 * highest)
-    axis.set_xlabel("texts at once")
     axis.grid(alpha=0.3, axis="y")
     axis.set_axisbelow(True)
 
 
 def plot(results: list[dict], path: pathlib.Path) -> None:
-    columns = min(2, len(results))
-    lines = -(-len(results) // columns)
-    size = 9, 1 + 3.5 * lines
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for axis, result in zip(axes.flat, results, strict=False):
+    size = WIDTH, 1.2 + 2.2 * len(results)
+    figure, axes = plt.subplots(len(results), figsize=size, squeeze=False)
+    for axis, result in zip(axes[:, 0], results, strict=True):
         draw(axis, result)
-    for axis in axes.flat[len(results) :]:
-        axis.axis("off")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("ms for a token of a text")
-    first = axes[0, 0]
+        axis.set_ylabel("ms for a token")
+    first, last = axes[0, 0], axes[-1, 0]
+    last.set_xlabel("texts at once")
     for part, colour in PARTS.items():
         first.fill_between([], [], color=colour, label=part)
     first.plot([], [], color="black", label="floor")
@@ -164,7 +159,7 @@ def plot(results: list[dict], path: pathlib.Path) -> None:
         f"(hatched: {title_of(DRAFTS[1])}; on the bars: times the floor)"
     )
     legend(figure, first)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     plt.close(figure)
 
 

@@ -5,11 +5,16 @@ small.json is the curve.json that its run left, with the date and the commit bes
 
 import json
 import pathlib
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 
+from reports.style import WIDTH
+
 HELD_OUT = pathlib.Path(__file__).parents[1] / "results" / "held_out.json"
 ORDER = 6
+# Of the next byte and of drafts: Okabe and Ito's colours, and a dash for each.
+LOOKS = ("#D55E00", "-"), ("#0072B2", "--"), ("#009E73", "-."), ("#CC79A7", ":")
 
 
 def small(result: dict, folder: pathlib.Path) -> dict[str, str]:
@@ -46,21 +51,16 @@ def small(result: dict, folder: pathlib.Path) -> dict[str, str]:
 def plot(result: dict, baseline: float, path: pathlib.Path) -> None:
     points = result["points"]
     steps = [point["step"] for point in points]
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    axis.plot(steps, [point["next"] for point in points], label="next byte")
-    for i in range(len(points[0]["drafts"])):
-        losses = [point["drafts"][i] for point in points]
-        axis.plot(steps, losses, alpha=0.6, label=f"draft {i + 1}")
+    figure, axis = plt.subplots(figsize=(WIDTH, 4))
+    losses = [[point["next"], *point["drafts"]] for point in points]
+    labels = ["next byte", *(f"draft {i}" for i in range(1, len(losses[0])))]
+    curves = zip(labels, zip(*losses, strict=True), strict=True)
+    for (label, values), (colour, dash) in zip(curves, cycle(LOOKS), strict=False):
+        axis.plot(steps, values, label=label, color=colour, linestyle=dash)
     held_out = result["held_out_bits_per_byte"]
-    axis.axhline(
-        held_out, color="black", linestyle="--", label=f"held out, {held_out:.3f}"
-    )
-    axis.axhline(
-        baseline,
-        color="gray",
-        linestyle=":",
-        label=f"Kneser-Ney, held out, {baseline:.3f}",
-    )
+    axis.axhline(held_out, color="black", label=f"held out, {held_out:.3f}")
+    label = f"Kneser-Ney, held out, {baseline:.3f}"
+    axis.axhline(baseline, color="gray", label=label)
     axis.set_yscale("log")
     axis.set_yticks([1.2, 1.5, 2, 3, 4, 6], ["1.2", "1.5", "2", "3", "4", "6"])
     axis.minorticks_off()
@@ -70,5 +70,5 @@ def plot(result: dict, baseline: float, path: pathlib.Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     plt.close(figure)

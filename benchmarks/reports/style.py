@@ -6,6 +6,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+# A phone shows a picture 360 pixels wide: of 6 inches, so that 10 points are 8 pixels.
+WIDTH = 6
+matplotlib.rcParams |= {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "figure.titlesize": 11,
+    "savefig.dpi": 140,
+}
+
 SHOWN = 10  # digits of a commit
 # Okabe and Ito's colours, for the colour-blind too, and a marker for each.
 STYLE = {
@@ -40,10 +49,11 @@ def line(name: str) -> dict:
 
 
 def legend(figure, axis) -> None:
+    """Below the panels, in two columns."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
-    room = 0.56 / figure.get_figheight()  # inches
-    figure.tight_layout(rect=(0, room, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
+    inches = 0.16 + 0.21 * -(-len(labels) // 2)
+    figure.tight_layout(rect=(0, inches / figure.get_figheight(), 1, 1))
 
 
 def markdown(

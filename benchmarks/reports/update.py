@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 
-from reports.style import STYLE, legend, line, markdown, source
+from reports.style import STYLE, WIDTH, legend, line, markdown, source
 
 DASHED = ("copy", "slots", "unfused")
 STATES = ("float32", "bfloat16")
@@ -35,7 +35,7 @@ def contenders(result: dict, state: str, T: int) -> Iterator[tuple[str, dict]]:
 
 def plot_decode(result: dict, path: pathlib.Path) -> None:
     """Time, and the share of a copy's bandwidth, against batch."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 8), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 7.5), sharex=True, sharey="row")
     for column, state in enumerate(STATES):
         time, share = axes[:, column]
         for name, rows in contenders(result, state, T=1):
@@ -58,17 +58,17 @@ def plot_decode(result: dict, path: pathlib.Path) -> None:
     axes[1, 0].set_ylabel("% of a 1 GiB copy's bandwidth")
     figure.suptitle(f"Decode, H=16 HV=32 K=V=128, {result['device']}")
     legend(figure, axes[0, 0])
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def plot_verify(result: dict, path: pathlib.Path) -> None:
     """Time in units of the copy of as many bytes: the lower, the better."""
     lengths = sorted({row["T"] for row in result["rows"]})
-    figure, axes = plt.subplots(len(lengths), 2, figsize=(9, 8), sharex=True)
-    for (row, T), (column, state) in itertools.product(
-        enumerate(lengths), enumerate(STATES)
-    ):
-        axis, floor = axes[row, column], rows_of(result, state, "copy", T)
+    panels = list(itertools.product(lengths, STATES))
+    size = WIDTH, 1.4 + 1.9 * len(panels)
+    figure, axes = plt.subplots(len(panels), figsize=size, sharex=True, sharey=True)
+    for axis, (T, state) in zip(axes, panels, strict=True):
+        floor = rows_of(result, state, "copy", T)
         shown = [
             found
             for found in contenders(result, state, T)
@@ -83,22 +83,20 @@ def plot_verify(result: dict, path: pathlib.Path) -> None:
                 at, times, 0.8 / len(shown), color=colour, label=label, zorder=2
             )
             texts = [f"{rows[n]['median_us']:.0f}" for n in batches]
-            axis.bar_label(bars, texts, fontsize=7, rotation=90, padding=2)
+            axis.bar_label(bars, texts, fontsize=9, padding=1)
         axis.axhline(1, color="black", linestyle="--", linewidth=1)
         axis.set_title(f"T={T}, {state} state")
         axis.set_xticks(range(len(batches)), [str(n) for n in batches])
         axis.margins(y=0.15)
         axis.grid(alpha=0.3, axis="y", zorder=0)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("time / copy of as many bytes")
-    for axis in axes[-1]:
-        axis.set_xlabel("sequences")
+        axis.set_ylabel("time / copy")
+    axes[-1].set_xlabel("sequences")
     figure.suptitle(
-        f"Verify of T tokens, a state stored for each, {result['device']} "
-        f"(microseconds on the bars)"
+        f"Verify of T tokens, a state stored for each, {result['device']}\n"
+        f"(in units of a copy of as many bytes; on the bars: microseconds)"
     )
-    legend(figure, axes[0, 0])
-    figure.savefig(path, dpi=130)
+    legend(figure, axes[0])
+    figure.savefig(path)
 
 
 def table(result: dict) -> str:

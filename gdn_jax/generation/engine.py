@@ -197,7 +197,7 @@ class Engine:
         A second Ctrl-C does not wait, and may lose the state.
 
         Raises:
-          as `step`.
+          MemoryError, RuntimeError: as `step`.
         """
         while self.queue or self.running:
             self._interrupts.deliver()

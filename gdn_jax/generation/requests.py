@@ -16,12 +16,11 @@ from gdn_jax.ops import checks
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A prompt and its text.
+    """A prompt and its text; the options of `Engine.submit` are under their names.
 
     Attributes:
       number: the engine's, counted from 0.
       prompt: token ids.
-      max_tokens, temperature, top_p, top_k, seed, stop: as in `Engine.submit`.
       tokens: the text so far, token ids; a token that ended it is its last.
       log_probabilities: of each, by the model alone, whatever the options.
       finish_reason: None while it goes on; "stop", a token of `stop` came; "length",

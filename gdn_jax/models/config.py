@@ -20,8 +20,8 @@ class Config:
         layer.
       intermediate_size: width of the dense MLPs.
       num_experts: 0 for dense MLPs alone.
-      decoder_sparse_step, mlp_only_layers: layer i has experts if it is not one of the
-        latter and the former divides i + 1.
+      decoder_sparse_step: layer i has experts if this divides i + 1.
+      mlp_only_layers: indices i of layers that have none all the same.
       partial_rotary_factor: the share of a head's features that rope turns.
       num_mtp_layers: layers of the multi-token prediction head; 0 for none.
       eos_token_id: tokens that end a text.

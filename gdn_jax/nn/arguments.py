@@ -41,6 +41,8 @@ def check_fields(layer: Any) -> None:
     if layer.output_activation not in ACTIVATIONS:
         got, wanted = repr(layer.output_activation), f"one of {', '.join(ACTIVATIONS)}"
         checks.fail("output_activation", got, wanted, "See gated_rms_norm.")
+    for name in ("dtype", "param_dtype"):
+        checks.float_dtype(name, getattr(layer, name), "The layer is of floats.")
     apart = layer.per_key_decay or layer.gate_rank is not None
     if layer.layout == "interleaved" and apart:
         checks.fail(

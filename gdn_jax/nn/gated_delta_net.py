@@ -54,8 +54,10 @@ class GatedDeltaNet(nn.Module):
 
     Attributes:
       hidden_size: D, of x and y.
-      num_key_heads, num_value_heads: H and HV; HV % H == 0.
-      key_head_dim, value_head_dim: K and V.
+      num_key_heads: H.
+      num_value_heads: HV; HV % H == 0.
+      key_head_dim: K.
+      value_head_dim: V.
       conv_width: W of the convolution.
       layout: which projections are one matrix. "flat": [q | k | v], and one each for z,
         b and a. "interleaved": [q | k | v | z] and [b | a], each key head's part after
@@ -63,7 +65,8 @@ class GatedDeltaNet(nn.Module):
       per_key_decay: a decay for each K instead of each head (KDA).
       gate_rank: if given, the projections of `a` and `z` are products of two through so
         many features. Not with "interleaved", nor is `per_key_decay`.
-      allow_neg_eigval, gate_lower_bound: as in `fused_update`.
+      allow_neg_eigval: as in `fused_update`.
+      gate_lower_bound: as in `fused_update`.
       norm_eps: of the norm behind the rule.
       output_activation: of the output gate, "silu" or "sigmoid".
       dtype: of the projections, the convolution's state and y; the rule, the norm and
@@ -71,8 +74,9 @@ class GatedDeltaNet(nn.Module):
       param_dtype: of parameters but A_log and dt_bias, which are float32.
       kernel_init: of the projections.
       conv_init: of the convolution's weight [C, W].
-      A_log_init, dt_bias_init: of the gates' parameters. transformers begins dt_bias
-        with ones in Qwen's models, with time steps in the others, as here.
+      A_log_init: of A_log.
+      dt_bias_init: of dt_bias, which transformers begins with ones in Qwen's models,
+        with time steps in the others, as here.
 
     Parameters carry logical axis names (`nn.logical_to_mesh`): "embed" (D),
     "gdn_key_heads" and "gdn_value_heads" (axes whose outer part is heads, to be split
@@ -158,8 +162,8 @@ class GatedDeltaNet(nn.Module):
         that begin, of any lengths, may share a call.
 
         Args:
-          x: [N, T, D] (dense) or [L, D] (packed; without `cu_seqlens` every token is a
-            sequence of its own).
+          x: [N, T, D] (dense) or [L, D] (packed). A sequence of T tokens is [1, T, D]:
+            packed tokens without `cu_seqlens` are L sequences of one token each.
           state: from `init_state` or the last call. Donate it under `jax.jit` and it is
             updated in place. None: every row begins from zeros.
           slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`.
@@ -223,7 +227,7 @@ class GatedDeltaNet(nn.Module):
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
         path = arguments.choose_path(path, x, given)
         state = self._begin(x, given) if state is None else state
-        pools = pools_of(state, self.conv_width, given, null_slot)
+        pools = pools_of(state, self.heads.channels, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
@@ -298,13 +302,15 @@ class GatedDeltaNet(nn.Module):
         num_conv_slots: int | None = None,
         recurrent_dtype: Any = jnp.float32,
     ) -> GatedDeltaNetState:
-        """An empty state, dense or a pool.
+        """An empty state, dense or a pool. Call it for each layer: two that share one
+        cannot both be donated.
 
         Args:
           num_slots: N for a state per sequence; P for a pool, with `slots`.
-          columns: S, 1 + drafts, for speculative decoding.
-          num_conv_slots: slots of the convolution's state, for calls with `conv_slots`;
-            None: num_slots.
+          columns: S, 1 + drafts, for speculative decoding, where a sequence takes S of
+            the P slots. It widens the convolution's ring alone.
+          num_conv_slots: slots of the convolution's state, for calls with `conv_slots`,
+            since a sequence needs one where the rule takes S; None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
 
         Raises:

@@ -22,12 +22,20 @@ class GatedDeltaNetState(NamedTuple):
 
 
 def pools_of(
-    state: GatedDeltaNetState, conv_width: int, given: Batch, null_slot: int | None
+    state: GatedDeltaNetState,
+    channels: int,
+    conv_width: int,
+    given: Batch,
+    null_slot: int | None,
 ) -> Pools:
     if not isinstance(state, GatedDeltaNetState):
         remedy = "Make one with layer.init_state."
         checks.fail("state", type(state).__name__, "a GatedDeltaNetState", remedy)
     conv, recurrent = state
+    if conv.buffer.ndim != 3 or conv.buffer.shape[1] != channels:
+        wanted = f"[P, C, W - 1 + S] with C = {channels}, as this layer has"
+        remedy = "Each layer has a state of its own: layer.init_state."
+        checks.fail("state.conv.buffer", conv.buffer.shape, wanted, remedy)
     columns = conv.buffer.shape[-1] - conv_width + 1
     is_table = given.slots is not None and given.slots.ndim == 2
     if is_table and columns < given.slots.shape[-1]:

@@ -43,6 +43,13 @@ def find_tables(
         conv_slots = checks.integers("conv_slots", conv_slots)
     checks.check_per_row(given, num_rows, source)
     _check_slots(given.slots, conv_slots, num_rows, source)
+    if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
+        checks.fail(
+            "conv_slots",
+            f"None for {pools.conv} slots of state.conv",
+            f"given where it has not the {pools.recurrent} of state.recurrent",
+            "Pass each row's slot of it, or make the state without num_conv_slots.",
+        )
     rows = _find_rows(given, num_rows, tokens, lead, pools)
     keywords = given._asdict() | dict(null_slot=pools.null_slot)
     conv = recurrent = keywords

@@ -100,7 +100,8 @@ def count(name: str, x: Any, remedy: str) -> None:
     except TypeError:
         number = 0
     if number < 1:
-        fail(name, repr(x), "an int >= 1", remedy)
+        got = f"an array {x.shape}" if getattr(x, "shape", ()) else repr(x)
+        fail(name, got, "an int >= 1", remedy)
 
 
 def float_dtype(name: str, x: Any, remedy: str) -> np.dtype:

@@ -3,6 +3,9 @@
 from typing import Any
 
 import numpy as np
+from jax.core import Tracer
+
+from gdn_jax.ops import checks
 
 
 def check_slots(
@@ -17,29 +20,44 @@ def check_slots(
 
     Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
     other than -1 and `null_slot` (they are null, which may not be meant), accepted
-    counts outside 1..S, and slots that two rows, or two columns of a row, would write.
-    Every column counts as used, or with `cu_seqlens` those that the rows' tokens write
-    and the one that each row reads.
+    counts outside 1..S, `cu_seqlens` that fall, and slots that two rows, or two columns
+    of a row, would write. Every column counts as used, or with `cu_seqlens` those that
+    the rows' tokens write and the one that each row reads. A row all of whose slots are
+    null is one that pads the batch: nothing is asked of its counts.
     """
-    table = np.asarray(slots)
+    remedy = "It is P, the first axis of the state pool."
+    if num_slots != 0:
+        checks.count("num_slots", num_slots, remedy)
+    table = _integers("slots", slots)
+    if table.ndim not in (1, 2):
+        checks.fail("slots", table.shape, "[N] or [N, S]", "One entry a row.")
+    if table.ndim == 2 and num_accepted is None:
+        remedy = "Pass num_accepted [N] (ones at first), or one slot a row."
+        checks.fail("slots", table.shape, "[N] where num_accepted is None", remedy)
     table = table[:, None] if table.ndim == 1 else table
+    rows, columns = table.shape
+    accepted = _integers("num_accepted", num_accepted, rows)
+    boundaries = _integers("cu_seqlens", cu_seqlens, rows + 1)
+
     null = (table == -1) | (table == null_slot if null_slot is not None else False)
-    if cu_seqlens is not None:
-        column = np.arange(table.shape[1])
-        lengths = np.diff(np.asarray(cu_seqlens))[:, None]
-        used = (column < lengths) if num_accepted is not None else lengths > 0
-        if num_accepted is not None:
-            used |= (column == np.asarray(num_accepted)[:, None] - 1) & (lengths > 0)
-        null |= ~used
-    faults = [
+    padding = null.all(axis=1)
+    faults = []
+    if boundaries is not None:
+        lengths = np.diff(boundaries)
+        faults += [
+            f"row {n}: cu_seqlens falls from {boundaries[n]} to {boundaries[n + 1]}"
+            for n in np.flatnonzero(lengths < 0)
+        ]
+        null |= ~_used(columns, lengths[:, None], accepted)
+    faults += [
         f"row {n}, column {c}: slot {table[n, c]} is outside [0, {num_slots})"
         for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))
     ]
-    if num_accepted is not None:
-        accepted = np.asarray(num_accepted)
+    if accepted is not None:
+        outside = (accepted < 1) | (accepted > columns)
         faults += [
-            f"row {n}: num_accepted {accepted[n]} is outside 1..{table.shape[1]}"
-            for n in np.flatnonzero((accepted < 1) | (accepted > table.shape[1]))
+            f"row {n}: num_accepted {accepted[n]} is outside 1..{columns}"
+            for n in np.flatnonzero(outside & ~padding)
         ]
     owners: dict[int, list[tuple[int, int]]] = {}
     for n, c in np.argwhere(~null):
@@ -54,3 +72,28 @@ def check_slots(
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
         raise ValueError(f"slots has {count}:\n  {shown}{more}")
+
+
+def _integers(name: str, x: Any, length: int | None = None) -> Any:
+    """On the host; [length] if that is given. None stays None."""
+    if x is None:
+        return None
+    if isinstance(x, Tracer):
+        remedy = "Call check_slots on the host, outside jit."
+        checks.fail(name, "a tracer", "an array of values", remedy)
+    x = np.asarray(x)
+    if x.size and x.dtype.kind not in "iu":
+        checks.fail(name, x.dtype, "of integers", "Slots and counts are int32.")
+    if length is not None and x.shape != (length,):
+        remedy = "One entry a row; cu_seqlens has one more."
+        checks.fail(name, x.shape, f"[{length}], as slots has rows", remedy)
+    return x
+
+
+def _used(columns: int, lengths: np.ndarray, accepted: np.ndarray | None) -> np.ndarray:
+    """Of the slots of each row, those that its tokens write and the one it reads."""
+    column = np.arange(columns)
+    if accepted is None:
+        return np.broadcast_to(lengths > 0, (lengths.shape[0], columns))
+    read = column == accepted[:, None] - 1
+    return (column < lengths) | (read & (lengths > 0))

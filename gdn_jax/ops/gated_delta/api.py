@@ -57,8 +57,10 @@ def fused_update(
     For each sequence and value head, token by token and in float32, whatever of
     float32, bfloat16 and float16 each argument is:
 
-        decay = exp(-exp(A_log) * softplus(a + dt_bias))        beta = sigmoid(b)
-        q, k  = q / |q|, k / |k|  (if qk_l2norm);               q = q * scale
+        decay = exp(-exp(A_log) * softplus(a + dt_bias))
+        beta  = sigmoid(b)
+        q, k  = q / |q|, k / |k|  (if qk_l2norm)
+        q     = q * scale
         S     = decay * S
         S     = S + beta * (v - S k) k^T
         out   = S q
@@ -90,6 +92,7 @@ def fused_update(
         start at whichever draft was accepted. After a prefill into slots[:, 0] it is 1.
         Dense T <= S; packed tokens past column S - 1 give `out` and store nothing.
       has_state: [N] bool. False starts a sequence from zeros, whatever its slot holds.
+        None: all go on from their slots.
       null_slot: one that means "none" in `slots`, for callers with one (vLLM: 0).
       scale: of q, > 0; K**-0.5 if None.
       qk_l2norm: divide q and k by sqrt(sum of squares + 1e-6).

@@ -128,10 +128,14 @@ def _check_heads(state: Array, q: Array, k: Array, v: Array) -> None:
         )
     if k.shape != q.shape:
         checks.fail(
-            "k", k.shape, f"of q's shape {q.shape}", "Keys and queries share heads."
+            "k",
+            k.shape,
+            f"of q's shape {q.shape}",
+            "Keys and queries have the same H heads; values may have more.",
         )
     if v.shape[:-2] != q.shape[:-2] or v.ndim != q.ndim:
-        wanted = f"{(*q.shape[:-2], 'HV', 'V')}, q's leading axes"
+        lead = "".join(f"{n}, " for n in q.shape[:-2])
+        wanted = f"[{lead}HV, V], q's leading axes"
         remedy = "Pass the same tokens in q, k and v, heads after tokens: [N, T, H, K]."
         checks.fail("v", v.shape, wanted, remedy)
     heads, value_heads = q.shape[-2], v.shape[-2]

@@ -51,8 +51,9 @@ class ChunkConfig:
 
     Attributes:
       block_v: rows of V that a program carries along a row's chunks, at least 16.
-      num_warps, num_stages: of that program; with three stages a chunk is loaded
-        while the one before is worked on, with two between them.
+      num_warps: of that program.
+      num_stages: of that program; with three a chunk is loaded while the one before is
+        worked on, with two between them.
       prepare_warps: of a program that prepares a chunk.
     """
 

@@ -40,12 +40,13 @@ def gates(
       A_log: [HV].
       a, b: [..., HV] logits; per-K decay (KDA): a is [..., HV, K].
       dt_bias: [HV]; KDA: [HV, K].
-      softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound,
-        implementation: as in `fused_update`. On a GPU one kernel; XLA makes two.
+      softplus_beta, softplus_threshold: as in `fused_update`.
+      allow_neg_eigval, gate_lower_bound: as in `fused_update`.
+      implementation: as in `fused_update`. On a GPU one kernel; XLA makes two.
 
     Returns:
-      log_decay of a's shape, <= 0, and beta of b's, in (0, 1), or (0, 2) with
-      `allow_neg_eigval`.
+      log_decay: of a's shape, <= 0.
+      beta: of b's shape, in (0, 1), or (0, 2) with `allow_neg_eigval`.
 
     Raises:
       ValueError: a shape or a parameter is wrong.

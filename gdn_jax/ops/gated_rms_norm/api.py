@@ -39,8 +39,8 @@ def gated_rms_norm(
         of it. None: xla.
 
     Returns:
-      y of x's shape and dtype. Every row is its own: NaN in one reaches no other, nor
-      the others' gradients.
+      y: of x's shape and dtype. Every row is its own: NaN in one reaches no other, nor
+        the others' gradients.
 
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
