@@ -74,7 +74,9 @@ def replay_update(
       has_state: [N] bool; False: the row starts from zeros, whatever its slot holds.
       config: a `ReplayConfig`, the kernels' launch.
       null_slot, scale, qk_l2norm, softplus_beta, softplus_threshold, allow_neg_eigval,
-        gate_lower_bound, out_dtype, implementation: as in `fused_update`.
+        gate_lower_bound, out_dtype: as in `fused_update`.
+      implementation: as in `fused_update`, but that None is "xla": the kernel has not
+        been measured on a GPU yet.
 
     Null rule: a row is null if its slot is, if it has no tokens or more than R, or if
     something is pending and num_accepted is outside 1 to that. It reads nothing, writes
@@ -134,7 +136,9 @@ def replay_update(
     )
     varying = jax.tree.map(lambda y: _triton.varying_like(y, x), x.state)
     x = x._replace(state=varying)
-    new, out = _dispatch.run(_paths(x, options, config), implementation)
+    # no kernel is chosen by itself before benchmarks/results has its figures
+    chosen = implementation or "xla"
+    new, out = _dispatch.run(_paths(x, options, config), chosen)
     return new, unpack(out)
 
 
@@ -142,6 +146,10 @@ def _pack(
     state, q, k, v, gates, num_accepted, **keywords
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
     _check_state(state)
+    slots = keywords["slots"]
+    if slots is not None and jnp.ndim(slots) > 1:
+        remedy = "A slot keeps records of drafts itself: it needs no slot for each."
+        checks.fail("slots", jnp.shape(slots), "[N], one slot a row", remedy)
     x, options, unpack = arguments.pack(
         state.checkpoint,
         q,
@@ -152,9 +160,6 @@ def _pack(
         per_token_states=False,
         **keywords,
     )
-    if x.slots is not None and x.slots.ndim != 1:
-        remedy = "A slot keeps records of drafts itself: it needs no slot for each."
-        checks.fail("slots", x.slots.shape, "[N], one slot a row", remedy)
     tables = checks.tables(x.slots, x.cu_seqlens, num_accepted, x.has_state)
     checks.check_sharding(state._asdict() | dict(num_accepted=tables.num_accepted))
     inputs = Inputs(state, x.q, x.k, x.v, x.gates, tables)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from gdn_jax import _types as t
 from gdn_jax.ops import checks
@@ -83,7 +84,7 @@ class ReplayState(NamedTuple):
     @classmethod
     def from_dense(
         cls,
-        state: Array,
+        state: ArrayLike,
         *,
         num_key_heads: int,
         window: int = 16,
@@ -92,8 +93,9 @@ class ReplayState(NamedTuple):
     ) -> "ReplayState":
         """From a pool [P, HV, V, K] of states, which become the checkpoints: that of
         `fused_update` or of a prefill by `chunk_update`."""
-        if jnp.ndim(state) != 4:
-            checks.fail("state", jnp.shape(state), "[P, HV, V, K]", "Add what misses.")
+        state = checks.floating("state", state)
+        if state.ndim != 4:
+            checks.fail("state", state.shape, "[P, HV, V, K]", "Add the missing axes.")
         remedy = "It is that of k."
         key_dtype = checks.float_dtype("key_dtype", key_dtype, remedy)
         if window not in WINDOWS:
@@ -107,7 +109,7 @@ class ReplayState(NamedTuple):
         H, R = num_key_heads, window
         f32, none = jnp.float32, jnp.zeros(P, jnp.int32)
         return cls(
-            checkpoint=jnp.asarray(state),
+            checkpoint=state,
             u=jnp.zeros((P, HV, R, V), f32),
             k=jnp.zeros((P, H, R, K), key_dtype),
             k_scale=jnp.zeros((P, H, R), f32),

@@ -76,7 +76,8 @@ def replay_triton(
     new = x.state._replace(**dict(zip(appended, found, strict=True)))
     if options.tokens_per_row is None:  # the kernel writes rows' tokens alone
         turn = find_turn(x, options)
-        owned = spread(x, *tokens_of(x, options, turn))
+        token, live = tokens_of(x, options, turn)
+        owned = spread(x, token, live, live)
         out = jnp.where(owned[:, None, None], out, jnp.zeros((), out.dtype))
     return new, out
 

@@ -51,8 +51,8 @@ def replay_xla(x: Inputs, options: Options) -> tuple[ReplayState, Array]:
 
 
 class _Own(NamedTuple):
-    """What rows' tokens bring, [N HV T ..]; zeros past a row's last. q, k and v float32,
-    q and k normalised, q scaled; log_decay with an axis of K or 1."""
+    """What rows' tokens bring, [N HV T ..], zeros past a row's last: float32, q and k
+    normalised, q scaled; log_decay with an axis of K or 1."""
 
     q: Array
     k: Array

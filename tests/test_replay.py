@@ -1,0 +1,307 @@
+"""Replay over long schedules against float64, call by call."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from replays import Host, Schedule
+
+import gdn_jax
+from gdn_jax import ReplayState, replay_update, testing
+
+SCHEDULES = [
+    Schedule("window of 16"),
+    Schedule("window of 32", window=32, longest=9, tokens=20),
+    Schedule("single tokens", longest=1, calls=120),
+    Schedule("odd sizes, float32", K=24, V=20, H=1, HV=3, act_dtype="float32"),
+    Schedule("little decay", gate_spread=8.0, act_dtype="float16"),
+]
+KDA = Schedule("a decay for each K", kda=True)
+
+
+@functools.cache
+def update(path):
+    return jax.jit(
+        functools.partial(replay_update, implementation=path), donate_argnums=0
+    )
+
+
+def tolerance(what, dtype, path):
+    """The kernel's products are of bfloat16 parts, as those of chunks are."""
+    what = f"chunked {what}" if path in ("interpret", "triton") else what
+    return testing.TOLERANCE[what, dtype]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda x: x.name)
+def test_every_call_of_a_schedule_agrees_with_float64(schedule, path):
+    agree(schedule, path)
+
+
+@pytest.mark.parametrize("way", ["reference", "xla"])
+def test_so_it_does_with_a_decay_for_each_k(way):
+    agree(KDA, way)
+
+
+def agree(schedule, path):
+    host = Host(schedule)
+    state, outs, folds = host.replay_state(), [], np.zeros(schedule.slots, int)
+    for _ in range(schedule.calls):
+        call = host.draw()
+        before = jax.tree.map(np.array, state)
+        state, out = update(path)(state, *call.args, **call.kwargs)
+        want = host.take(call)
+        outs.append((np.asarray(out).astype(np.float64), want))
+        assert not np.asarray(out)[want == 0].any()
+        assert np.array_equal(state.pending, host.pending)
+        error = testing.relative_error(state.to_dense(), host.latest)
+        assert error < tolerance("state", schedule.state_dtype, path)
+        folds += np.any(state.checkpoint != before.checkpoint, axis=(1, 2, 3))
+        _check_others_keep_their_bits(before, state, call)
+    assert folds.min() >= 1
+    # of all calls: some have so few values that their rounding is no average
+    got, want = map(np.stack, zip(*outs, strict=True))
+    error = testing.relative_error(got, want)
+    assert error < tolerance("out", schedule.act_dtype, path)
+
+
+def _check_others_keep_their_bits(before, after, call):
+    named = set(call.kwargs["slots"].tolist())
+    others = [slot for slot in range(len(before.start)) if slot not in named]
+    for x, y in zip(before, after, strict=True):
+        x, y = (np.ascontiguousarray(np.asarray(z)[others]) for z in (x, y))
+        assert np.array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+def dense_call(N=3, T=4, seed=0, **sizes):
+    """A state of as many slots as rows, and a dense call's arguments behind it."""
+    case = testing.Case("dense", (T,) * N, slots="none", **sizes)
+    (pool, *tokens), _ = testing.make(case, seed)
+    state = ReplayState.from_dense(
+        pool, num_key_heads=case.H, key_dtype=case.act_dtype, per_key_decay=case.kda
+    )
+    return state, [jnp.asarray(x) for x in tokens]
+
+
+def test_it_equals_verification_with_checkpoints(path):
+    """Step by step, with the same tokens and the same number accepted."""
+    (N, T), random = (3, 4), np.random.default_rng(0)
+    state, _ = dense_call(N, T, act_dtype="float32")
+    table = jnp.arange(N * T, dtype=jnp.int32).reshape(N, T)
+    pool = jnp.zeros((N * T, *state.checkpoint.shape[1:]))
+    pool = pool.at[table[:, 0]].set(state.checkpoint)
+    accepted = np.ones(N, np.int32)
+    checkpoints = jax.jit(functools.partial(gdn_jax.fused_update, implementation=path))
+    for step in range(12):
+        _, tokens = dense_call(N, T, seed=step, act_dtype="float32")
+        state, out = update(path)(state, *tokens, num_accepted=accepted)
+        pool, want = checkpoints(pool, *tokens, slots=table, num_accepted=accepted)
+        assert testing.relative_error(out, want) < tolerance("out", "float32", path)
+        accepted = random.integers(1, T + 1, N).astype(np.int32)
+        want = pool[table[np.arange(N), accepted - 1]]
+        error = testing.relative_error(state.to_dense(accepted), want)
+        assert error < tolerance("state", "float32", path)
+
+
+def test_null_rows_of_a_dense_call_are_zero_whatever_their_tokens(path):
+    state, tokens = dense_call()
+    state, _ = update(path)(state, *tokens)
+    before = jax.tree.map(np.array, state)
+    tokens = [x.at[1:].set(jnp.nan) if x.ndim > 1 else x for x in tokens]
+    slots, accepted = np.int32([2, -1, 1]), np.int32([4, 1, 5])
+    state, out = update(path)(state, *tokens, slots=slots, num_accepted=accepted)
+    assert np.isfinite(out).all() and not out[1:].any() and out[0].any()
+    for x, y in zip(before, state, strict=True):
+        assert np.array_equal(x[:2], np.asarray(y)[:2])
+    assert state.pending.tolist() == [4, 4, 4]
+    assert state.committed.tolist() == [0, 0, 4]
+
+
+def test_num_accepted_counts_only_where_tokens_are_pending(path):
+    state, tokens = dense_call()
+    plain, out = update(path)(jax.tree.map(jnp.copy, state), *tokens)
+    given, same = update(path)(state, *tokens, num_accepted=np.int32([0, 9, -3]))
+    assert np.array_equal(out, same)
+    assert np.array_equal(given.pending, plain.pending)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_state_drifts_less_than_one_that_every_token_rounds(dtype, path):
+    """One sequence of single tokens, each of which stands."""
+    sizes = dict(state_dtype=dtype, act_dtype="float32")
+    state, _ = dense_call(2, 1, **sizes)
+    in_place = jnp.copy(state.checkpoint)
+    exact = np.asarray(in_place).astype(np.float64)
+    each = jax.jit(functools.partial(gdn_jax.fused_update, implementation=path))
+    for step in range(60):
+        _, tokens = dense_call(2, 1, seed=step, **sizes)
+        state, _ = update(path)(state, *tokens)
+        in_place, _ = each(in_place, *tokens)
+        exact, *_ = testing.oracle((exact, *tokens), {})
+    drift, most = (
+        testing.relative_error(x, exact) for x in (state.to_dense(), in_place)
+    )
+    assert drift < most
+
+
+@pytest.mark.parametrize(
+    ("way", "parts", "most"),
+    [("xla", None, 2), ("interpret", 3, 2), ("interpret", 2, 4)],
+)
+def test_a_float32_state_drifts_little_more_than_token_by_token(way, parts, most):
+    """Over many steps of which some tokens stand, with gates that forget little."""
+    N, T, steps, random = 2, 4, 300, np.random.default_rng(0)
+    state, tokens = dense_call(N, T, act_dtype="float32")
+    tokens[3] = tokens[3] - 4  # A_log
+    config = None if parts is None else gdn_jax.ReplayConfig(parts=parts)
+    exact = np.asarray(state.checkpoint).astype(np.float64)
+    each = state.checkpoint
+
+    @jax.jit
+    def advance(state, *tokens, num_accepted):
+        return replay_update(
+            state, *tokens, num_accepted=num_accepted, implementation=way, config=config
+        )[0]
+
+    @jax.jit
+    def one_by_one(pool, *tokens, num_accepted):
+        bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_accepted)])
+        return gdn_jax.fused_update(pool, *tokens, cu_seqlens=bounds)[0]
+
+    accepted = np.ones(N, np.int32)
+    for step in range(steps):
+        _, drawn = dense_call(N, T, seed=step, act_dtype="float32")
+        drawn[3] = tokens[3]
+        state = advance(state, *drawn, num_accepted=accepted)
+        accepted = random.integers(1, T + 1, N).astype(np.int32)
+        kept = [
+            jnp.concatenate([x[n, : accepted[n]] for n in range(N)])
+            if x.ndim > 1
+            else x
+            for x in drawn
+        ]
+        bounds = np.concatenate([[0], np.cumsum(accepted)]).astype(np.int32)
+        exact, *_ = testing.oracle((exact, *kept), dict(cu_seqlens=bounds))
+        padded = [
+            jnp.pad(x, ((0, N * T - len(x)),) + ((0, 0),) * (x.ndim - 1))
+            if x.ndim > 1
+            else x
+            for x in kept
+        ]
+        each = one_by_one(each, *padded, num_accepted=accepted)
+    drift = testing.relative_error(state.to_dense(accepted), exact)
+    assert drift < most * testing.relative_error(each, exact)
+
+
+def test_states_come_from_a_pool_and_go_back(path):
+    state, tokens = dense_call()
+    pool = jnp.array(state.checkpoint)
+    assert np.array_equal(state.to_dense(), pool)
+    state, _ = update(path)(state, *tokens)
+    want, *_ = testing.oracle((pool, *tokens), {})
+    error = testing.relative_error(state.to_dense(), want)
+    assert error < tolerance("state", "float32", path)
+    again = ReplayState.from_dense(state.to_dense(), num_key_heads=2)
+    assert np.array_equal(again.to_dense(), state.to_dense())
+
+
+def test_a_slot_that_is_reset_begins_from_zeros(path):
+    state, tokens = dense_call()
+    state, _ = update(path)(state, *tokens)
+    state = jax.jit(ReplayState.reset, donate_argnums=0)(state, np.int32([1, -1, 7]))
+    dense = np.asarray(state.to_dense())
+    assert not dense[1].any() and dense[[0, 2]].any()
+    _, out = update(path)(state, *tokens)
+    empty = ReplayState.from_dense(jnp.zeros_like(dense), num_key_heads=2)
+    _, want = update(path)(empty, *tokens)
+    assert np.array_equal(out[1], want[1])
+
+
+@pytest.mark.parametrize("way", ["interpret", "triton"])
+def test_without_a_kernel_for_a_decay_for_each_k_it_says_so(way):
+    state, tokens = dense_call(kda=True)
+    with pytest.raises(NotImplementedError, match=r"KDA.*'xla'|needs an NVIDIA GPU"):
+        replay_update(state, *tokens, implementation=way)
+
+
+def test_nothing_to_do_changes_nothing():
+    state, tokens = dense_call()
+    tokens = [x[:0] if x.ndim > 1 else x for x in tokens]
+    after, out = replay_update(state, *tokens, slots=np.zeros(0, np.int32))
+    assert out.shape == (0, 4, 4, 32)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, state, after))
+
+
+def test_vmap_is_a_loop():
+    state, tokens = dense_call()
+    many = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    both = [jnp.stack([x, x]) if x.ndim > 1 else x for x in tokens]
+    axes = [0 if x.ndim > 1 else None for x in tokens]
+    _, out = jax.vmap(replay_update, in_axes=(0, *axes))(many, *both)
+    _, want = replay_update(state, *tokens)
+    assert testing.relative_error(out[1], want) < 1e-6
+
+
+STATE, TOKENS = dense_call()
+LONG = dense_call(T=17)[1]
+WRONG = {
+    "state must be a ReplayState; got ": dict(state=STATE.checkpoint),
+    "state.u must be (3, 4, 16, 32), as its": dict(state=STATE._replace(u=STATE.k)),
+    "state must be one of (16, 32) records; got a window of 8": dict(
+        state=STATE._replace(
+            **{
+                name: getattr(STATE, name)[:, :, :8]
+                for name in ("u", "k", "k_scale", "log_decay")
+            }
+        )
+    ),
+    "state.pending must be int32; got float32": dict(
+        state=STATE._replace(pending=jnp.zeros(3))
+    ),
+    "q must be of at most R = 16 tokens; got 17 tokens a row": dict(
+        zip("qkv", LONG, strict=False), a=LONG[4], b=LONG[5]
+    ),
+    "slots must be [N], one slot a row; got (3, 2)": dict(
+        slots=jnp.zeros((3, 2), jnp.int32)
+    ),
+    "num_accepted must be [N] = (3,); got (2,)": dict(
+        num_accepted=jnp.zeros(2, jnp.int32)
+    ),
+    "k must be of a dtype that bfloat16 holds; got float32": dict(
+        k=TOKENS[1].astype(jnp.float32)
+    ),
+    "k must be of H = 2; got 1 key heads": dict(
+        q=TOKENS[0][:, :, :1], k=TOKENS[1][:, :, :1]
+    ),
+    "a must be what the records of state.log_decay have; got a decay for each K": dict(
+        a=jnp.zeros((3, 4, 4, 32)), dt_bias=jnp.zeros((4, 32))
+    ),
+    "config must be a ReplayConfig or None": dict(config=gdn_jax.LaunchConfig(8, 1)),
+    "implementation must be None or one of": dict(implementation="cuda"),
+}
+NAMES = "state", "q", "k", "v", "A_log", "a", "b", "dt_bias"
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_call_is_told(text):
+    call = dict(zip(NAMES, (STATE, *TOKENS), strict=True)) | WRONG[text]
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)) as error:
+        replay_update(**call)
+    assert text in str(error.value) or isinstance(error.value, jaxtyping.TypeCheckError)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(window=8), r"window must be one of \(16, 32\); got 8"),
+        (dict(num_key_heads=3), "num_key_heads must be a divisor of HV=4"),
+        (dict(key_dtype=jnp.int8), "key_dtype must be one of float32"),
+        (dict(state=jnp.zeros((3, 4))), r"state must be \[P, HV, V, K\]"),
+    ],
+)
+def test_a_wrong_state_is_told(change, text):
+    given = dict(state=STATE.checkpoint, num_key_heads=2) | change
+    with pytest.raises(ValueError, match=text):
+        ReplayState.from_dense(**given)
