@@ -48,6 +48,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     speculative: int = 0,
+    decode: str | None = None,
     seed: int = 0,
     stop: TokenIds | None = None,
     num_rows: int | None = None,
@@ -82,6 +83,8 @@ def generate(
       speculative: tokens that the multi-token prediction head drafts a step, 8 at
         most, which then cost fewer steps: the same texts at temperature 0, up to
         rounding, and texts of the same distribution otherwise. 0: none.
+      decode: "in_place", "checkpoints" or "replay", see `Engine`. None: one of the
+        first two.
       seed: any int; each prompt draws with a key of seed and index.
       stop: tokens that end a text; None: the config's `eos_token_id`; (): none.
       num_rows: prompts at once; the others wait. None: all, but 64 at most.
@@ -118,6 +121,7 @@ def generate(
         prompts,
         max_tokens=max_tokens,
         drafts=drafts,
+        decode=decode,
         stop=stop,
         num_rows=num_rows,
     )
@@ -170,6 +174,7 @@ def make_engine(
     *,
     max_tokens: int,
     drafts: int,
+    decode: str | None = None,
     stop: TokenIds | None = None,
     num_rows: int | None = None,
 ) -> Engine:
@@ -191,6 +196,7 @@ def make_engine(
         num_rows=num_rows,
         num_positions=-(-longest // POSITIONS_STEP) * POSITIONS_STEP,
         speculative=drafts,
+        decode=decode,
         max_stop=max(LEAST_STOP, len(ends)),
     )
 

@@ -64,6 +64,7 @@ class Engine:
         prefill_tokens: int = 2048,
         max_stop: int = 4,
         recurrent_dtype: Any = jnp.float32,
+        decode: str | None = None,
     ):
         """Makes an engine with empty rows.
 
@@ -78,6 +79,10 @@ class Engine:
           prefill_tokens: most tokens of prompts read in one call, padding included.
           max_stop: most tokens of a request's `stop`.
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.
+          decode: how a text goes on: "in_place" (a state each, without drafts),
+            "checkpoints" (a state for each token of a step) or "replay" (one state and
+            records of the tokens since, see `replay_update`). None: in place, or with
+            drafts by checkpoints.
 
         Raises:
           ValueError: a size is wrong, the model cannot draft, or the parameters are
@@ -94,6 +99,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
             max_stop=max_stop,
             recurrent_dtype=recurrent_dtype,
+            decode=decode,
         )
         self._begin(model, params, sizes)
         with self._memory_errors():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn_jax.models.model import Model
+from gdn_jax.nn import arguments
 from gdn_jax.ops import checks
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
@@ -20,7 +21,8 @@ MOST_DRAFTS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What `Engine` takes under these names; recurrent_dtype is the dtype's name."""
+    """What `Engine` takes under these names; recurrent_dtype is the dtype's name, and
+    decode what was chosen."""
 
     num_rows: int
     num_positions: int
@@ -29,9 +31,12 @@ class Sizes:
     prefill_tokens: int
     max_stop: int
     recurrent_dtype: str
+    decode: str | None = None
 
 
-def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
+def check_sizes(
+    model: Model, *, recurrent_dtype: Any, decode: str | None, **sizes: Any
+) -> Sizes:
     drafts = integer("speculative", sizes.pop("speculative"))
     if not 0 <= drafts <= MOST_DRAFTS:
         remedy = "It is a count of drafts, of which the first few stand most often."
@@ -41,6 +46,7 @@ def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
         wanted = f"0 for a model with {layers} MTP layers"
         remedy = "One layer drafts; without it, or with more, decode plainly."
         checks.fail("speculative", drafts, wanted, remedy)
+    arguments.check_decode(decode, 1 + drafts)
     for name, size in sizes.items():
         checks.count(name, size, "It is a size.")
     if sizes["prefill_tokens"] < SHORTEST_PIECE:
@@ -51,7 +57,9 @@ def check_sizes(model: Model, *, recurrent_dtype: Any, **sizes: Any) -> Sizes:
     sizes = {name: int(size) for name, size in sizes.items()}
     # A longer block would run no further, and take memory for what it might write.
     sizes["steps_per_call"] = min(sizes["steps_per_call"], sizes["num_positions"])
-    return Sizes(speculative=drafts, recurrent_dtype=dtype.name, **sizes)
+    if decode is None:
+        decode = "checkpoints" if drafts else "in_place"
+    return Sizes(speculative=drafts, recurrent_dtype=dtype.name, decode=decode, **sizes)
 
 
 def integer(name: str, x: Any) -> int:

@@ -107,6 +107,7 @@ def init_state(model: Model, sizes: Sizes) -> EngineState:
             sizes.num_positions,
             drafts=drafts,
             recurrent_dtype=sizes.recurrent_dtype,
+            decode=sizes.decode,
         ),
         Row(seed, options, zeros(sizes.max_stop) - 1, zeros()),
         token=zeros(),

@@ -14,6 +14,7 @@ from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
 from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.state import GatedDeltaNetState
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
 
 class Stream(NamedTuple):
@@ -152,14 +153,16 @@ def init_layer_state(
     num_positions: int,
     columns: int,
     recurrent_dtype: Any,
+    decode: str | None,
 ) -> LayerState:
     if isinstance(mixer, GatedAttention):
         return mixer.init_cache(num_rows, num_positions)
     return mixer.init_state(
-        num_rows * columns,
+        num_rows if decode == "replay" else num_rows * columns,
         columns=columns,
         num_conv_slots=num_rows,
         recurrent_dtype=recurrent_dtype,
+        decode=decode,
     )
 
 
@@ -172,13 +175,15 @@ def as_rows(
     their own, in no slot: two rows for each sequence.
     """
     N, T = tokens.lead
-    columns = state.recurrent.shape[0] // state.conv.buffer.shape[0]
+    columns = state.slots_each
+    is_replay = isinstance(state.recurrent, ReplayState)
     has_state, num_accepted = tokens.has_state, tokens.num_accepted
     if tokens.rows is None and tokens.num_tokens is None and columns == 1:
-        return x, dict(has_state=has_state)
+        accepted = dict(num_accepted=num_accepted) if is_replay else {}
+        return x, dict(has_state=has_state) | accepted
     rows = tokens.find_rows()
     slots = rows * columns
-    if num_accepted is not None:
+    if num_accepted is not None and not is_replay:
         slots = slots[:, None] + jnp.arange(columns, dtype=jnp.int32)
     tables = dict(
         slots=slots, conv_slots=rows, has_state=has_state, num_accepted=num_accepted
@@ -188,7 +193,7 @@ def as_rows(
     counted = tokens.num_tokens
     if T == 1 or tokens.takes_part is not None:
         is_live = counted > 0
-        live = is_live if num_accepted is None else is_live[:, None]
+        live = is_live if slots.ndim == 1 else is_live[:, None]
         return x, tables | dict(
             slots=jnp.where(live, slots, -1), conv_slots=jnp.where(is_live, rows, -1)
         )

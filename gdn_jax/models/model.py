@@ -219,6 +219,7 @@ class Model(nn.Module):
         *,
         drafts: int = 0,
         recurrent_dtype: Any = jnp.float32,
+        decode: str | None = None,
     ) -> ModelState:
         """An empty state.
 
@@ -226,7 +227,8 @@ class Model(nn.Module):
           num_rows: P, sequences.
           num_positions: M, tokens of the longest, drafts included.
           drafts: most drafts of a speculative step.
-          recurrent_dtype: of the rule's states; see `GatedDeltaNet.init_state`.
+          recurrent_dtype, decode: of the rule's states; see
+            `GatedDeltaNet.init_state`.
 
         Raises:
           ValueError: a size is wrong.
@@ -243,6 +245,7 @@ class Model(nn.Module):
                 num_positions,
                 1 + drafts,
                 recurrent_dtype,
+                decode,
             )
             for kind in kinds
         )

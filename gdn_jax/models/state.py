@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
 LayerState = GatedDeltaNetState | KVCache
 
@@ -20,7 +21,7 @@ class ModelState(NamedTuple):
 
     Attributes:
       layers: each layer's state. A Gated DeltaNet has S recurrent states a sequence,
-        one after another, S = 1 + drafts.
+        one after another, S = 1 + drafts; or a `ReplayState`, with one.
       length: [P] int32, tokens of each sequence so far. After a speculative call they
         are counted as if one of its tokens stood: `num_accepted` of the next call
         says how many do.
@@ -31,11 +32,13 @@ class ModelState(NamedTuple):
 
     @property
     def columns(self) -> int | None:
-        """S: recurrent states a sequence; None without a recurrent layer, where any
-        number of tokens can be taken back."""
+        """S, 1 + tokens that can be taken back; None without a recurrent layer, where
+        they are any number."""
         for layer in self.layers:
             if isinstance(layer, GatedDeltaNetState):
-                return layer.recurrent.shape[0] // self.length.shape[0]
+                if isinstance(layer.recurrent, ReplayState):
+                    return layer.recurrent.window  # its convolution may have fewer
+                return layer.slots_each
         return None
 
     @property

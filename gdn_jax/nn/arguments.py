@@ -77,7 +77,20 @@ def check_begins_from_zeros(given: Batch) -> None:
             checks.fail("state", "None", f"given where {name} is", remedy)
 
 
-def choose_path(path: str | None, x: Array, given: Batch) -> str:
+DECODES = ("in_place", "checkpoints", "replay")
+
+
+def check_decode(decode: str | None, columns: int) -> None:
+    if decode not in (None, *DECODES):
+        wanted = f"None or one of {', '.join(DECODES)}"
+        checks.fail("decode", repr(decode), wanted, "None: checkpoints with drafts.")
+    if decode == "in_place" and columns > 1:
+        wanted = f"'checkpoints' or 'replay' with columns = {columns}"
+        remedy = "In place there is no state to go back to when drafts are rejected."
+        checks.fail("decode", "'in_place'", wanted, remedy)
+
+
+def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> str:
     speculative = given.num_accepted is not None
     if path not in (None, *PATHS):
         wanted = f"None or one of {', '.join(PATHS)}"
@@ -87,6 +100,7 @@ def choose_path(path: str | None, x: Array, given: Batch) -> str:
         checks.fail("path", "'chunk'", "'fused' with num_accepted", remedy)
     if path is not None:
         return path
-    short = x.ndim == 3 and x.shape[1] <= LONGEST_FUSED
+    # what many tokens leave in a replay state is to be settled, not pending
+    short = x.ndim == 3 and x.shape[1] <= (1 if replay else LONGEST_FUSED)
     single = x.ndim == 2 and given.cu_seqlens is None
     return "fused" if speculative or short or single else "chunk"

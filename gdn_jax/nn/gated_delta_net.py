@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # so that help() names types and expands none
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +23,8 @@ from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.few_rows.call import total
+from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
 
 class GatedDeltaNet(nn.Module):
@@ -166,7 +170,8 @@ class GatedDeltaNet(nn.Module):
             packed tokens without `cu_seqlens` are L sequences of one token each.
           state: from `init_state` or the last call. Donate it under `jax.jit` and it is
             updated in place. None: every row begins from zeros.
-          slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`.
+          slots: [N] int32, or [N, S] with `num_accepted`; as in `fused_update`. Of a
+            replay state always [N].
           conv_slots: [N] int32, each row's slot of `state.conv`, which has one a
             sequence where the rule has S. None: `slots`, or its column 0, so that a
             sequence's first slot is its slot in both pools.
@@ -175,7 +180,8 @@ class GatedDeltaNet(nn.Module):
             takes one token of that step to stand.
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
-            to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
+            to 16 dense tokens a row (1 of a replay state, where more would stay
+            pending), and without `cu_seqlens` where tokens are packed.
             Per-K decays (KDA) in chunks are XLA's.
           implementation: of projections, convolution, rule and norm, as in
             `fused_update`; beside the kernels of others XLA's is the norm, which has
@@ -225,8 +231,11 @@ class GatedDeltaNet(nn.Module):
         """As the call, but y in parts [S ..] whose sum it is, for what sums anyway."""
         arguments.check_tokens(x, self.hidden_size)
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
-        path = arguments.choose_path(path, x, given)
         state = self._begin(x, given) if state is None else state
+        replay = isinstance(state, GatedDeltaNetState) and isinstance(
+            state.recurrent, ReplayState
+        )
+        path = arguments.choose_path(path, x, given, replay=replay)
         pools = pools_of(state, self.heads.channels, self.conv_width, given, null_slot)
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
@@ -258,25 +267,28 @@ class GatedDeltaNet(nn.Module):
 
     def update(
         self,
-        state: Array,
+        state: Array | ReplayState,
         qkv: tuple[Array, Array, Array],
         a: Array,
         b: Array,
         tables: Tables,
         path: str,
         implementation: str | None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array | ReplayState, Array]:
         keywords = dict(tables.recurrent)
+        rules: dict[str, Callable[..., Any]] = {
+            "fused": gdn_jax.fused_update,
+            "chunk": gdn_jax.chunk_update,
+        }
+        if isinstance(state, ReplayState):
+            in_chunks = functools.partial(chunk_replay, rows=tables.rows)
+            rules = {"fused": gdn_jax.replay_update, "chunk": in_chunks}
         if path == "chunk":
             del keywords["num_accepted"]
-        rule = gdn_jax.fused_update if path == "fused" else gdn_jax.chunk_update
-        return rule(
+        tokens = *qkv, self.A_log, a, b, self.dt_bias
+        return rules[path](
             state,
-            *qkv,
-            self.A_log,
-            a,
-            b,
-            self.dt_bias,
+            *tokens,
             allow_neg_eigval=self.allow_neg_eigval,
             gate_lower_bound=self.gate_lower_bound,
             implementation=implementation,
@@ -301,6 +313,7 @@ class GatedDeltaNet(nn.Module):
         columns: int = 1,
         num_conv_slots: int | None = None,
         recurrent_dtype: Any = jnp.float32,
+        decode: str | None = None,
     ) -> GatedDeltaNetState:
         """An empty state, dense or a pool. Call it for each layer: two that share one
         cannot both be donated.
@@ -312,6 +325,9 @@ class GatedDeltaNet(nn.Module):
           num_conv_slots: slots of the convolution's state, for calls with `conv_slots`,
             since a sequence needs one where the rule takes S; None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
+          decode: "replay": the rule's states are a `ReplayState`, which needs one slot
+            a sequence, whatever `columns` is. "in_place" or "checkpoints": they are
+            arrays, for decoding without drafts or with them. None: one of these two.
 
         Raises:
           ValueError: one of these is not what it must be.
@@ -319,7 +335,17 @@ class GatedDeltaNet(nn.Module):
         if num_conv_slots is None:
             num_conv_slots = num_slots
         arguments.check_pools(num_slots, num_conv_slots, recurrent_dtype)
-        return self._zeros(num_slots, num_conv_slots, columns, recurrent_dtype)
+        arguments.check_decode(decode, columns)
+        state = self._zeros(num_slots, num_conv_slots, columns, recurrent_dtype)
+        if decode != "replay":
+            return state
+        recurrent = ReplayState.from_dense(
+            jnp.asarray(state.recurrent),
+            num_key_heads=self.num_key_heads,
+            key_dtype=self.dtype,
+            per_key_decay=self.per_key_decay,
+        )
+        return state._replace(recurrent=recurrent)
 
     @nn.nowrap
     def _zeros(

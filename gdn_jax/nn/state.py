@@ -7,6 +7,7 @@ from gdn_jax.nn.tables import Pools
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -14,11 +15,18 @@ class GatedDeltaNetState(NamedTuple):
 
     Attributes:
       conv: the convolution's inputs, a slot for each sequence.
-      recurrent: [N or P, HV, V, K], the rule's states.
+      recurrent: [N or P, HV, V, K], the rule's states, or a `ReplayState` of them.
     """
 
     conv: ConvState
-    recurrent: t.State
+    recurrent: t.State | ReplayState
+
+    @property
+    def slots_each(self) -> int:
+        """Recurrent states a sequence: 1, or with checkpoints S."""
+        if isinstance(self.recurrent, ReplayState):
+            return 1
+        return self.recurrent.shape[0] // self.conv.buffer.shape[0]
 
 
 def pools_of(
@@ -45,4 +53,8 @@ def pools_of(
             "of at least S columns",
             "Make the state with layer.init_state(.., columns=S).",
         )
-    return Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
+    P = conv.buffer.shape[0]
+    if isinstance(recurrent, ReplayState):
+        num_slots = recurrent.start.shape[0]
+        return Pools(P, num_slots, null_slot, columns, recurrent.pending)
+    return Pools(P, recurrent.shape[0], null_slot)

@@ -13,11 +13,13 @@ from gdn_jax.ops.batch import Batch, Rows
 
 class Pools(NamedTuple):
     """How many slots the layer's two states have, and which one the caller reserves in
-    `slots`."""
+    `slots`. Of replay also S, and [P] how many tokens of each slot are pending."""
 
     conv: int
     recurrent: int
     null_slot: int | None
+    columns: int = 1
+    pending: Array | None = None
 
 
 class Tables(NamedTuple):
@@ -25,11 +27,13 @@ class Tables(NamedTuple):
 
     Attributes:
       conv, recurrent: keyword arguments of the convolution and of the rule.
+      rows: which rows are live, and where their states lie.
       live: for each token, whether it belongs to a live row; None if all do.
     """
 
     conv: dict[str, Any]
     recurrent: dict[str, Any]
+    rows: Rows
     live: Array | None
 
 
@@ -39,6 +43,9 @@ def find_tables(
     """`lead` are the tokens' axes, [N T] dense or [L] packed. A row whose slot is null
     in one of the two pools is made null in both."""
     num_rows, tokens, source = checks.rows_of(lead, given.cu_seqlens)
+    is_replay = pools.pending is not None and given.num_accepted is not None
+    if is_replay and given.slots is None:
+        given = given._replace(slots=jnp.arange(num_rows, dtype=jnp.int32))
     if conv_slots is not None:
         conv_slots = checks.integers("conv_slots", conv_slots)
     checks.check_per_row(given, num_rows, source)
@@ -54,14 +61,23 @@ def find_tables(
     keywords = given._asdict() | dict(null_slot=pools.null_slot)
     conv = recurrent = keywords
     slots = given.slots
-    if slots is not None and not _is_one_table(slots, conv_slots, pools):
+    if is_replay:
+        rows = rows._replace(live=rows.live & _can_stand(given, rows, pools))
+    if slots is not None and (is_replay or not _is_one_table(slots, conv_slots, pools)):
         in_conv, conv_slots = _find_conv_slots(slots, conv_slots, pools)
         rows = rows._replace(live=rows.live & in_conv)
         row = in_conv if slots.ndim == 1 else in_conv[:, None]
         conv_slots = jnp.where(rows.live, conv_slots, -1)
         conv = keywords | dict(slots=conv_slots, null_slot=None)
         recurrent = keywords | dict(slots=jnp.where(row, slots, -1))
-    return Tables(conv, recurrent, _live_tokens(given, rows, tokens, lead))
+    return Tables(conv, recurrent, rows, _live_tokens(given, rows, tokens, lead))
+
+
+def _can_stand(given: Batch, rows: Rows, pools: Pools) -> Array:
+    """Replay's own condition: no more tokens stand than are pending, if any is."""
+    assert pools.pending is not None
+    pending = jnp.where(rows.keeps_state, pools.pending[rows.read], 0)
+    return (pending == 0) | (given.num_accepted <= pending)
 
 
 def _is_one_table(slots: Array, conv_slots: Array | None, pools: Pools) -> bool:
@@ -93,7 +109,7 @@ def _find_rows(
         num_tokens=math.prod(lead),
         num_slots=pools.recurrent,
         tokens_per_row=tokens,
-        columns=given.slots.shape[1] if is_table else 1,
+        columns=given.slots.shape[1] if is_table else pools.columns,
         null_slot=checks.null_slot_of(pools.null_slot, pools.recurrent, given.slots),
     )
 

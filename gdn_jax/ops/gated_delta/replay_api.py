@@ -2,7 +2,8 @@
 
 from __future__ import annotations  # so that help() names types and expands none
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -73,8 +74,9 @@ def replay_update(
         them; where none is pending any number. None: all stand.
       has_state: [N] bool; False: the row starts from zeros, whatever its slot holds.
       config: a `ReplayConfig`, the kernels' launch.
-      null_slot, scale, qk_l2norm, softplus_beta, softplus_threshold, allow_neg_eigval,
-        gate_lower_bound, out_dtype: as in `fused_update`.
+      null_slot, scale, qk_l2norm, out_dtype: as in `fused_update`.
+      softplus_beta, softplus_threshold: as in `fused_update`.
+      allow_neg_eigval, gate_lower_bound: as in `fused_update`.
       implementation: as in `fused_update`, but that None is "xla": the kernel has not
         been measured on a GPU yet.
 
@@ -143,7 +145,7 @@ def replay_update(
 
 
 def _pack(
-    state, q, k, v, gates, num_accepted, **keywords
+    state, q, k, v, gates: GateLogits, num_accepted, **keywords
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
     _check_state(state)
     slots = keywords["slots"]
@@ -162,7 +164,7 @@ def _pack(
     )
     tables = checks.tables(x.slots, x.cu_seqlens, num_accepted, x.has_state)
     checks.check_sharding(state._asdict() | dict(num_accepted=tables.num_accepted))
-    inputs = Inputs(state, x.q, x.k, x.v, x.gates, tables)
+    inputs = Inputs(state, x.q, x.k, x.v, gates._replace(**x.gates._asdict()), tables)
     checks.check_per_row(tables, inputs.num_rows, f"{inputs.num_rows} rows")
     _check_records(inputs, options)
     return inputs, options, unpack
@@ -212,10 +214,14 @@ def _check_records(x: Inputs, options: Options) -> None:
         checks.fail("a", got, "what the records of state.log_decay have", remedy)
 
 
-def _paths(x: Inputs, options: Options, config: ReplayConfig | None):
+def _paths(
+    x: Inputs, options: Options, config: ReplayConfig | None
+) -> Mapping[str, Callable[[], tuple[ReplayState, Array]]]:
     if 0 in (x.q.shape[0], x.num_rows, x.state.start.shape[0]):
-        run = dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: _nothing(x, options))
-        return run
+        return {
+            name: functools.partial(_nothing, x, options)
+            for name in map(str, _dispatch.IMPLEMENTATIONS)
+        }
 
     def run_kernel(interpret: bool):
         if not interpret:

@@ -301,11 +301,9 @@ class _Walk(NamedTuple):
 
     def tokens(self, k: Array, in_k: Array | None) -> tuple[Array, Array]:
         """q and k [T BK]"""
-        tile = self.tile
-        return tuple(
-            self._rows(ref, (tile.token[:, None], tile.key_head), tile.valid, k, in_k)
-            for ref in (self.x.q, self.x.k)
-        )
+        lead = self.tile.token[:, None], self.tile.key_head
+        q = self._rows(self.x.q, lead, self.tile.valid, k, in_k)
+        return q, self._rows(self.x.k, lead, self.tile.valid, k, in_k)
 
     def keys(self, k: Array, in_k: Array | None) -> Array:
         """Of the records [R BK]."""

@@ -1,0 +1,147 @@
+"""Replay in a layer, a model and an engine: what the other ways of decoding give."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import ReplayState, models, testing
+from gdn_jax.nn import GatedDeltaNet
+
+D, N, DRAFTS = 48, 3, 3
+LAYER = GatedDeltaNet(D, 2, 4, 16, 16)
+X = jax.random.normal(jax.random.key(0), (N, 60, D))
+PARAMS = LAYER.init(jax.random.key(1), X[:, :4])
+
+
+@functools.cache
+def apply(**static):
+    return jax.jit(functools.partial(LAYER.apply, PARAMS, **static), donate_argnums=1)
+
+
+def alone(n, length):
+    """y of the first tokens of a sequence, without a state."""
+    return LAYER.apply(PARAMS, X[n : n + 1, :length])[0][0]
+
+
+def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences():
+    state = LAYER.init_state(8, columns=1 + DRAFTS, decode="replay")
+    state = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if x.dtype.kind == "f" else x, state
+    )
+    slots, random = np.int32([5, 0, 7]), np.random.default_rng(0)
+    lengths = np.array([9, 2, 20])  # of the prompts
+    bounds = np.concatenate([[0], np.cumsum(lengths), [40]]).astype(np.int32)
+    tokens = [X[n, :length] for n, length in enumerate(lengths)]
+    tokens.append(jnp.full((40 - lengths.sum(), D), jnp.nan))
+    y, state = apply()(
+        jnp.concatenate(tokens),
+        state,
+        slots=np.append(slots, np.int32(-1)),
+        cu_seqlens=bounds,
+        has_state=np.zeros(4, bool),
+    )
+    for n, length in enumerate(lengths):
+        own = y[bounds[n] : bounds[n + 1]]
+        assert testing.relative_error(own, alone(n, length)) < 1e-5
+    y, state = apply()(take(lengths, 1), state, slots=slots)  # a plain step
+    lengths = lengths + 1
+    check_last(y, lengths, 1)
+
+    accepted = np.ones(N, np.int32)
+    for step in range(6):
+        given = np.where(step == 2, [-1, 0, -1], slots)  # two rows sit one step out
+        y, state = apply()(
+            take(lengths, 1 + DRAFTS),
+            state,
+            slots=given.astype(np.int32),
+            num_accepted=accepted,
+        )
+        drawn = random.integers(1, 2 + DRAFTS, N).astype(np.int32)
+        for n in range(N):
+            if given[n] < 0:
+                assert not y[n].any()
+            else:
+                check_one(y[n], n, lengths[n], 1 + DRAFTS)
+                accepted[n] = drawn[n]
+                lengths[n] += drawn[n]
+    assert isinstance(state.recurrent, ReplayState)
+
+
+def take(lengths, count):
+    return jnp.stack([X[n, at : at + count] for n, at in enumerate(lengths)])
+
+
+def check_one(y, n, length, count):
+    want = alone(n, length + count)[-count:]
+    assert testing.relative_error(y, want) < 1e-4
+
+
+def check_last(y, lengths, count):
+    for n, length in enumerate(lengths):
+        check_one(y[n], n, length - count, count)
+
+
+def test_a_row_whose_count_is_above_what_is_pending_is_null_in_both_states():
+    state = LAYER.init_state(N, columns=1 + DRAFTS, decode="replay")
+    ones = np.ones(N, np.int32)
+    _, state = apply()(X[:, :2], state, num_accepted=ones)
+    before = jax.tree.map(np.array, state)
+    y, state = apply()(X[:, 2:4], state, num_accepted=np.int32([2, 3, 0]))
+    assert y[0].any() and not y[1:].any()
+    for x, z in zip(*map(jax.tree.leaves, (before, state)), strict=True):
+        assert np.array_equal(x[1:], np.asarray(z)[1:])
+
+
+@pytest.mark.parametrize(
+    ("decode", "columns", "text"),
+    [
+        ("forks", 1, "decode must be None or one of in_place, checkpoints, replay"),
+        ("in_place", 4, "decode must be 'checkpoints' or 'replay' with columns = 4"),
+    ],
+)
+def test_a_wrong_way_of_decoding_is_told(decode, columns, text):
+    with pytest.raises(ValueError, match=text):
+        LAYER.init_state(N, columns=columns, decode=decode)
+
+
+@functools.cache
+def small():
+    return models.load(models.SMALL, dtype="float32", progress=False)
+
+
+PROMPTS = [list(b"def read"), list(b"class"), list(b"Return the ")]
+
+
+@functools.cache
+def plain_texts():
+    return gdn_jax.generate(*small(), PROMPTS, max_tokens=2000, stop=(), num_rows=2)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_an_engine_writes_the_texts_of_plain_decoding(drafts):
+    options = dict(max_tokens=2000, stop=(), num_rows=2, speculative=drafts)
+    texts = gdn_jax.generate(*small(), PROMPTS, decode="replay", **options)
+    assert texts == plain_texts()
+
+
+def test_an_engine_that_replays_is_saved_and_goes_on(tmp_path):
+    model, params = small()
+    engine = gdn_jax.Engine(
+        model, params, num_rows=2, num_positions=128, speculative=2, decode="replay"
+    )
+    requests = [engine.submit(prompt, max_tokens=40, stop=()) for prompt in PROMPTS]
+    engine.step()
+    engine.save(tmp_path / "engine")
+    for _ in engine.run():
+        pass
+    again = gdn_jax.Engine.restore(tmp_path / "engine", model, params)
+    assert again.sizes.decode == "replay"
+    restored = {request.number: request for request in again.requests}
+    for _ in again.run():
+        pass
+    for number, request in restored.items():
+        assert request.tokens == requests[number].tokens
