@@ -101,12 +101,13 @@ def meet_kernel(
 
     @pl.when(turn.rows.live)
     def _():
-        old, own = _Old.load(x, tile), _Own.load(x, tile, options)
+        old = _Old.load(x, tile)
         products = lax.cond(
             turn.folds,
             lambda: _fold(x, tile, old, checkpoint_ref, config),
             lambda: _read(x, tile, old, config),
         )
+        own = _Own.load(x, tile, options)
         u, out = _solve(tile, own, products, options)
         if not interpret:
             _triton.barrier()  # all of the program's warps have read the old u
@@ -173,12 +174,12 @@ class _Tile(NamedTuple):
 
 
 class _Old(NamedTuple):
-    """The records that stand: u [BV R], weighted by what is left of it, and in parts;
-    of the keys what finds them; and what is left of the checkpoint."""
+    """The records that stand: where they lie, what is left of each, its key's norm in
+    it, and what is left of the checkpoint."""
 
-    u: Parts
     column: Array
     stands: Array
+    weight: Array
     left: Array
 
     @classmethod
@@ -195,10 +196,14 @@ class _Old(NamedTuple):
         later = place[None, :] > place[:, None]
         after = jnp.sum(jnp.where(later, log_decay[None, :], 0.0), axis=1)
         weight = jnp.exp(after) * record(state.k_scale, tile.key_head)
-        at = state.u.at[slot, tile.head, column[None, :], tile.column]
-        u = tile.load(at, stands) * jnp.where(stands, weight, 0.0)[None, :]
         left = jnp.where(tile.turn.rows.keeps_state, jnp.exp(jnp.sum(log_decay)), 0.0)
-        return cls(cut(u, EXACT), column, stands, left)
+        return cls(column, stands, jnp.where(stands, weight, 0.0), left)
+
+    def load_u(self, x: Any, tile: _Tile) -> Parts:
+        """[BV R], weighted."""
+        place = tile.slot, tile.head, self.column[None, :], tile.column
+        u = tile.load(x.state.u.at[place], self.stands)
+        return cut(u * self.weight[None, :], EXACT)
 
 
 class _Own(NamedTuple):
@@ -336,8 +341,9 @@ def _read(x: Any, tile: _Tile, old: _Old, config: ReplayConfig) -> _Products:
     nothing = jnp.zeros((R, T), jnp.float32)
     carry = _Products.zeros(tile), nothing, nothing
     products, old_k, old_q = walk.run(body, carry)
+    u = old.load_u(x, tile)  # not before the walk, which has no registers for it
     Sk, Sq = (
-        old.left * product + dot(old.u, cut(y, EXACT))
+        old.left * product + dot(u, cut(y, EXACT))
         for product, y in ((products.Sk, old_k), (products.Sq, old_q))
     )
     return products._replace(Sk=Sk, Sq=Sq)
@@ -350,13 +356,14 @@ def _fold(
     walk = _Walk(x, tile, old, config)
     parts = config.parts_of(x.state.checkpoint.dtype)
     keeps = tile.turn.rows.keeps_state
+    u = old.load_u(x, tile)
 
     def body(products, k, in_k):
         place, mask = walk.state(k, in_k)
         reads = jnp.broadcast_to(keeps, (tile.v.size, k.size))
         reads = reads if mask is None else mask & reads
         state = _load(x.state.checkpoint, place, reads).astype(jnp.float32)
-        state = old.left * state + dot(old.u, _parts(walk.keys(k, in_k)))
+        state = old.left * state + dot(u, _parts(walk.keys(k, in_k)))
         state = state.astype(checkpoint_ref.dtype)
         _triton.store(checkpoint_ref.at[place], state, mask=mask)
         return products.add(_state_parts(state, parts), *walk.tokens(k, in_k))
