@@ -38,8 +38,9 @@ def test_without_arguments_the_shipped_model_writes_documentation(plain):
     assert re.search(figures, plain.stderr)
 
 
-def test_drafts_change_the_steps_alone(plain):
-    drafted = generate("def read_", *SHORT, "--speculative", "3")
+@pytest.mark.parametrize("decode", [[], ["--decode", "replay"]])
+def test_drafts_change_the_steps_alone(decode, plain):
+    drafted = generate("def read_", *SHORT, "--speculative", "3", *decode)
     assert drafted.stdout == plain.stdout
     gained = float(re.findall(r"([\d.]+) tokens a step", drafted.stderr)[0])
     assert 2 < gained <= 4

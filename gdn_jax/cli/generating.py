@@ -10,7 +10,7 @@ import typer
 
 from gdn_jax.cli.ctrl_c import STATUS, CtrlC
 from gdn_jax.cli.notes import errors, errors_of, notes
-from gdn_jax.cli.options import Dtype
+from gdn_jax.cli.options import Decode, Dtype
 from gdn_jax.cli.speeds import Speeds
 
 if TYPE_CHECKING:
@@ -65,6 +65,13 @@ def generate(
     speculative: Annotated[
         int, typer.Option(min=0, max=8, help="Drafts a step, by the model's own head.")
     ] = 0,
+    decode: Annotated[
+        Decode | None,
+        typer.Option(
+            help="How a text's state goes on. Default: in_place, or with drafts by "
+            "checkpoints."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Default: float32 on a CPU, else the checkpoint's."),
@@ -86,6 +93,7 @@ def generate(
             tokens,
             max_tokens=max_tokens,
             drafts=speculative,
+            decode=None if decode is None else decode.value,
             num_rows=rows,
         )
         asked: dict[str, Any] = dict(temperature=temperature, top_p=top_p)
