@@ -100,7 +100,7 @@ def test_a_row_whose_count_is_above_what_is_pending_is_null_in_both_states():
     ("decode", "columns", "text"),
     [
         ("forks", 1, "decode must be None or one of in_place, checkpoints, replay"),
-        ("in_place", 4, "decode must be 'checkpoints' or 'replay' with columns = 4"),
+        ("in_place", 4, "decode must be 'checkpoints' or 'replay' with 3 drafts"),
     ],
 )
 def test_a_wrong_way_of_decoding_is_told(decode, columns, text):

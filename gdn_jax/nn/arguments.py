@@ -85,7 +85,7 @@ def check_decode(decode: str | None, columns: int) -> None:
         wanted = f"None or one of {', '.join(DECODES)}"
         checks.fail("decode", repr(decode), wanted, "None: checkpoints with drafts.")
     if decode == "in_place" and columns > 1:
-        wanted = f"'checkpoints' or 'replay' with columns = {columns}"
+        wanted = f"'checkpoints' or 'replay' with {columns - 1} drafts"
         remedy = "In place there is no state to go back to when drafts are rejected."
         checks.fail("decode", "'in_place'", wanted, remedy)
 
