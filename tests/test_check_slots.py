@@ -50,6 +50,12 @@ def test_a_fault_in_a_slot_table_is_found(slots, keywords, text):
         testing.check_slots(slots, **dict(num_slots=6) | keywords)
 
 
+def test_replay_may_accept_what_it_keeps_records_of():
+    testing.check_slots([1, 2], 6, num_accepted=[3, 1])
+    with pytest.raises(ValueError, match=r"num_accepted 0 is outside 1\.\."):
+        testing.check_slots([1, 2], 6, num_accepted=[0, 1])
+
+
 def test_a_row_that_pads_the_batch_has_no_counts():
     testing.check_slots([[0, 1], [-1, -1]], 6, num_accepted=[2, 0])
 

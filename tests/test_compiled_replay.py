@@ -10,27 +10,29 @@ from gdn_jax import ReplayState, replay_update
 P, H, HV, K, V = 40, 16, 32, 128, 128
 
 
-def compiled(N, T, dtype):
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
+def compiled(N, T, dtype, *, window=16, act="bfloat16", packed=False):
+    def array(*shape, dtype=act):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    state = jax.eval_shape(lambda: ReplayState.zeros(P, H, HV, K, V, dtype=dtype))
-    keys, logits = array(N, T, H, K), array(N, T, HV)
-    heads, rows = array(HV, dtype=jnp.float32), array(N, dtype=jnp.int32)
-    tokens = keys, keys, array(N, T, HV, V), heads, logits, logits, heads
+    options = dict(dtype=dtype, window=window, key_dtype=act)
+    state = jax.eval_shape(lambda: ReplayState.zeros(P, H, HV, K, V, **options))
+    lead = (N * T,) if packed else (N, T)
+    keys, logits = array(*lead, H, K), array(*lead, HV)
+    heads, rows = array(HV, dtype="float32"), array(N, dtype="int32")
+    tokens = keys, keys, array(*lead, HV, V), heads, logits, logits, heads
+    tables = dict(slots=rows, num_accepted=rows)
+    if packed:
+        tables["cu_seqlens"] = array(N + 1, dtype="int32")
 
-    def step(state, tokens, slots, num_accepted):
-        tables = dict(slots=slots, num_accepted=num_accepted)
+    def step(state, tokens, tables):
         return replay_update(state, *tokens, **tables, implementation="triton")
 
-    return state, aot.compile_for_h200(
-        step, state, tokens, rows, rows, donate_argnums=0
-    )
+    return state, aot.compile_for_h200(step, state, tokens, tables, donate_argnums=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [1, 4, 8])
-def test_a_step_is_two_launches_in_place_without_spills(T, dtype):
+def test_a_step_of_dense_rows_is_two_launches_in_place_without_spills(T, dtype):
     state, found = compiled(32, T, dtype)
     assert len(found.launches()) == 2
     assert all(aot.KERNEL_CALL in line for line in found.launches())
@@ -38,4 +40,18 @@ def test_a_step_is_two_launches_in_place_without_spills(T, dtype):
     whole = sum(x.size * x.dtype.itemsize for x in state)
     assert found.alias_bytes == whole
     assert found.temp_bytes < 1024
+    assert found.resources()["spills"] == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [dict(packed=True), dict(packed=True, window=32), dict(act="float32")],
+    ids=str,
+)
+def test_no_other_call_copies_states_or_spills(call):
+    state, found = compiled(32, 4, "float32", **call)
+    kernels = [line for line in found.launches() if aot.KERNEL_CALL in line]
+    assert len(kernels) == 2
+    large = (each for each in state if each.size > 10**5)
+    assert not any(aot.copies(found, each) for each in large)
     assert found.resources()["spills"] == 0

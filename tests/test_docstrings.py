@@ -17,6 +17,15 @@ NAMES = {
 WITH_EXAMPLES = [name for name, text in NAMES.items() if ">>>" in text]
 
 
+def test_what_users_begin_with_has_examples():
+    ops = "fused", "chunk", "recurrent", "replay"
+    wanted = {f"gdn_jax.{name}_update" for name in ops}
+    others = "causal_conv1d", "grouped_dot", "SlotPool", "generate", "Engine"
+    wanted |= {f"gdn_jax.{name}" for name in others}
+    wanted |= {"gdn_jax.nn.GatedDeltaNet", "gdn_jax.models.load"}
+    assert wanted <= set(WITH_EXAMPLES)
+
+
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_an_example_holds(name):
     parser = doctest.DocTestParser()

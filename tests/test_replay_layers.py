@@ -96,6 +96,76 @@ def test_a_row_whose_count_is_above_what_is_pending_is_null_in_both_states():
         assert np.array_equal(x[1:], np.asarray(z)[1:])
 
 
+def check_rows_kept(before, state, rows):
+    for x, z in zip(*map(jax.tree.leaves, (before, state)), strict=True):
+        assert np.array_equal(x[rows], np.asarray(z)[rows], equal_nan=True)
+
+
+def begun(length, columns=1 + DRAFTS):
+    state = LAYER.init_state(N, columns=columns, decode="replay")
+    return apply()(X[:, :length], state)[1]
+
+
+def test_a_row_that_is_null_behind_a_prompt_goes_on_where_it_was():
+    state = begun(6)
+    before = jax.tree.map(np.array, state)
+    y, state = apply()(X[:, 6:10], state, num_accepted=np.int32([1, 0, 3]))
+    assert y[0].any() and not y[1:].any()
+    check_rows_kept(before, state, [1, 2])
+    y, _ = apply()(X[:, 6:10], state, num_accepted=np.ones(N, np.int32))
+    check_one(y[1], 1, 6, 4)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_without_a_count_one_token_of_the_last_step_is_taken_to_stand(count):
+    state = begun(6)
+    _, state = apply()(X[:, 6:10], state, num_accepted=np.ones(N, np.int32))
+    y, state = apply()(X[:, 7 : 7 + count], state)
+    for n in range(N):
+        check_one(y[n], n, 7, count)
+    y, _ = apply()(
+        X[:, 7 + count : 11 + count], state, num_accepted=np.ones(N, np.int32)
+    )
+    for n in range(N):
+        check_one(y[n], n, 7 + count, 4)
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_rows_of_more_tokens_than_a_step_has_are_null_in_both_states(length):
+    state = begun(6)
+    before = jax.tree.map(np.array, state)
+    bounds = np.int32([0, length, length + 2, length + 4])
+    y, state = apply()(
+        X.reshape(-1, D)[: length + 4],
+        state,
+        slots=np.arange(N, dtype=np.int32),
+        cu_seqlens=bounds,
+        num_accepted=np.ones(N, np.int32),
+    )
+    assert not y[:length].any() and y[length:].any()
+    check_rows_kept(before, state, [0])
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (dict(path="fused"), "path must be 'chunk' without num_accepted"),
+        (dict(null_slot=0), "null_slot must be given with slots"),
+        (dict(x=X[:2, :4]), "state must be one state per row where slots is None"),
+    ],
+)
+def test_a_wrong_call_is_told(call, text):
+    call = dict(x=X[:, :4]) | call
+    with pytest.raises(ValueError, match=text):
+        LAYER.apply(PARAMS, state=begun(2), **call)
+
+
+def test_the_ring_holds_a_step():
+    assert begun(2, columns=17).recurrent.window == 32
+    with pytest.raises(ValueError, match="columns must be at most 32 with decode"):
+        LAYER.init_state(N, columns=33, decode="replay")
+
+
 @pytest.mark.parametrize(
     ("decode", "columns", "text"),
     [

@@ -32,12 +32,13 @@ class ModelState(NamedTuple):
 
     @property
     def columns(self) -> int | None:
-        """S, 1 + tokens that can be taken back; None without a recurrent layer, where
-        they are any number."""
+        """S, most tokens of a speculative step, as far as the recurrent states say: a
+        replay state's own convolution may have room for fewer. None without them,
+        where it is any number."""
         for layer in self.layers:
             if isinstance(layer, GatedDeltaNetState):
                 if isinstance(layer.recurrent, ReplayState):
-                    return layer.recurrent.window  # its convolution may have fewer
+                    return layer.recurrent.window
                 return layer.slots_each
         return None
 

@@ -8,6 +8,7 @@ from jax import Array
 from gdn_jax.nn.projections import LAYOUTS
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
+from gdn_jax.ops.gated_delta.replay_state import WINDOWS
 from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
 
 PATHS = ("fused", "chunk")
@@ -90,6 +91,16 @@ def check_decode(decode: str | None, columns: int) -> None:
         checks.fail("decode", "'in_place'", wanted, remedy)
 
 
+def window_of(columns: int) -> int:
+    """R of a replay state, whose records hold a speculative step."""
+    fitting = [window for window in WINDOWS if window >= columns]
+    if not fitting:
+        wanted = f"at most {WINDOWS[-1]} with decode='replay'"
+        remedy = "It is S, 1 + drafts: a step's tokens are records of the state."
+        checks.fail("columns", columns, wanted, remedy)
+    return fitting[0]
+
+
 def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> str:
     speculative = given.num_accepted is not None
     if path not in (None, *PATHS):
@@ -98,9 +109,11 @@ def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> st
     if path == "chunk" and speculative:
         remedy = "Leave it out: verification keeps a state for every token."
         checks.fail("path", "'chunk'", "'fused' with num_accepted", remedy)
+    single = x.shape[1] == 1 if x.ndim == 3 else given.cu_seqlens is None
+    if path == "fused" and replay and not (single or speculative):
+        remedy = "Leave it out: several tokens would stay pending in a replay state."
+        checks.fail("path", "'fused'", "'chunk' without num_accepted", remedy)
     if path is not None:
         return path
-    # what many tokens leave in a replay state is to be settled, not pending
-    short = x.ndim == 3 and x.shape[1] <= (1 if replay else LONGEST_FUSED)
-    single = x.ndim == 2 and given.cu_seqlens is None
+    short = x.ndim == 3 and x.shape[1] <= LONGEST_FUSED and not replay
     return "fused" if speculative or short or single else "chunk"

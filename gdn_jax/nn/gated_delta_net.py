@@ -180,8 +180,9 @@ class GatedDeltaNet(nn.Module):
             takes one token of that step to stand.
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
-            to 16 dense tokens a row (1 of a replay state, where more would stay
-            pending), and without `cu_seqlens` where tokens are packed.
+            to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
+            Of a replay state several tokens a row go in chunks without `num_accepted`,
+            since they are not to stay pending.
             Per-K decays (KDA) in chunks are XLA's.
           implementation: of projections, convolution, rule and norm, as in
             `fused_update`; beside the kernels of others XLA's is the norm, which has
@@ -236,7 +237,9 @@ class GatedDeltaNet(nn.Module):
             state.recurrent, ReplayState
         )
         path = arguments.choose_path(path, x, given, replay=replay)
-        pools = pools_of(state, self.heads.channels, self.conv_width, given, null_slot)
+        pools = pools_of(
+            state, self.heads.channels, self.conv_width, given, null_slot, path
+        )
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
@@ -342,6 +345,7 @@ class GatedDeltaNet(nn.Module):
         recurrent = ReplayState.from_dense(
             jnp.asarray(state.recurrent),
             num_key_heads=self.num_key_heads,
+            window=arguments.window_of(columns),
             key_dtype=self.dtype,
             per_key_decay=self.per_key_decay,
         )

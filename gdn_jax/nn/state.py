@@ -7,7 +7,7 @@ from gdn_jax.nn.tables import Pools
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
-from gdn_jax.ops.gated_delta.replay_state import ReplayState
+from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
 
 
 class GatedDeltaNetState(NamedTuple):
@@ -35,6 +35,7 @@ def pools_of(
     conv_width: int,
     given: Batch,
     null_slot: int | None,
+    path: str,
 ) -> Pools:
     if not isinstance(state, GatedDeltaNetState):
         remedy = "Make one with layer.init_state."
@@ -55,6 +56,9 @@ def pools_of(
         )
     P = conv.buffer.shape[0]
     if isinstance(recurrent, ReplayState):
+        check_state(recurrent)
+        longest = recurrent.window if path == "fused" else None
+        longest = longest if given.num_accepted is None else columns
         num_slots = recurrent.start.shape[0]
-        return Pools(P, num_slots, null_slot, columns, recurrent.pending)
+        return Pools(P, num_slots, null_slot, columns, longest, recurrent.pending)
     return Pools(P, recurrent.shape[0], null_slot)

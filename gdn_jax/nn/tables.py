@@ -13,12 +13,14 @@ from gdn_jax.ops.batch import Batch, Rows
 
 class Pools(NamedTuple):
     """How many slots the layer's two states have, and which one the caller reserves in
-    `slots`. Of replay also S, and [P] how many tokens of each slot are pending."""
+    `slots`. Of replay also S, the tokens of the longest row, and [P] how many tokens of
+    each slot are pending."""
 
     conv: int
     recurrent: int
     null_slot: int | None
     columns: int = 1
+    longest: int | None = None
     pending: Array | None = None
 
 
@@ -43,13 +45,13 @@ def find_tables(
     """`lead` are the tokens' axes, [N T] dense or [L] packed. A row whose slot is null
     in one of the two pools is made null in both."""
     num_rows, tokens, source = checks.rows_of(lead, given.cu_seqlens)
-    is_replay = pools.pending is not None and given.num_accepted is not None
-    if is_replay and given.slots is None:
-        given = given._replace(slots=jnp.arange(num_rows, dtype=jnp.int32))
     if conv_slots is not None:
         conv_slots = checks.integers("conv_slots", conv_slots)
     checks.check_per_row(given, num_rows, source)
     _check_slots(given.slots, conv_slots, num_rows, source)
+    is_replay = pools.pending is not None
+    if is_replay and given.slots is None:
+        given = given._replace(slots=_every_slot(num_rows, pools, source))
     if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
         checks.fail(
             "conv_slots",
@@ -67,17 +69,38 @@ def find_tables(
         in_conv, conv_slots = _find_conv_slots(slots, conv_slots, pools)
         rows = rows._replace(live=rows.live & in_conv)
         row = in_conv if slots.ndim == 1 else in_conv[:, None]
+        row = rows.live if is_replay else row
         conv_slots = jnp.where(rows.live, conv_slots, -1)
         conv = keywords | dict(slots=conv_slots, null_slot=None)
         recurrent = keywords | dict(slots=jnp.where(row, slots, -1))
+        if is_replay and given.num_accepted is None:
+            # as the convolution takes one token of the last step to stand
+            recurrent["num_accepted"] = jnp.ones(num_rows, jnp.int32)
     return Tables(conv, recurrent, rows, _live_tokens(given, rows, tokens, lead))
 
 
+def _every_slot(num_rows: int, pools: Pools, source: str) -> Array:
+    """In place of slots that are not given: row i's is i."""
+    checks.null_slot_of(pools.null_slot, pools.recurrent, None)
+    if pools.recurrent != num_rows:
+        checks.fail(
+            "state",
+            f"{pools.recurrent} states for {num_rows} rows",
+            "one state per row where slots is None",
+            f"Pass slots to use a pool ({source}).",
+        )
+    return jnp.arange(num_rows, dtype=jnp.int32)
+
+
 def _can_stand(given: Batch, rows: Rows, pools: Pools) -> Array:
-    """Replay's own condition: no more tokens stand than are pending, if any is."""
+    """Replay's own conditions: no more tokens than it has records for, and of those
+    that are pending no more stand than there are."""
     assert pools.pending is not None
+    short = rows.live if pools.longest is None else rows.length <= pools.longest
+    if given.num_accepted is None:
+        return short
     pending = jnp.where(rows.keeps_state, pools.pending[rows.read], 0)
-    return (pending == 0) | (given.num_accepted <= pending)
+    return short & (given.num_accepted <= jnp.maximum(pending, 1))
 
 
 def _is_one_table(slots: Array, conv_slots: Array | None, pools: Pools) -> bool:

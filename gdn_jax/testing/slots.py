@@ -20,10 +20,11 @@ def check_slots(
 
     Eager, on the host: for a debug run, not for jit. Finds slots outside [0, num_slots)
     other than -1 and `null_slot` (they are null, which may not be meant), accepted
-    counts outside 1..S, `cu_seqlens` that fall, and slots that two rows, or two columns
-    of a row, would write. Every column counts as used, or with `cu_seqlens` those that
-    the rows' tokens write and the one that each row reads. A row all of whose slots are
-    null is one that pads the batch: nothing is asked of its counts.
+    counts outside 1..S (with one slot a row, as `replay_update` has, below 1),
+    `cu_seqlens` that fall, and slots that two rows, or two columns of a row, would
+    write. Every column counts as used, or with `cu_seqlens` those that the rows' tokens
+    write and the one that each row reads. A row all of whose slots are null is one that
+    pads the batch: nothing is asked of its counts.
     """
     remedy = "It is P, the first axis of the state pool."
     if num_slots != 0:
@@ -34,7 +35,8 @@ def check_slots(
     if table.ndim == 2 and num_accepted is None:
         remedy = "Pass num_accepted [N] (ones at first), or one slot a row."
         checks.fail("slots", table.shape, "[N] where num_accepted is None", remedy)
-    table = table[:, None] if table.ndim == 1 else table
+    is_table = table.ndim == 2
+    table = table if is_table else table[:, None]
     rows, columns = table.shape
     accepted = _integers("num_accepted", num_accepted, rows)
     boundaries = _integers("cu_seqlens", cu_seqlens, rows + 1)
@@ -54,9 +56,10 @@ def check_slots(
         for n, c in np.argwhere(~null & ((table < 0) | (table >= num_slots)))
     ]
     if accepted is not None:
-        outside = (accepted < 1) | (accepted > columns)
+        most = columns if is_table else ""
+        outside = (accepted < 1) | (is_table & (accepted > columns))
         faults += [
-            f"row {n}: num_accepted {accepted[n]} is outside 1..{columns}"
+            f"row {n}: num_accepted {accepted[n]} is outside 1..{most}"
             for n in np.flatnonzero(outside & ~padding)
         ]
     owners: dict[int, list[tuple[int, int]]] = {}

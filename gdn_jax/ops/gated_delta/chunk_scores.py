@@ -14,10 +14,9 @@ from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Options
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk
 
-STEPS = 1024.0
 LOG2_E = np.float32(np.log2(np.e))
 
-Sums = tuple[Array, Array]
+Sums = rule.Sums
 
 
 class Gate(NamedTuple):
@@ -88,12 +87,8 @@ def diagonal(products: Array) -> Array:
 
 
 def _running_sum(log_decay: Array) -> tuple[Sums, Sums]:
-    """G and its last value as coarse + fine: multiples of 1/1024, which float32 adds
-    without rounding, and a rest that stays small. In one part the sum would lose,
-    behind a token that forgets everything (-100 and less), the small decays between
-    its followers."""
-    coarse = jnp.floor(log_decay * STEPS) / STEPS
-    fine = log_decay - coarse
+    """G and its last value."""
+    coarse, fine = rule.coarse_and_fine(log_decay)
     return (jnp.cumsum(coarse), jnp.cumsum(fine)), (jnp.sum(coarse), jnp.sum(fine))
 
 

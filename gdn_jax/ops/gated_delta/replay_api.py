@@ -18,7 +18,7 @@ from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.call import GateLogits, Options
 from gdn_jax.ops.gated_delta.replay_call import Inputs
 from gdn_jax.ops.gated_delta.replay_reference import replay_reference
-from gdn_jax.ops.gated_delta.replay_state import WINDOWS, ReplayState
+from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
 from gdn_jax.ops.gated_delta.replay_triton import replay_triton
 from gdn_jax.ops.gated_delta.replay_xla import replay_xla
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig, replay_heuristic
@@ -82,7 +82,10 @@ def replay_update(
 
     Null rule: a row is null if its slot is, if it has no tokens or more than R, or if
     something is pending and num_accepted is outside 1 to that. It reads nothing, writes
-    nothing, and its `out` is exactly zero. NaN in its tokens reaches nothing.
+    nothing, and its `out` is exactly zero. NaN in its tokens reaches nothing; in one of
+    a live row's it reaches that row's `out` and records, of tokens before it too.
+    Undefined: a slot of two live rows, and tokens that a falling `cu_seqlens` gives to
+    two rows.
 
     Returns:
       state: the `ReplayState` behind the call.
@@ -93,7 +96,8 @@ def replay_update(
       NotImplementedError: the implementation asked for cannot run this call here. With
         a decay for each K (KDA) there are "xla" and "reference" alone.
 
-    Numerics: a float32 checkpoint is float32's grade, folds too. A 16-bit one is
+    Numerics: a float32 checkpoint is folded in float32's own precision; the kernel
+    reads it in `config.parts` bfloat16 parts, of which 2 leave 2^-17. A 16-bit one is
     rounded where it is written, once in many tokens. There is no gradient: train with
     `chunk_update`.
 
@@ -147,7 +151,7 @@ def replay_update(
 def _pack(
     state, q, k, v, gates: GateLogits, num_accepted, **keywords
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
-    _check_state(state)
+    check_state(state)
     slots = keywords["slots"]
     if slots is not None and jnp.ndim(slots) > 1:
         remedy = "A slot keeps records of drafts itself: it needs no slot for each."
@@ -168,31 +172,6 @@ def _pack(
     checks.check_per_row(tables, inputs.num_rows, f"{inputs.num_rows} rows")
     _check_records(inputs, options)
     return inputs, options, unpack
-
-
-def _check_state(state: Any) -> None:
-    make = "Make it with ReplayState.zeros or ReplayState.from_dense."
-    if not isinstance(state, ReplayState):
-        checks.fail("state", type(state).__name__, "a ReplayState", make)
-    checks.floating("state.checkpoint", state.checkpoint)
-    if jnp.ndim(state.checkpoint) != 4 or jnp.ndim(state.k) != 4:
-        got = f"checkpoint {state.checkpoint.shape}, k {state.k.shape}"
-        checks.fail("state", got, "[P, HV, V, K] and [P, H, R, K]", make)
-    P, HV, V, K = state.checkpoint.shape
-    H, R = state.k.shape[1:3]
-    wanted = dict(u=(P, HV, R, V), k=(P, H, R, K), k_scale=(P, H, R))
-    wanted |= dict.fromkeys(("start", "committed", "pending"), (P,))
-    for name, shape in wanted.items():
-        if getattr(state, name).shape != shape:
-            got = getattr(state, name).shape
-            checks.fail(f"state.{name}", got, f"{shape}, as its checkpoint has", make)
-    if state.log_decay.shape not in ((P, HV, R), (P, HV, R, K)):
-        got, shape = state.log_decay.shape, (P, HV, R)
-        checks.fail("state.log_decay", got, f"{shape}, or with K behind (KDA)", make)
-    if R not in WINDOWS:
-        checks.fail("state", f"a window of {R}", f"one of {WINDOWS} records", make)
-    for name in ("start", "committed", "pending"):
-        checks.integers(f"state.{name}", getattr(state, name))
 
 
 def _check_records(x: Inputs, options: Options) -> None:
@@ -231,7 +210,7 @@ def _paths(
                 "replay_update: no kernel for a decay per K (KDA). Use "
                 "implementation='xla'."
             )
-        launch = config or replay_heuristic(x.v.shape[2], x.q.shape[2])
+        launch = config or replay_heuristic(x.longest(options), x.k.dtype)
         return _launched(x, options, launch, interpret)
 
     return {

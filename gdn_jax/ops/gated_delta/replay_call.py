@@ -12,6 +12,7 @@ from jax import Array
 from gdn_jax import _types as t
 from gdn_jax.ops import batch
 from gdn_jax.ops.batch import Batch, Rows
+from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import GateLogits, Options
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
@@ -116,6 +117,9 @@ def record(x: Inputs, turn: Turn, made: Made, state: Array) -> ReplayState:
     """The state behind the call: records, counters, and the checkpoints of the rows
     that fold, `state` [N HV V K]."""
     rows, num_slots = turn.rows, x.state.start.shape[0]
+    # -inf, of a token that forgets everything, would make NaN of a later sum with 0
+    log_decay = jnp.maximum(made.log_decay, rule.NO_DECAY_LEFT)
+    made = made._replace(log_decay=log_decay)
     step = jnp.arange(made.u.shape[2])
     column = turn.column(turn.history + step[:, None], x.state.window).T  # [N T]
     wanted = rows.live[:, None] & (step < rows.length[:, None])

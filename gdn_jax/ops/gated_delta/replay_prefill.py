@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.chunk_api import chunk_update
 from gdn_jax.ops.gated_delta.replay_state import ReplayState, folded, in_order
@@ -16,8 +17,12 @@ def chunk_replay(
     state: ReplayState, *tokens: Any, rows: Rows, **keywords: Any
 ) -> tuple[ReplayState, Array]:
     """(state, out) of `chunk_update(state, *tokens, **keywords)`, whose live rows are
-    `rows`: their records, pending ones too, go into their checkpoints before it, and
-    none is left."""
+    `rows`: their records go into their checkpoints before it, of those that are pending
+    the first, and none is left."""
+    H, wanted = tokens[1].shape[-2], state.k.shape[1]
+    if wanted != H:
+        remedy = "It is num_key_heads of the ReplayState."
+        checks.fail("k", f"{H} key heads", f"of H = {wanted}", remedy)
     state = _settled(state, rows)
     checkpoint, out = chunk_update(state.checkpoint, *tokens, **keywords)
     return state._replace(checkpoint=checkpoint), out
@@ -27,7 +32,8 @@ def _settled(state: ReplayState, rows: Rows) -> ReplayState:
     num_slots, slot = state.start.shape[0], rows.read
     found = state.checkpoint[slot].astype(jnp.float32)
     records = in_order(state, slot, state.start[slot])
-    found = folded(found, records, state.committed[slot] + state.pending[slot])
+    stands = state.committed[slot] + jnp.minimum(state.pending[slot], 1)
+    found = folded(found, records, stands)
     found = found.astype(state.checkpoint.dtype)
     keeps = jnp.where(rows.live & rows.keeps_state, slot, num_slots)
     live = jnp.where(rows.live, slot, num_slots)

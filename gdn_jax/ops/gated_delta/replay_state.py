@@ -91,8 +91,9 @@ class ReplayState(NamedTuple):
         key_dtype: Any = jnp.bfloat16,
         per_key_decay: bool = False,
     ) -> "ReplayState":
-        """From a pool [P, HV, V, K] of states, which become the checkpoints: that of
-        `fused_update` or of a prefill by `chunk_update`."""
+        """From a pool [P, HV, V, K] of states, as `fused_update` or a prefill by
+        `chunk_update` leaves it. The array itself becomes the checkpoints: it is gone
+        once the state is donated."""
         state = checks.floating("state", state)
         if state.ndim != 4:
             checks.fail("state", state.shape, "[P, HV, V, K]", "Add the missing axes.")
@@ -147,6 +148,36 @@ class ReplayState(NamedTuple):
             for name in ("checkpoint", *counters)
         }
         return self._replace(**cleared)
+
+
+def check_state(state: Any) -> None:
+    """Of the right type, shapes and dtypes."""
+    make = "Make it with ReplayState.zeros or ReplayState.from_dense."
+    if not isinstance(state, ReplayState):
+        checks.fail("state", type(state).__name__, "a ReplayState", make)
+    checks.floating("state.checkpoint", state.checkpoint)
+    if jnp.ndim(state.checkpoint) != 4 or jnp.ndim(state.k) != 4:
+        got = f"checkpoint {state.checkpoint.shape}, k {state.k.shape}"
+        checks.fail("state", got, "[P, HV, V, K] and [P, H, R, K]", make)
+    P, HV, V, K = state.checkpoint.shape
+    H, R = state.k.shape[1:3]
+    wanted = dict(u=(P, HV, R, V), k=(P, H, R, K), k_scale=(P, H, R))
+    wanted |= dict.fromkeys(("start", "committed", "pending"), (P,))
+    for name, shape in wanted.items():
+        if getattr(state, name).shape != shape:
+            got = getattr(state, name).shape
+            checks.fail(f"state.{name}", got, f"{shape}, as its checkpoint has", make)
+    if state.log_decay.shape not in ((P, HV, R), (P, HV, R, K)):
+        got, shape = state.log_decay.shape, (P, HV, R)
+        checks.fail("state.log_decay", got, f"{shape}, or with K behind (KDA)", make)
+    if R not in WINDOWS:
+        checks.fail("state", f"a window of {R}", f"one of {WINDOWS} records", make)
+    for name in ("start", "committed", "pending"):
+        checks.integers(f"state.{name}", getattr(state, name))
+    for name in ("u", "k_scale", "log_decay"):
+        if getattr(state, name).dtype != jnp.float32:
+            got = getattr(state, name).dtype
+            checks.fail(f"state.{name}", got, "float32", make)
 
 
 class Records(NamedTuple):

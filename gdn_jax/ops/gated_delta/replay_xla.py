@@ -85,6 +85,7 @@ def _own(x: Inputs, options: Options, token: Array, live: Array) -> _Own:
     A_log = x.gates.A_log.astype(jnp.float32)[:, None, None]
     dt_bias = x.gates.dt_bias.astype(jnp.float32).reshape(x.v.shape[1], 1, -1)
     log_decay = rule.log_decay(A_log, a, dt_bias, options.gating)
+    log_decay = jnp.maximum(log_decay, rule.NO_DECAY_LEFT)
     log_decay = jnp.where(live[:, None, :, None], log_decay, 0.0)
     beta = rule.beta(b, options.gating)
     v = take(x.v).astype(jnp.float32)
@@ -93,8 +94,8 @@ def _own(x: Inputs, options: Options, token: Array, live: Array) -> _Own:
 
 def _solve(state: Array, own: _Own) -> tuple[Array, Array]:
     """u and out, [N HV T V] float32."""
-    since = jnp.cumsum(own.log_decay, axis=2)  # c
-    grown = jnp.exp(since)
+    since = rule.running_sum(own.log_decay, axis=2)  # c
+    grown = jnp.exp(sum(since))
     predicted = _multiply("nhvk,nhtk->nhtv", state, grown * own.k)
     recalled = _multiply("nhvk,nhtk->nhtv", state, grown * own.q)
     beta, T = own.beta[..., None], own.v.shape[2]
@@ -108,9 +109,9 @@ def _solve(state: Array, own: _Own) -> tuple[Array, Array]:
     return u, recalled + _multiply("nhtj,nhjv->nhtv", B, u)
 
 
-def _scores(x: Array, y: Array, since: Array, inside: Array) -> Array:
+def _scores(x: Array, y: Array, since: rule.Sums, inside: Array) -> Array:
     """E_tj (y_j . x_t) where `inside`, [N HV T T]."""
-    between = since[:, :, :, None] - since[:, :, None]  # [N HV T T K or 1]
+    between = sum(c[:, :, :, None] - c[:, :, None] for c in since)  # [N HV T T K or 1]
     decay = jnp.exp(jnp.where(inside[..., None], between, -jnp.inf))
     if decay.shape[-1] == 1:
         return _multiply("nhtk,nhjk->nhtj", x, y) * decay[..., 0]

@@ -83,6 +83,23 @@ def log_decay(
     return -rate * softplus(x, beta, threshold, functions)
 
 
+Sums = tuple[Array, Array]
+STEPS = 1024.0
+
+
+def coarse_and_fine(log_decay: Array) -> Sums:
+    """Multiples of 1/1024, which float32 adds without rounding, and a rest that stays
+    small. In one part a running sum would lose, behind a token that forgets everything
+    (-100 and less), the small decays between its followers."""
+    coarse = jnp.floor(log_decay * STEPS) / STEPS
+    return coarse, log_decay - coarse
+
+
+def running_sum(log_decay: Array, axis: int) -> Sums:
+    coarse, fine = coarse_and_fine(log_decay)
+    return jnp.cumsum(coarse, axis), jnp.cumsum(fine, axis)
+
+
 def beta(b: Array, options: GateOptions, functions: Functions = PRECISE) -> Array:
     return functions.sigmoid(b) * (2.0 if options.allow_neg_eigval else 1.0)
 
