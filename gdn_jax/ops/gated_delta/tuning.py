@@ -141,7 +141,7 @@ def replay_heuristic(tokens: int, dtype: Any) -> ReplayConfig:
     registers, compiled for an H200 with K = V = 128. None where keys are bfloat16 or
     rows have up to 16 tokens. Not measured."""
     if dtype != jnp.bfloat16:
-        return ReplayConfig(32, 16, num_stages=1)
+        return ReplayConfig(32, 16, num_warps=4, num_stages=1)
     return ReplayConfig(32 if tokens > 16 else 64)
 
 
