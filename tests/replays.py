@@ -147,3 +147,13 @@ class Host:
             self.states[slots[n]] = list(own)
             self.pending[slots[n]] = len(own)
         return out
+
+
+def dense_call(N=3, T=4, seed=0, **sizes):
+    """A state of as many slots as rows, and a dense call's arguments behind it."""
+    case = testing.Case("dense", (T,) * N, slots="none", **sizes)
+    (pool, *tokens), _ = testing.make(case, seed)
+    state = ReplayState.from_dense(
+        pool, num_key_heads=case.H, key_dtype=case.act_dtype, per_key_decay=case.kda
+    )
+    return state, [jnp.asarray(x) for x in tokens]

@@ -1,16 +1,14 @@
 """Replay over long schedules against float64, call by call."""
 
 import functools
-import re
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
-from replays import Host, Schedule
+from replays import Host, Schedule, dense_call
 
 import gdn_jax
 from gdn_jax import ReplayState, replay_update, testing
@@ -111,16 +109,6 @@ def _check_others_keep_their_bits(before, after, call):
     for x, y in zip(before, after, strict=True):
         x, y = (np.ascontiguousarray(np.asarray(z)[others]) for z in (x, y))
         assert np.array_equal(x.view(np.uint8), y.view(np.uint8))
-
-
-def dense_call(N=3, T=4, seed=0, **sizes):
-    """A state of as many slots as rows, and a dense call's arguments behind it."""
-    case = testing.Case("dense", (T,) * N, slots="none", **sizes)
-    (pool, *tokens), _ = testing.make(case, seed)
-    state = ReplayState.from_dense(
-        pool, num_key_heads=case.H, key_dtype=case.act_dtype, per_key_decay=case.kda
-    )
-    return state, [jnp.asarray(x) for x in tokens]
 
 
 def test_it_equals_verification_with_checkpoints(path):
@@ -280,79 +268,3 @@ def test_vmap_is_a_loop():
     _, out = jax.vmap(replay_update, in_axes=(0, *axes))(many, *both)
     _, want = replay_update(state, *tokens)
     assert testing.relative_error(out[1], want) < 1e-6
-
-
-STATE, TOKENS = dense_call()
-LONG = dense_call(T=17)[1]
-WRONG = {
-    "state.u must be (3, 4, 16, 32), as its": dict(state=STATE._replace(u=STATE.k)),
-    "state must be one of (16, 32) records; got a window of 8": dict(
-        state=STATE._replace(
-            **{
-                name: getattr(STATE, name)[:, :, :8]
-                for name in ("u", "k", "k_scale", "log_decay")
-            }
-        )
-    ),
-    "state.pending must be int32; got float32": dict(
-        state=STATE._replace(pending=jnp.zeros(3))
-    ),
-    "q must be of at most R = 16 tokens; got 17 tokens a row": dict(
-        zip("qkv", LONG, strict=False), a=LONG[4], b=LONG[5]
-    ),
-    "state.k_scale must be float32; got bfloat16": dict(
-        state=STATE._replace(k_scale=STATE.k_scale.astype(jnp.bfloat16))
-    ),
-    "slots must be [N], one slot a row; got (3, 2)": dict(
-        slots=jnp.zeros((3, 2), jnp.int32)
-    ),
-    "num_accepted must be [N] = (3,); got (2,)": dict(
-        num_accepted=jnp.zeros(2, jnp.int32)
-    ),
-    "k must be of a dtype that bfloat16 holds; got float32": dict(
-        k=TOKENS[1].astype(jnp.float32)
-    ),
-    "k must be of H = 2; got 1 key heads": dict(
-        q=TOKENS[0][:, :, :1], k=TOKENS[1][:, :, :1]
-    ),
-    "a must be what the records of state.log_decay have; got a decay for each K": dict(
-        a=jnp.zeros((3, 4, 4, 32)), dt_bias=jnp.zeros((4, 32))
-    ),
-    "implementation must be None or one of": dict(implementation="cuda"),
-}
-NAMES = "state", "q", "k", "v", "A_log", "a", "b", "dt_bias"
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_call_is_told(text):
-    call = dict(zip(NAMES, (STATE, *TOKENS), strict=True)) | WRONG[text]
-    with pytest.raises(ValueError, match=re.escape(text)):
-        replay_update(**call)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (dict(state=STATE.checkpoint), "ReplayState"),
-        (dict(config=gdn_jax.LaunchConfig(8, 1)), "ReplayConfig"),
-    ],
-)
-def test_a_wrong_type_is_told(change, name):
-    call = dict(zip(NAMES, (STATE, *TOKENS), strict=True)) | change
-    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=name):
-        replay_update(**call)
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (dict(window=8), r"window must be one of \(16, 32\); got 8"),
-        (dict(num_key_heads=3), "num_key_heads must be a divisor of HV=4"),
-        (dict(key_dtype=jnp.int8), "key_dtype must be one of float32"),
-        (dict(state=jnp.zeros((3, 4))), r"state must be \[P, HV, V, K\]"),
-    ],
-)
-def test_a_wrong_state_is_told(change, text):
-    given = dict(state=STATE.checkpoint, num_key_heads=2) | change
-    with pytest.raises(ValueError, match=text):
-        ReplayState.from_dense(**given)

@@ -13,13 +13,17 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 SMALL = dict(H=1, HV=2, K=16, V=16)
 
 
-@pytest.mark.parametrize(("T", "accepts"), [(1, "all"), (4, "uniform"), (4, "one")])
-def test_its_steps_agree_and_fold(T, accepts, monkeypatch):
+@pytest.mark.parametrize(
+    ("N", "T", "accepts"),
+    [(6, 1, "all"), (2, 1, "uniform"), (6, 4, "uniform"), (6, 4, "one")],
+)
+def test_its_steps_agree_and_fold(N, T, accepts, monkeypatch):
+    """Also of as many tokens as value heads."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     replay, update = map(importlib.import_module, ("replay", "update"))
     for module in (replay, update):
         monkeypatch.setattr(module, "L2_BYTES", 2**12)
-    problem = replay.Problem(6, T, "float32", accepts, **SMALL)
+    problem = replay.Problem(N, T, "float32", accepts, **SMALL)
     ours, wanted = (
         itertools.islice(replay.steps_of(problem, implementation=name), 40)
         for name in ("xla", "reference")

@@ -14,7 +14,6 @@ from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
 from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.state import GatedDeltaNetState
-from gdn_jax.ops.gated_delta.replay_state import ReplayState
 
 
 class Stream(NamedTuple):
@@ -176,14 +175,13 @@ def as_rows(
     """
     N, T = tokens.lead
     columns = state.slots_each
-    is_replay = isinstance(state.recurrent, ReplayState)
     has_state, num_accepted = tokens.has_state, tokens.num_accepted
     if tokens.rows is None and tokens.num_tokens is None and columns == 1:
-        accepted = dict(num_accepted=num_accepted) if is_replay else {}
+        accepted = dict(num_accepted=num_accepted) if state.is_replay else {}
         return x, dict(has_state=has_state) | accepted
     rows = tokens.find_rows()
     slots = rows * columns
-    if num_accepted is not None and not is_replay:
+    if num_accepted is not None and not state.is_replay:
         slots = slots[:, None] + jnp.arange(columns, dtype=jnp.int32)
     tables = dict(
         slots=slots, conv_slots=rows, has_state=has_state, num_accepted=num_accepted

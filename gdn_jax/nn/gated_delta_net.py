@@ -17,7 +17,7 @@ from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn import arguments, initializers
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
-from gdn_jax.nn.state import GatedDeltaNetState, pools_of
+from gdn_jax.nn.state import GatedDeltaNetState, check_type, pools_of
 from gdn_jax.nn.tables import Tables, find_tables
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
@@ -232,11 +232,8 @@ class GatedDeltaNet(nn.Module):
         """As the call, but y in parts [S ..] whose sum it is, for what sums anyway."""
         arguments.check_tokens(x, self.hidden_size)
         given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
-        state = self._begin(x, given) if state is None else state
-        replay = isinstance(state, GatedDeltaNetState) and isinstance(
-            state.recurrent, ReplayState
-        )
-        path = arguments.choose_path(path, x, given, replay=replay)
+        state = self._begin(x, given) if state is None else check_type(state)
+        path = arguments.choose_path(path, x, given, replay=state.is_replay)
         pools = pools_of(
             state, self.heads.channels, self.conv_width, given, null_slot, path
         )

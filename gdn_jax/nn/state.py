@@ -1,6 +1,6 @@
 """What a layer carries from call to call."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gdn_jax import _types as t
 from gdn_jax.nn.tables import Pools
@@ -22,11 +22,22 @@ class GatedDeltaNetState(NamedTuple):
     recurrent: t.State | ReplayState
 
     @property
+    def is_replay(self) -> bool:
+        return isinstance(self.recurrent, ReplayState)
+
+    @property
     def slots_each(self) -> int:
         """Recurrent states a sequence: 1, or with checkpoints S."""
         if isinstance(self.recurrent, ReplayState):
             return 1
         return self.recurrent.shape[0] // self.conv.buffer.shape[0]
+
+
+def check_type(state: Any) -> GatedDeltaNetState:
+    if not isinstance(state, GatedDeltaNetState):
+        remedy = "Make one with layer.init_state."
+        checks.fail("state", type(state).__name__, "a GatedDeltaNetState", remedy)
+    return state
 
 
 def pools_of(
@@ -37,9 +48,6 @@ def pools_of(
     null_slot: int | None,
     path: str,
 ) -> Pools:
-    if not isinstance(state, GatedDeltaNetState):
-        remedy = "Make one with layer.init_state."
-        checks.fail("state", type(state).__name__, "a GatedDeltaNetState", remedy)
     conv, recurrent = state
     if conv.buffer.ndim != 3 or conv.buffer.shape[1] != channels:
         wanted = f"[P, C, W - 1 + S] with C = {channels}, as this layer has"

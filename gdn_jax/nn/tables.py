@@ -68,11 +68,10 @@ def find_tables(
     if slots is not None and (is_replay or not _is_one_table(slots, conv_slots, pools)):
         in_conv, conv_slots = _find_conv_slots(slots, conv_slots, pools)
         rows = rows._replace(live=rows.live & in_conv)
-        row = in_conv if slots.ndim == 1 else in_conv[:, None]
-        row = rows.live if is_replay else row
+        live = rows.live if slots.ndim == 1 else rows.live[:, None]
         conv_slots = jnp.where(rows.live, conv_slots, -1)
         conv = keywords | dict(slots=conv_slots, null_slot=None)
-        recurrent = keywords | dict(slots=jnp.where(row, slots, -1))
+        recurrent = keywords | dict(slots=jnp.where(live, slots, -1))
         if is_replay and given.num_accepted is None:
             # as the convolution takes one token of the last step to stand
             recurrent["num_accepted"] = jnp.ones(num_rows, jnp.int32)

@@ -17,6 +17,12 @@ class Batch(NamedTuple):
     num_accepted: t.Accepted | None = None
     has_state: t.HasState | None = None
 
+    def num_rows(self, num_states: int) -> int:
+        """Without tables each of so many states has a row."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1
+        return num_states if self.slots is None else self.slots.shape[0]
+
 
 class Rows(NamedTuple):
     """Which tokens rows own and where their states lie; of one row, or [N] of all.

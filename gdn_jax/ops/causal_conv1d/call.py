@@ -103,10 +103,7 @@ class Inputs(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        if self.tables.cu_seqlens is not None:
-            return self.tables.cu_seqlens.shape[0] - 1
-        slots = self.tables.slots
-        return (self.state.start if slots is None else slots).shape[0]
+        return self.tables.num_rows(self.state.start.shape[0])
 
     @property
     def columns(self) -> int:

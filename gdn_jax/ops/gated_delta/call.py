@@ -13,7 +13,7 @@ from jax import Array
 
 from gdn_jax import _types as t
 from gdn_jax.ops import batch
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Batch, Rows
 
 
 class GateLogits(NamedTuple):
@@ -60,9 +60,11 @@ class Inputs(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        if self.cu_seqlens is not None:
-            return self.cu_seqlens.shape[0] - 1
-        return self.state.shape[0] if self.slots is None else self.slots.shape[0]
+        return self.tables.num_rows(self.state.shape[0])
+
+    @property
+    def tables(self) -> Batch:
+        return Batch(self.slots, self.cu_seqlens, self.num_accepted, self.has_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def find_rows(x: Inputs, options: Options, number: Array | None = None) -> Rows:
     """The null rule for all rows, or for one of that number."""
     table = x.slots is not None and len(x.slots.shape) == 2
     return batch.find_rows(
-        batch.Batch(x.slots, x.cu_seqlens, x.num_accepted, x.has_state),
+        x.tables,
         jnp.arange(x.num_rows, dtype=jnp.int32) if number is None else number,
         num_tokens=x.q.shape[0],
         num_slots=x.state.shape[0],
