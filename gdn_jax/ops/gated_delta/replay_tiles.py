@@ -1,6 +1,5 @@
 """What a program of replay's first kernel works on, and how it walks along K."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.blocks import indices, inside, padded
+from gdn_jax.ops.blocks import indices, inside, load, padded
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Options
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut
@@ -161,42 +160,29 @@ class Walk(NamedTuple):
 
         return lax.fori_loop(np.int32(0), np.int32(pl.cdiv(K, block)), step, carry)
 
-    def state(self, k: Array, in_k: Array | None) -> tuple[Any, Array | None]:
-        """Where a tile of the checkpoint lies, and its mask."""
+    def state(self, k: Array, in_k: Array | None, in_v: Array | None) -> Array:
+        """Of the checkpoint [BV BK], in its dtype."""
         tile = self.tile
-        place = tile.slot, tile.head, tile.column, k[None, :]
-        masks = [
-            jnp.broadcast_to(mask, (tile.v.size, k.size))
-            for mask in (
-                None if tile.in_v is None else tile.in_v[:, None],
-                None if in_k is None else in_k[None, :],
-            )
-            if mask is not None
-        ]
-        return place, functools.reduce(jnp.logical_and, masks) if masks else None
-
-    def tokens(self, k: Array, in_k: Array | None) -> tuple[Array, Array]:
-        """q and k [T BK]"""
-        lead = self.tile.token[:, None], self.tile.key_head
-        q = self._rows(self.x.q, lead, self.tile.valid, k, in_k)
-        return q, self._rows(self.x.k, lead, self.tile.valid, k, in_k)
+        at, inside = (tile.v, k), (in_v, in_k)
+        return load(self.x.state.checkpoint, at, inside, tile.slot, tile.head)
 
     def keys(self, k: Array, in_k: Array | None) -> Array:
         """Of the records [R BK]."""
         tile, old = self.tile, self.old
-        lead = tile.slot, tile.key_head, old.column[:, None]
-        return self._rows(self.x.state.k, lead, old.stands, k, in_k)
+        at, inside = (old.column, k), (old.stands, in_k)
+        return load(self.x.state.k, at, inside, tile.slot, tile.key_head)
 
-    def _rows(self, ref, lead, valid: Array, k: Array, in_k: Array | None) -> Array:
-        mask = jnp.broadcast_to(valid[:, None], (valid.size, k.size))
+    def tokens(self, k: Array, in_k: Array | None) -> tuple[Array, Array]:
+        """q and k [T BK]"""
+        tile = self.tile
+        mask = jnp.broadcast_to(tile.valid[:, None], (tile.valid.size, k.size))
         mask = mask if in_k is None else mask & in_k[None, :]
-        return _triton.load(ref.at[(*lead, k[None, :])], mask=mask, other=0)
-
-
-def load_tile(ref: Any, place: Any, mask: Array | None) -> Array:
-    if mask is None:
-        return _triton.load(ref.at[place])
-    return _triton.load(ref.at[place], mask=mask, other=0)
+        place = tile.token[:, None], tile.key_head, k[None, :]
+        q, own = (
+            _triton.load(ref.at[place], mask=mask, other=0)
+            for ref in (self.x.q, self.x.k)
+        )
+        return q, own
 
 
 def cut_state(state: Array, parts: int) -> Parts:

@@ -41,7 +41,6 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
     Walk,
     cut_keys,
     cut_state,
-    load_tile,
     square,
 )
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig
@@ -168,8 +167,7 @@ def _read(x: Any, tile: Tile, old: Old, config: ReplayConfig) -> _Products:
 
     def body(carry, k, in_k):
         products, old_k, old_q = carry
-        place, mask = walk.state(k, in_k)
-        state = load_tile(x.state.checkpoint, place, mask)
+        state = walk.state(k, in_k, tile.in_v)
         own_q, own_k = walk.tokens(k, in_k)
         keys = cut_keys(walk.keys(k, in_k))
         old_k += dot(keys, cut_keys(own_k), trans_y=True)
@@ -193,17 +191,17 @@ def _fold(
     """The tokens find what is stored."""
     walk = Walk(x, tile, old, config)
     parts = config.parts_of(x.state.checkpoint.dtype)
-    keeps = tile.turn.rows.keeps_state
+    reads = jnp.broadcast_to(tile.turn.rows.keeps_state, tile.v.shape)
+    reads = reads if tile.in_v is None else reads & tile.in_v
     u = old.load_u(x, tile)
 
     def body(products, k, in_k):
-        place, mask = walk.state(k, in_k)
-        reads = jnp.broadcast_to(keeps, (tile.v.size, k.size))
-        reads = reads if mask is None else mask & reads
-        state = load_tile(x.state.checkpoint, place, reads).astype(jnp.float32)
+        state = walk.state(k, in_k, reads).astype(jnp.float32)
         state = old.left * state + dot(u, cut_keys(walk.keys(k, in_k)))
         state = state.astype(checkpoint_ref.dtype)
-        _triton.store(checkpoint_ref.at[place], state, mask=mask)
+        place = checkpoint_ref.at[tile.slot, tile.head, tile.column, k[None, :]]
+        in_row = jnp.ones(k.size, bool) if in_k is None else in_k
+        _triton.store(place, state, mask=tile.mask(in_row))
         return products.add(cut_state(state, parts), *walk.tokens(k, in_k))
 
     return walk.run(body, _Products.zeros(tile))
