@@ -10,12 +10,12 @@ import pytest
 from gdn_jax import testing
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
-SMALL = dict(H=1, HV=2, K=16, V=16)
+SMALL = dict(H=1, HV=6, K=16, V=16)
 
 
 @pytest.mark.parametrize(
     ("N", "T", "accepts"),
-    [(6, 1, "all"), (2, 1, "uniform"), (6, 4, "uniform"), (6, 4, "one")],
+    [(6, 1, "all"), (6, 4, "uniform"), (6, 4, "one")],
 )
 def test_its_steps_agree_and_fold(N, T, accepts, monkeypatch):
     """Also of as many tokens as value heads."""
