@@ -44,10 +44,10 @@ INPUTS = (
     "all, or one; rings begin anywhere, with 0 to R - T records that are committed"
 )
 CONFIGS = [
-    ReplayConfig(block_v, block_k, warps, stages, parts)
-    for (block_v, block_k, warps), stages, parts in itertools.product(
-        [(32, 32, 1), (64, 32, 1), (64, 32, 2), (64, 64, 2), (64, 64, 4), (128, 32, 4)],
-        (1, 2, 3),
+    ReplayConfig(block_v, block_k, steps, warps, stages, parts)
+    for (block_v, block_k, steps, warps), stages, parts in itertools.product(
+        [(16, 128, 8, 1), (16, 64, 8, 1), (16, 128, 4, 1), (32, 128, 4, 2)],
+        (2, 3, 4),
         (2, 3),
     )
 ]

@@ -52,13 +52,7 @@ def find_rows(
     """The null rule for the rows of these numbers: an array, or in a kernel, where
     `batch` holds references, one. `tokens_per_row` is None where `cu_seqlens` says;
     `columns` bounds num_accepted."""
-    if tokens_per_row is not None:
-        begin = number * tokens_per_row
-        length = jnp.full_like(number, tokens_per_row)
-    else:
-        begin = jnp.clip(batch.cu_seqlens[number], 0, num_tokens)
-        end = jnp.clip(batch.cu_seqlens[number + 1], 0, num_tokens)
-        length = jnp.maximum(end - begin, 0)
+    begin, length = find_tokens(batch, number, num_tokens, tokens_per_row)
     live = length > 0
     accepted = jnp.ones_like(number)
     if batch.num_accepted is not None:
@@ -73,6 +67,17 @@ def find_rows(
     live &= is_live_slot(read, num_slots, null_slot)
     keeps = live if batch.has_state is None else live & batch.has_state[number]
     return Rows(number, begin, length, jnp.where(live, read, 0), live, keeps)
+
+
+def find_tokens(
+    batch: Batch, number: Array, num_tokens: int, tokens_per_row: int | None
+) -> tuple[Array, Array]:
+    """Where the tokens of these rows begin, and how many there are."""
+    if tokens_per_row is not None:
+        return number * tokens_per_row, jnp.full_like(number, tokens_per_row)
+    begin = jnp.clip(batch.cu_seqlens[number], 0, num_tokens)
+    end = jnp.clip(batch.cu_seqlens[number + 1], 0, num_tokens)
+    return begin, jnp.maximum(end - begin, 0)
 
 
 def find_owners(

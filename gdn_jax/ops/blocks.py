@@ -35,16 +35,20 @@ def load(
     *lead: Any,
 ) -> Array:
     """[rows columns] of ref[lead], 0 where it is not inside; None: all are."""
-    row, column = at[0][:, None], at[1][None, :]
-    place = ref.at[(*lead, row, column)]
+    place = ref.at[(*lead, at[0][:, None], at[1][None, :])]
+    mask = both(*is_inside, shape=(at[0].size, at[1].size))
+    return _triton.load(place, mask=mask, other=None if mask is None else 0)
+
+
+def both(
+    rows: Array | None, columns: Array | None, *, shape: tuple[int, ...]
+) -> Array | None:
+    """Which elements of a block are inside along both axes; None: all are."""
     masks = [
         mask[:, None] if axis == 0 else mask[None, :]
-        for axis, mask in enumerate(is_inside)
+        for axis, mask in enumerate((rows, columns))
         if mask is not None
     ]
     if not masks:
-        return _triton.load(place)
-    mask = jnp.broadcast_to(
-        functools.reduce(jnp.logical_and, masks), (at[0].size, at[1].size)
-    )
-    return _triton.load(place, mask=mask, other=0)
+        return None
+    return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape)

@@ -51,6 +51,18 @@ def dot(x: Parts, y: Parts, *, trans_x: bool = False, trans_y: bool = False) -> 
     return functools.reduce(jnp.add, products)
 
 
+def long_dot(x: Parts, y: Parts) -> Array:
+    """x y^T, of three parts each, in three products of twice the length: a tensor core
+    takes 16 at a time, and x and y may have fewer."""
+    (x1, x2, x3), (y1, y2, y3) = x, y
+    pairs = [((x1, x3), (y3, y1)), ((x1, x2), (y2, y2)), ((x1, x2), (y1, y1))]
+    products = (
+        _triton.dot(_beside(*left), _beside(*right), trans_b=True)
+        for left, right in pairs
+    )
+    return functools.reduce(jnp.add, products)
+
+
 def wide_dot(x: Parts, y: Parts, *, trans_x: bool = False) -> Array:
     """x y or x^T y, with two parts of y side by side in one product: a warpgroup waits
     for a product before it starts the next, so few and wide ones are fast."""

@@ -210,7 +210,8 @@ def _paths(
                 "replay_update: no kernel for a decay per K (KDA). Use "
                 "implementation='xla'."
             )
-        launch = config or replay_heuristic(x.longest(options), x.k.dtype)
+        dtypes = x.k.dtype, x.state.checkpoint.dtype
+        launch = config or replay_heuristic(x.longest(options), *dtypes)
         return _launched(x, options, launch, interpret)
 
     return {

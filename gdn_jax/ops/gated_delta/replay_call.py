@@ -52,6 +52,10 @@ class Turn(NamedTuple):
         """Where the record lies that is `place` behind the oldest."""
         return (self.start + place) & (window - 1)  # a power of two
 
+    def place(self, column: Array, window: int) -> Array:
+        """How far it lies behind the oldest."""
+        return (column - self.start) & (window - 1)
+
 
 def find_turn(x: Inputs, options: Options, number: Array | None = None) -> Turn:
     """The null rule, and for live rows what stands: all rows, or one of that number."""

@@ -1,139 +1,130 @@
-"""What a program of replay's first kernel works on, and how it walks along K."""
+"""What replay's two kernels share: how a row's tokens lie in their products."""
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.blocks import indices, inside, load, padded
-from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops import batch
+from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.blocks import both, indices, inside
 from gdn_jax.ops.gated_delta.call import Options
 from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut
-from gdn_jax.ops.gated_delta.replay_call import Turn
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_call import Inputs, Turn
 
 EXACT = 3  # parts that leave float32's own error
+NARROWEST = 8  # columns of a product
 
 
-class Tile(NamedTuple):
-    """What a program works on: rows `v` of a value head's state, a row's tokens."""
+def width(x: Any, options: Options) -> int:
+    """W, of a row's tokens twice."""
+    return max(NARROWEST, 2 * pl.next_power_of_2(x.longest(options)))
 
-    turn: Turn
-    head: Array
-    key_head: Array
-    v: Array  # [BV]
-    in_v: Array | None
-    token: Array  # [T], where in L; those that are not valid lie anywhere
+
+class Columns(NamedTuple):
+    """A row's tokens twice, [W]: the key of each, which writes, and behind them the
+    query of each, which reads: what all of them do to a state is one product."""
+
+    step: Array
+    writes: Array
+    token: Array  # where in L; those that are not valid lie anywhere
     valid: Array
-    new: Array  # [T], the columns of their records
 
     @classmethod
-    def of(cls, x: Any, turn: Turn, options: Options, config: ReplayConfig) -> "Tile":
-        head = pl.program_id(1)
-        v = pl.program_id(0) * config.block_v + indices(config.block_v)
-        step = indices(padded(x.longest(options)))
-        rows, R = turn.rows, x.state.window
-        return cls(
-            turn,
-            head,
-            lax.div(head, np.int32(x.v.shape[1] // x.k.shape[1])),
-            v,
-            inside(v, x.v.shape[2]),
-            rows.begin + step,
-            step < rows.length,
-            turn.column(turn.history + step, R),
-        )
+    def of(cls, x: Any, number: Array, options: Options, padded: int = 0) -> "Columns":
+        """Behind them as many that are not valid as `padded` asks for."""
+        tokens = x.q.shape[0], options.tokens_per_row
+        begin, length = batch.find_tokens(x.tables, number, *tokens)
+        W = width(x, options)
+        place = indices(max(W, padded))
+        step = place & np.int32(W // 2 - 1)
+        valid = (step < length) & (place < W)
+        return cls(step, place < W // 2, begin + step, valid)
 
     @property
-    def slot(self) -> Array:
-        return self.turn.rows.read
+    def keys(self) -> Array:
+        return self.valid & self.writes
 
     @property
-    def column(self) -> Array:
-        return self.v[:, None]
+    def queries(self) -> Array:
+        return self.valid & ~self.writes
 
-    def mask(self, along: Array) -> Array:
-        """[BV n]"""
-        mask = jnp.broadcast_to(along[None, :], (self.v.size, along.size))
-        return mask if self.in_v is None else mask & self.in_v[:, None]
+    def records(self, turn: Turn, window: int) -> Array:
+        """Where those of the keys lie; out of the window for others, since Pallas'
+        interpreter writes back what a mask spares."""
+        place = turn.column(turn.history + self.step, window)
+        return jnp.where(self.keys, place, window)
 
-    def load(self, place: Any, along: Array) -> Array:
-        return _triton.load(place, mask=self.mask(along), other=0)
+    def load_keys(self, x: Any, head: Array, k: Array, in_k: Array | None) -> Array:
+        """[W BK], as they came; 0 in the other columns."""
+        return self._load(x.k, self.keys, head, k, in_k)
 
-    def store(self, place: Any, value: Array) -> None:
-        _triton.store(place, value, mask=self.mask(self.valid))
+    def load(self, x: Any, head: Array, k: Array, in_k: Array | None) -> Array:
+        """Keys and queries [W BK]."""
+        queries = self._load(x.q, self.queries, head, k, in_k)
+        return self.load_keys(x, head, k, in_k) + queries
 
-
-class Old(NamedTuple):
-    """The records that stand: where they lie, what is left of each, its key's norm in
-    it, and what is left of the checkpoint."""
-
-    column: Array
-    stands: Array
-    weight: Array
-    left: Array
-
-    @classmethod
-    def load(cls, x: Any, tile: Tile) -> "Old":
-        state, slot = x.state, tile.slot
-        place = indices(state.window)
-        stands = place < tile.turn.history
-        column = tile.turn.column(place, state.window)
-
-        def record(ref: Any, head: Array) -> Array:
-            return _triton.load(ref.at[slot, head, column], mask=stands, other=0)
-
-        log_decay = record(state.log_decay, tile.head)
-        later = place[None, :] > place[:, None]
-        after = jnp.sum(jnp.where(later, log_decay[None, :], 0.0), axis=1)
-        weight = jnp.exp(after) * record(state.k_scale, tile.key_head)
-        left = jnp.where(tile.turn.rows.keeps_state, jnp.exp(jnp.sum(log_decay)), 0.0)
-        return cls(column, stands, jnp.where(stands, weight, 0.0), left)
-
-    def load_u(self, x: Any, tile: Tile) -> Parts:
-        """[BV R], weighted."""
-        place = tile.slot, tile.head, self.column[None, :], tile.column
-        u = tile.load(x.state.u.at[place], self.stands)
-        return cut(u * self.weight[None, :], EXACT)
+    def _load(
+        self, ref: Any, wanted: Array, head: Array, k: Array, in_k: Array | None
+    ) -> Array:
+        place = ref.at[self.token[:, None], head, k[None, :]]
+        mask = both(wanted, in_k, shape=(wanted.size, k.size))
+        return _triton.load(place, mask=mask, other=0)
 
 
-class Own(NamedTuple):
-    """What the tokens bring besides q and k: v [BV T], beta [T], and G [T], the running
-    sum of log-decays."""
+def blocks_of(K: int, size: int) -> list[tuple[Array, Array | None]]:
+    """(k, in_k) of each block along K."""
+    blocks = [begin + indices(size) for begin in range(0, K, size)]
+    return [(k, inside(k, K)) for k in blocks]
 
-    v: Array
-    beta: Array
-    since: rule.Sums
 
-    @classmethod
-    def load(cls, x: Any, tile: Tile, options: Options) -> "Own":
-        log_decay, beta = gates(x, tile.token, tile.head, tile.valid, options)
-        i, j = square(tile.token.size)
-        coarse, fine = (
-            jnp.sum(jnp.where(j <= i, part[None, :], 0.0), axis=1)
-            for part in rule.coarse_and_fine(log_decay)
+class Prepared(NamedTuple):
+    """What the first kernel leaves to the second. Of a row: its turn. Of a key head:
+    the records' keys, if the row folds, and the products of records' keys with the
+    columns. Of a value head: what is left of each record, its key's norm in it, and of
+    the checkpoint; and the columns' system, whose right side takes v and what was found
+    in the state by these factors."""
+
+    turns: Array  # [N 8], 6 of them used
+    keys: Array  # [N H R K]
+    met: Array  # [N H R W]
+    weight: Array  # [N HV R]
+    left: Array  # [N HV]
+    v_factor: Array  # [N HV W]
+    found_factor: Array  # [N HV W]
+    inverse: Array  # [N HV W W]
+
+    def store_turn(self, turn: Turn) -> None:
+        rows = turn.rows
+        fields = rows.read, rows.live, rows.keeps_state, *turn[1:]
+        for i, field in enumerate(fields):
+            self.turns[rows.number, np.int32(i)] = field.astype(jnp.int32)
+
+    def load_turn(self, x: Any, number: Array, options: Options) -> Turn:
+        tokens = x.q.shape[0], options.tokens_per_row
+        read, live, keeps_state, start, history, folds = (
+            self.turns[number, np.int32(i)] for i in range(6)
         )
-        v = tile.load(x.v.at[tile.token[None, :], tile.head, tile.column], tile.valid)
-        return cls(v.astype(jnp.float32), beta, (coarse, fine))
+        of_row = batch.find_tokens(x.tables, number, *tokens)
+        rows = Rows(number, *of_row, read, live != 0, keeps_state != 0)
+        return Turn(rows, start, history, folds != 0)
 
 
-def gates(x: Any, token: Array, head: Array, valid: Array, options: Options):
-    """(log_decay, beta) of tokens and heads that broadcast; 0 where not valid."""
-    a, b = (
-        _triton.load(ref.at[token, head], mask=valid, other=0).astype(jnp.float32)
-        for ref in x.gates.per_token
-    )
-    A_log, dt_bias = (
-        _triton.load(ref.at[head]).astype(jnp.float32)
-        for ref in (x.gates.A_log, x.gates.dt_bias)
-    )
-    log_decay = rule.log_decay(A_log, a, dt_bias, options.gating, rule.QUICK)
-    log_decay = jnp.maximum(log_decay, rule.NO_DECAY_LEFT)
-    beta = rule.beta(b, options.gating, rule.QUICK)
-    return jnp.where(valid, log_decay, 0.0), jnp.where(valid, beta, 0.0)
+def prepared_shapes(x: Inputs, options: Options) -> list[tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of each of `Prepared`."""
+    N, W = x.num_rows, width(x, options)
+    _, HV, R, _ = x.state.u.shape
+    H, K = x.k.shape[1:]
+    heads = [(HV, R), (HV,), (HV, W), (HV, W), (HV, W, W)]
+    return [
+        ((N, 8), jnp.int32),
+        ((N, H, R, K), x.state.k.dtype),
+        ((N, H, R, W), jnp.float32),
+        *(((N, *shape), jnp.float32) for shape in heads),
+    ]
 
 
 def cut_keys(x: Array) -> Parts:
@@ -141,55 +132,3 @@ def cut_keys(x: Array) -> Parts:
     if x.dtype == jnp.bfloat16:
         return (x,)
     return cut(x.astype(jnp.float32), 2 if x.dtype == jnp.float16 else EXACT)
-
-
-class Walk(NamedTuple):
-    """Along K, tile by tile."""
-
-    x: Any
-    tile: Tile
-    old: Old
-    config: ReplayConfig
-
-    def run(self, body, carry):
-        K, block = self.x.q.shape[2], self.config.block_k
-
-        def step(i, carry):
-            k = i * np.int32(block) + indices(block)
-            return body(carry, k, inside(k, K))
-
-        return lax.fori_loop(np.int32(0), np.int32(pl.cdiv(K, block)), step, carry)
-
-    def state(self, k: Array, in_k: Array | None, in_v: Array | None) -> Array:
-        """Of the checkpoint [BV BK], in its dtype."""
-        tile = self.tile
-        at, inside = (tile.v, k), (in_v, in_k)
-        return load(self.x.state.checkpoint, at, inside, tile.slot, tile.head)
-
-    def keys(self, k: Array, in_k: Array | None) -> Array:
-        """Of the records [R BK]."""
-        tile, old = self.tile, self.old
-        at, inside = (old.column, k), (old.stands, in_k)
-        return load(self.x.state.k, at, inside, tile.slot, tile.key_head)
-
-    def tokens(self, k: Array, in_k: Array | None) -> tuple[Array, Array]:
-        """q and k [T BK]"""
-        tile = self.tile
-        mask = jnp.broadcast_to(tile.valid[:, None], (tile.valid.size, k.size))
-        mask = mask if in_k is None else mask & in_k[None, :]
-        place = tile.token[:, None], tile.key_head, k[None, :]
-        q, own = (
-            _triton.load(ref.at[place], mask=mask, other=0)
-            for ref in (self.x.q, self.x.k)
-        )
-        return q, own
-
-
-def cut_state(state: Array, parts: int) -> Parts:
-    if state.dtype == jnp.bfloat16:
-        return (state,)
-    return cut(state.astype(jnp.float32), parts)
-
-
-def square(n: int) -> tuple[Array, Array]:
-    return indices(n)[:, None], indices(n)[None, :]

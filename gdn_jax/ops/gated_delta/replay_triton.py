@@ -1,19 +1,18 @@
 """Replay as two Pallas kernels (Triton lowering), and their launches.
 
-The first meets the states. A program owns a tile of V of one value head of a row, walks
-its checkpoint along K once, and has the products S k and S q of all tokens by tensor
-cores; what the records add is a product of their own, or, in a row that folds, part of
-the state that is written. The tokens among each other are a triangular system of T
-unknowns (replay_xla.py has the equations).
-
-The second appends the keys, their norms, the log-decays and the counters, which all
-programs of a row read: none may be written before the last has read them.
+The first (replay_prepare.py) has all that a row's keys say; the second meets the
+states. A program of it walks along the V of one value head of a row, and has the
+products S k and S q of all tokens by tensor cores; what the records add is a product of
+their own, or, in a row that folds, part of the state that is written. The tokens among
+each other are a triangular system of T unknowns (replay_xla.py has the equations),
+whose inverse the first kernel leaves.
 
 Float32 operands are cut into bfloat16 parts (chunk_parts.py): the state into
 `config.parts` where it is read, and into three what is folded into it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,26 +21,25 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.blocks import both, indices, inside, load
 from gdn_jax.ops.gated_delta.call import Options
-from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot
-from gdn_jax.ops.gated_delta.replay_append import append_kernel
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot, long_dot
 from gdn_jax.ops.gated_delta.replay_call import (
     Inputs,
+    Turn,
     find_turn,
     spread,
     tokens_of,
 )
+from gdn_jax.ops.gated_delta.replay_prepare import prepare_kernel
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
 from gdn_jax.ops.gated_delta.replay_tiles import (
     EXACT,
-    Old,
-    Own,
-    Tile,
-    Walk,
+    Columns,
+    Prepared,
+    blocks_of,
     cut_keys,
-    cut_state,
-    square,
+    prepared_shapes,
 )
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig
 
@@ -51,36 +49,37 @@ def replay_triton(
 ) -> tuple[ReplayState, Array]:
     V, K = x.state.checkpoint.shape[2:]
     config = config.fitted(V, K)
-    of_call = dict(options=options, interpret=interpret)
-    state, heads = x.state, x.v.shape[1]
-    checkpoint, u, out = _triton.launch(
-        functools.partial(meet_kernel, config=config, **of_call),
+    of_call = dict(options=options, config=config, interpret=interpret)
+    old, (H, HV) = x.state, (x.k.shape[1], x.v.shape[1])
+
+    def shape(array: Array):
+        return array.shape, array.dtype
+
+    appended = old.k, old.k_scale, old.log_decay
+    shapes = prepared_shapes(x, options)
+    *prepared, k, k_scale, log_decay = _triton.launch(
+        functools.partial(prepare_kernel, **of_call),
         x,
-        (
-            (state.checkpoint.shape, state.checkpoint.dtype),
-            (state.u.shape, state.u.dtype),
-            (x.v.shape, options.out_dtype),
-        ),
-        grid=(pl.cdiv(V, config.block_v), heads, x.num_rows),
-        aliases={0: 0, 1: 1},  # the first leaves of Inputs
+        (*shapes, *map(shape, appended)),
+        grid=(H, x.num_rows),
+        aliases={2 + i: len(shapes) + i for i in range(3)},  # leaves of Inputs
+        num_warps=config.prepare_warps,
+        interpret=interpret,
+    )
+    x = x._replace(state=old._replace(k=k, k_scale=k_scale, log_decay=log_decay))
+    counters = old.start, old.committed, old.pending
+    written = old.checkpoint, old.u, *counters
+    checkpoint, u, start, committed, pending, out = _triton.launch(
+        functools.partial(meet_kernel, **of_call),
+        (x, Prepared(*prepared)),
+        (*map(shape, written), (x.v.shape, options.out_dtype)),
+        grid=(config.spans(V), HV, x.num_rows),
+        aliases={0: 0, 1: 1, 5: 2, 6: 3, 7: 4},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    # with the new u, though the kernel does not look at it: so it runs behind the first
-    x = x._replace(state=state._replace(checkpoint=checkpoint, u=u))
-    appended = "k", "k_scale", "log_decay", "start", "committed", "pending"
-    arrays = [getattr(state, name) for name in appended]
-    found = _triton.launch(
-        functools.partial(append_kernel, **of_call),
-        x,
-        [(y.shape, y.dtype) for y in arrays],
-        grid=(x.num_rows,),
-        aliases={2 + i: i for i in range(len(appended))},
-        num_warps=config.append_warps,
-        interpret=interpret,
-    )
-    new = x.state._replace(**dict(zip(appended, found, strict=True)))
+    new = ReplayState(checkpoint, u, k, k_scale, log_decay, start, committed, pending)
     if options.tokens_per_row is None:  # the kernel writes rows' tokens alone
         turn = find_turn(x, options)
         token, live = tokens_of(x, options, turn)
@@ -90,156 +89,181 @@ def replay_triton(
 
 
 def meet_kernel(
-    x: Any,
+    inputs: tuple[Any, Any],
     checkpoint_ref,
     u_ref,
+    start_ref,
+    committed_ref,
+    pending_ref,
     out_ref,
     *,
     options: Options,
     config: ReplayConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references; the others are its checkpoint and u, and out.
+    """`inputs` are `Inputs` and `Prepared` of references; behind them what of the state
+    is written, and out. Grid: (spans of V, value heads, rows)."""
+    x, prepared = inputs
+    span, value, number = (pl.program_id(i) for i in range(3))
+    turn = prepared.load_turn(x, number, options)
+    # Of null rows too, and before anything else: so memory is waited for once.
+    head = _Head.load(x, prepared, turn, value, options, config)
+    V, R, columns = x.v.shape[2], x.state.window, head.columns
+    slot, new = turn.rows.read, columns.records(turn, R)
+    # Pallas' interpreter writes back what a mask spares: not where others write
+    asked = jnp.where(columns.queries, columns.token, x.q.shape[0])
 
-    Grid: (tiles of V, value heads, rows).
-    """
-    turn = find_turn(x, options, pl.program_id(2))
-    tile = Tile.of(x, turn, options, config)
+    def along_v(visit: Callable[[Array, Array | None], Array]) -> None:
+        """`visit` returns u and out [BV W] of the columns."""
+
+        def step(i, _):
+            first = (span * np.int32(config.steps_v) + i) * np.int32(config.block_v)
+            v = first + indices(config.block_v)
+            in_v = inside(v, V, config.spans(V) * config.steps_v)
+            made = visit(v, in_v)
+            if not interpret:
+                _triton.barrier()  # all of the program's warps have read the old u
+            mask = both(in_v, columns.keys & turn.rows.live, shape=made.shape)
+            place = u_ref.at[slot, value, new[None, :], v[:, None]]
+            _triton.store(place, made, mask=mask)
+            mask = both(in_v, columns.queries, shape=made.shape)
+            place = out_ref.at[asked[None, :], value, v[:, None]]
+            _triton.store(place, made.astype(out_ref.dtype), mask=mask)
+
+        lax.fori_loop(np.int32(0), np.int32(config.steps_v), step, None)
+
+    def fold():
+        keys = head.load_keys(x, prepared)
+        along_v(lambda v, in_v: head.fold(x, keys, checkpoint_ref, v, in_v))
 
     @pl.when(turn.rows.live)
     def _():
-        old = Old.load(x, tile)
-        products = lax.cond(
-            turn.folds,
-            lambda: _fold(x, tile, old, checkpoint_ref, config),
-            lambda: _read(x, tile, old, config),
-        )
-        own = Own.load(x, tile, options)
-        u, out = _solve(tile, own, products, options)
-        if not interpret:
-            _triton.barrier()  # all of the program's warps have read the old u
-        tile.store(u_ref.at[tile.slot, tile.head, tile.new[None, :], tile.column], u)
-        out = out.astype(out_ref.dtype)
-        tile.store(out_ref.at[tile.token[None, :], tile.head, tile.column], out)
+        pl.when(turn.folds)(fold)
+        pl.when(~turn.folds)(lambda: along_v(functools.partial(head.read, x)))
+
+        @pl.when((value == 0) & (span == 0))
+        def _():
+            moved = turn.column(turn.history, R)
+            start_ref[slot] = jnp.where(turn.folds, moved, turn.start)
+            committed_ref[slot] = jnp.where(turn.folds, 0, turn.history)
+            pending_ref[slot] = turn.rows.length
 
     if options.tokens_per_row is not None:
-
-        @pl.when(~turn.rows.live)
-        def _():
-            nothing = jnp.zeros((tile.v.size, tile.token.size), out_ref.dtype)
-            place = out_ref.at[tile.token[None, :], tile.head, tile.column]
-            tile.store(place, nothing)
+        nothing = jnp.zeros((config.block_v, columns.step.size), jnp.float32)
+        pl.when(~turn.rows.live)(lambda: along_v(lambda v, in_v: nothing))
 
 
-class _Products(NamedTuple):
-    """Of the state that the tokens find, and of the tokens among each other, q and k
-    as they came: S k and S q [BV T], k k and q k [T T], q q [T]."""
+class _Head(NamedTuple):
+    """A value head of a row, and what its program holds while it walks along V. `own`
+    are the keys and queries of the columns [W BK], for each block of K."""
 
-    Sk: Array
-    Sq: Array
-    kk: Array
-    qk: Array
-    qq: Array
+    value: Array
+    key: Array
+    turn: Turn
+    columns: Columns
+    blocks: list[tuple[Array, Array | None]]
+    own: list[Parts]
+    met: Parts
+    weight: Array
+    left: Array
+    v_factor: Array
+    found_factor: Array
+    inverse: Parts
+    parts: int
 
     @classmethod
-    def zeros(cls, tile: Tile) -> "_Products":
-        T, f32 = tile.token.size, jnp.float32
-        wide, own = jnp.zeros((tile.v.size, T), f32), jnp.zeros((T, T), f32)
-        return cls(wide, wide, own, own, jnp.zeros(T, f32))
-
-    def add(self, state: Parts, q: Array, k: Array) -> "_Products":
-        q_parts, k_parts = cut_keys(q), cut_keys(k)
-        q = q.astype(jnp.float32)
-        return _Products(
-            self.Sk + dot(state, k_parts, trans_y=True),
-            self.Sq + dot(state, q_parts, trans_y=True),
-            self.kk + dot(k_parts, k_parts, trans_y=True),
-            self.qk + dot(q_parts, k_parts, trans_y=True),
-            self.qq + jnp.sum(q * q, axis=1),
+    def load(
+        cls,
+        x: Any,
+        prepared: Any,
+        turn: Turn,
+        value: Array,
+        options: Options,
+        config: ReplayConfig,
+    ) -> "_Head":
+        number, group = turn.rows.number, x.v.shape[1] // x.k.shape[1]
+        key = lax.div(value, np.int32(group))
+        columns = Columns.of(x, number, options)
+        record, column = indices(x.state.window), indices(columns.step.size)
+        whole = None, None
+        met = load(prepared.met, (record, column), whole, number, key)
+        inverse = load(prepared.inverse, (column, column), whole, number, value)
+        blocks = blocks_of(x.k.shape[2], config.block_k)
+        return cls(
+            value,
+            key,
+            turn,
+            columns,
+            blocks,
+            own=[cut_keys(columns.load(x, key, *block)) for block in blocks],
+            met=cut(met, EXACT),
+            weight=_triton.load(prepared.weight.at[number, value, record]),
+            left=_triton.load(prepared.left.at[number, value]),
+            v_factor=_triton.load(prepared.v_factor.at[number, value, column]),
+            found_factor=_triton.load(prepared.found_factor.at[number, value, column]),
+            inverse=cut(inverse, EXACT),
+            parts=config.parts_of(x.state.checkpoint.dtype),
         )
 
+    def load_keys(self, x: Any, prepared: Any) -> list[Parts]:
+        """Of the records, if the row folds: [R BK] for each block of K."""
+        record, number = indices(x.state.window), self.turn.rows.number
+        return [
+            cut_keys(load(prepared.keys, (record, k), (None, in_k), number, self.key))
+            for k, in_k in self.blocks
+        ]
 
-def _read(x: Any, tile: Tile, old: Old, config: ReplayConfig) -> _Products:
-    """The records' part is small: k and q of all tokens with all keys, then with u."""
-    walk = Walk(x, tile, old, config)
-    T, R = tile.token.size, x.state.window
-    parts = config.parts_of(x.state.checkpoint.dtype)
+    def load_u(self, x: Any, v: Array, in_v: Array | None) -> Parts:
+        """Of the records that stand [BV R], with what is left of each."""
+        record, slot = indices(x.state.window), self.turn.rows.read
+        mask = both(in_v, self.weight != 0, shape=(v.size, record.size))
+        place = x.state.u.at[slot, self.value, record[None, :], v[:, None]]
+        u = _triton.load(place, mask=mask, other=0)
+        return cut(u * self.weight[None, :], EXACT)
 
-    def body(carry, k, in_k):
-        products, old_k, old_q = carry
-        state = walk.state(k, in_k, tile.in_v)
-        own_q, own_k = walk.tokens(k, in_k)
-        keys = cut_keys(walk.keys(k, in_k))
-        old_k += dot(keys, cut_keys(own_k), trans_y=True)
-        old_q += dot(keys, cut_keys(own_q), trans_y=True)
-        return products.add(cut_state(state, parts), own_q, own_k), old_k, old_q
+    def load_state(self, x: Any, v: Array, in_v: Array | None, block: Any) -> Array:
+        """Of the checkpoint [BV BK], in its dtype."""
+        (k, in_k), slot = block, self.turn.rows.read
+        return load(x.state.checkpoint, (v, k), (in_v, in_k), slot, self.value)
 
-    nothing = jnp.zeros((R, T), jnp.float32)
-    carry = _Products.zeros(tile), nothing, nothing
-    products, old_k, old_q = walk.run(body, carry)
-    u = old.load_u(x, tile)  # not before the walk, which has no registers for it
-    Sk, Sq = (
-        old.left * product + dot(u, cut(y, EXACT))
-        for product, y in ((products.Sk, old_k), (products.Sq, old_q))
-    )
-    return products._replace(Sk=Sk, Sq=Sq)
+    def read(self, x: Any, v: Array, in_v: Array | None) -> Array:
+        """What the records add is a product of their own."""
+        found = dot(self.load_u(x, v, in_v), self.met)
+        for block, own in zip(self.blocks, self.own, strict=True):
+            # each part by itself, so that they do not wait for each other
+            for part in cut_state(self.load_state(x, v, in_v, block), self.parts):
+                found += self.left * dot((part,), own, trans_y=True)
+        return self.solve(x, v, in_v, found)
 
+    def fold(
+        self, x: Any, keys: list[Parts], checkpoint_ref, v: Array, in_v: Array | None
+    ) -> Array:
+        """The columns meet what is stored."""
+        reads = jnp.broadcast_to(self.turn.rows.keeps_state, v.shape)
+        reads = reads if in_v is None else reads & in_v
+        u, slot = self.load_u(x, v, in_v), self.turn.rows.read
+        found = jnp.zeros((v.size, self.columns.step.size), jnp.float32)
+        for block, old, own in zip(self.blocks, keys, self.own, strict=True):
+            state = self.load_state(x, v, reads, block).astype(jnp.float32)
+            state = self.left * state + dot(u, old)
+            state = state.astype(checkpoint_ref.dtype)
+            k, in_k = block
+            place = checkpoint_ref.at[slot, self.value, v[:, None], k[None, :]]
+            _triton.store(place, state, mask=both(in_v, in_k, shape=state.shape))
+            found += dot(cut_state(state, self.parts), own, trans_y=True)
+        return self.solve(x, v, in_v, found)
 
-def _fold(
-    x: Any, tile: Tile, old: Old, checkpoint_ref, config: ReplayConfig
-) -> _Products:
-    """The tokens find what is stored."""
-    walk = Walk(x, tile, old, config)
-    parts = config.parts_of(x.state.checkpoint.dtype)
-    reads = jnp.broadcast_to(tile.turn.rows.keeps_state, tile.v.shape)
-    reads = reads if tile.in_v is None else reads & tile.in_v
-    u = old.load_u(x, tile)
-
-    def body(products, k, in_k):
-        state = walk.state(k, in_k, reads).astype(jnp.float32)
-        state = old.left * state + dot(u, cut_keys(walk.keys(k, in_k)))
-        state = state.astype(checkpoint_ref.dtype)
-        place = checkpoint_ref.at[tile.slot, tile.head, tile.column, k[None, :]]
-        in_row = jnp.ones(k.size, bool) if in_k is None else in_k
-        _triton.store(place, state, mask=tile.mask(in_row))
-        return products.add(cut_state(state, parts), *walk.tokens(k, in_k))
-
-    return walk.run(body, _Products.zeros(tile))
-
-
-def _solve(
-    tile: Tile, own: Own, products: _Products, options: Options
-) -> tuple[Array, Array]:
-    """u and out [BV T]."""
-    T = tile.token.size
-    i, j = square(T)
-    k_scale = jnp.ones(T, jnp.float32)
-    q_scale = jnp.full(T, options.scale, jnp.float32)
-    if options.qk_l2norm:
-        squares = jnp.sum(jnp.where(i == j, products.kk, 0.0), axis=1)
-        k_scale = lax.rsqrt(squares + rule.EPSILON)
-        q_scale *= lax.rsqrt(products.qq + rule.EPSILON)
-    between = sum(part[:, None] - part[None, :] for part in own.since)
-    decay = jnp.exp(jnp.where(j <= i, between, -jnp.inf)) * k_scale[None, :]
-    A = jnp.where(j < i, products.kk * decay, 0.0) * (own.beta * k_scale)[:, None]
-    B = products.qk * decay * q_scale[:, None]
-    grown = jnp.exp(sum(own.since))
-    u = own.beta[None, :] * (own.v - (grown * k_scale)[None, :] * products.Sk)
-    if options.tokens_per_row != 1:
-        inverse = _inverse(A, options.tokens_per_row or T)
-        u = dot(cut(u, EXACT), cut(inverse, EXACT), trans_y=True)
-    out = dot(cut(u, EXACT), cut(B, EXACT), trans_y=True)
-    return u, out + (grown * q_scale)[None, :] * products.Sq
+    def solve(self, x: Any, v: Array, in_v: Array | None, found: Array) -> Array:
+        """u of the columns that write, out of those that read [BV W]."""
+        columns = self.columns
+        mask = both(in_v, columns.keys, shape=found.shape)
+        own = x.v.at[columns.token[None, :], self.value, v[:, None]]
+        own = _triton.load(own, mask=mask, other=0).astype(jnp.float32)
+        right = self.v_factor[None, :] * own + self.found_factor[None, :] * found
+        return long_dot(cut(right, EXACT), self.inverse)
 
 
-def _inverse(A: Array, T: int) -> Array:
-    """(I + A)^-1 of a strict lower triangle, row by row, each from those before."""
-    i, j = square(A.shape[0])
-
-    def substitute(step, inverse):
-        of_row = jnp.sum(jnp.where(i == step, A, 0.0), axis=0)
-        row = jnp.sum(of_row[:, None] * inverse, axis=0)
-        return jnp.where(i == step, inverse - row[None, :], inverse)
-
-    identity = jnp.where(i == j, np.float32(1), np.float32(0))
-    return lax.fori_loop(np.int32(1), np.int32(T), substitute, identity)
+def cut_state(state: Array, parts: int) -> Parts:
+    if state.dtype == jnp.bfloat16:
+        return (state,)
+    return cut(state.astype(jnp.float32), parts)

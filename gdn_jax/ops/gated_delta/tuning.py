@@ -98,25 +98,29 @@ class ReplayConfig:
     """How `replay_update`'s kernels are cut up.
 
     Attributes:
-      block_v, block_k: rows and columns of a state that a program works on at once,
-        at least 16; it walks along K.
-      num_warps, num_stages: of that program; with two stages or more the next tile is
-        loaded while one is worked on.
+      block_v, block_k: rows and columns of a state that are loaded at once, at least
+        16. A program walks along V.
+      steps_v: how many blocks of V a program walks over, the rest of V being others'.
+      num_warps, num_stages: of that program; with two stages or more the next blocks
+        are loaded while one is worked on.
       parts: into how many bfloat16 parts a float32 state is cut where it is read: 2
         leave an error of 2^-17, 3 float32's own.
-      append_warps: of the program that appends a row's records.
+      prepare_k, prepare_warps: columns of K that a program of the first kernel, which
+        prepares a row's key head, loads at once, at least 16; and its warps.
     """
 
-    block_v: int = 64
-    block_k: int = 32
-    num_warps: int = 2
-    num_stages: int = 2
+    block_v: int = 16
+    block_k: int = 64
+    steps_v: int = 8
+    num_warps: int = 1
+    num_stages: int = 3
     parts: int = 2
-    append_warps: int = 4
+    prepare_k: int = 64
+    prepare_warps: int = 1
 
     def __post_init__(self):
-        check_launch(self, "num_stages", "parts")
-        for name in ("block_v", "block_k"):
+        check_launch(self, "steps_v", "num_stages", "parts")
+        for name in ("block_v", "block_k", "prepare_k"):
             if not 16 <= getattr(self, name) <= 256:
                 got = getattr(self, name)
                 raise ValueError(f"{name} must be 16 to 256; got {got}")
@@ -125,24 +129,42 @@ class ReplayConfig:
 
     def fitted(self, V: int, K: int) -> "ReplayConfig":
         """No larger than a state."""
+        block_v = min(self.block_v, padded(V))
         return dataclasses.replace(
             self,
-            block_v=min(self.block_v, padded(V)),
+            block_v=block_v,
             block_k=min(self.block_k, padded(K)),
+            prepare_k=min(self.prepare_k, padded(K)),
+            steps_v=min(self.steps_v, pl.cdiv(V, block_v)),
         )
+
+    def spans(self, V: int) -> int:
+        """Programs that share out V."""
+        return pl.cdiv(V, self.block_v * self.steps_v)
 
     def parts_of(self, dtype: Any) -> int:
         """Of a state of that dtype; two hold all of a float16."""
         return self.parts if dtype == jnp.float32 else 2
 
 
-def replay_heuristic(tokens: int, dtype: Any) -> ReplayConfig:
-    """For rows of at most so many tokens, and keys of that dtype: what spills the least
-    registers, compiled for an H200 with K = V = 128. None where keys are bfloat16 or
-    rows have up to 16 tokens. Not measured."""
-    if dtype != jnp.bfloat16:
-        return ReplayConfig(32, 16, num_warps=4, num_stages=1)
-    return ReplayConfig(32 if tokens > 16 else 64)
+def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
+    """For rows of at most so many tokens, and keys and states of these dtypes.
+
+    With up to 8 tokens, the fastest of a few on an H200 with K = V = 128. A program of
+    one warp waits for nobody; a 16-bit state takes half the memory of its
+    multiprocessor, so that a third stage fits, and that is worth more than narrow
+    blocks. Others, not measured: what spills no registers, compiled for an H200; of
+    float32 keys and more than 16 tokens everything spills some.
+    """
+    if jnp.dtype(keys).itemsize > 2:
+        return ReplayConfig(32, 16, 4, 4, 1, prepare_k=16, prepare_warps=8)
+    if tokens > 16:
+        return ReplayConfig(16, 32, 8, 4, 1, prepare_k=32, prepare_warps=8)
+    if tokens > 8:
+        return ReplayConfig(32, 32, 4, 4, 1, prepare_k=32, prepare_warps=4)
+    if jnp.dtype(state).itemsize == 2:
+        return ReplayConfig(16, 128, 8) if tokens == 1 else ReplayConfig(16, 64, 4)
+    return ReplayConfig(16, 32, 8) if tokens > 4 else ReplayConfig(16, 32, 4, 1, 2)
 
 
 Walk = Literal["one", "few", "any"]
