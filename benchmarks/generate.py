@@ -205,7 +205,7 @@ def others_of(path: pathlib.Path, measured: list[Point]) -> list[dict[str, Any]]
     fields = [field.name for field in dataclasses.fields(Point)]
     points = [dataclasses.asdict(point) for point in measured]
     rows = [of | row for row in old["rows"]]
-    return [row for row in rows if {name: row[name] for name in fields} not in points]
+    return [row for row in rows if {x: row.get(x) for x in fields} not in points]
 
 
 def run_model(

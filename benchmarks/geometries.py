@@ -60,6 +60,7 @@ class Point:
     rows: int
     drafts: int
     state_dtype: str
+    decode: str | None = None
 
     @property
     def config(self) -> models.Config:
@@ -67,7 +68,8 @@ class Point:
 
     @property
     def sizes(self) -> Sizes:
-        return Sizes(self.rows, ROOM, self.drafts, STEPS, ROOM, 1, self.state_dtype)
+        sizes = self.rows, ROOM, self.drafts, STEPS, ROOM, 1, self.state_dtype
+        return Sizes(*sizes, self.decode)
 
     @property
     def tokens_a_step(self) -> float:

@@ -1,8 +1,9 @@
 """Replay, beside states that are written: python benchmarks/replay.py [--tune]
 
 Steps of `replay_update` one after another, each row at its own place of its ring: what
-is told is the mean of a step, folds included. Beside it what writes states: one in
-place (T = 1), or a checkpoint a token, ours and the peers', and a copy.
+is told is the mean of a step, folds included. Beside it peers that do the same, and
+what writes states: one in place (T = 1), or a checkpoint a token, ours and the peers',
+and a copy.
 """
 
 import dataclasses
@@ -11,12 +12,13 @@ import itertools
 import json
 import pathlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import typer
 import update
 from common import (
@@ -29,6 +31,7 @@ from common import (
     time_contender,
     wait,
 )
+from peers import replay as replay_peers
 from rich.progress import track
 from rich.table import Table
 
@@ -37,7 +40,9 @@ from gdn_jax import ReplayConfig, ReplayState, testing, timing
 
 STEPS = 64  # that are timed: every row folds a few times
 SETS = 8  # of tokens, which take turns
-CHECKED_ROWS = 8
+CHECKED_ROWS, CHECKED_STEPS = 8, 12
+PEER_TOLERANCE = 2e-2  # they round the state, or u, to bfloat16 where they use it
+OURS = "prepare_kernel", "meet_kernel"
 ACCEPTS = ("uniform", "all", "one")
 INPUTS = (
     update.INPUTS + "; of a step's tokens 1 to T are accepted, uniformly (seed 0), or "
@@ -55,7 +60,8 @@ CONFIGS = [
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """N rows of T tokens a step."""
+    """N rows of T tokens a step. `turns` is how many groups of N slots take turns; 0 is
+    so many that they are more than four times the L2 cache."""
 
     N: int
     T: int
@@ -66,6 +72,7 @@ class Problem:
     HV: int = 32
     K: int = 128
     V: int = 128
+    turns: int = 0
 
     @property
     def others(self) -> update.Problem:
@@ -75,8 +82,8 @@ class Problem:
 
     @property
     def groups(self) -> int:
-        """Of N slots each, that take turns: more than four times the L2 cache."""
-        return max(1, -(-4 * L2_BYTES // (self.others.state_bytes * self.N)))
+        group = self.others.state_bytes * self.N
+        return self.turns or max(1, -(-4 * L2_BYTES // group))
 
 
 def make_state(problem: Problem) -> ReplayState:
@@ -122,14 +129,21 @@ def make_accepted(problem: Problem) -> np.ndarray:
     return drawn.astype(np.int32)
 
 
-def steps_of(problem: Problem, **options: Any) -> Iterator[tuple[ReplayState, Any]]:
-    """(state, out) after each step."""
+def make_tables(problem: Problem) -> jax.Array:
+    """[groups, N]"""
+    slots = jnp.arange(problem.N * problem.groups, dtype=jnp.int32)
+    return slots.reshape(problem.groups, problem.N)
+
+
+def steps_of(
+    problem: Problem, state: ReplayState | None = None, **options: Any
+) -> Iterator[tuple[ReplayState, Any]]:
+    """(state, out) after each step, from `make_state`'s or another state."""
     step = jax.jit(
         functools.partial(gdn_jax.replay_update, **options), donate_argnums=0
     )
-    slots = jnp.arange(problem.N * problem.groups, dtype=jnp.int32)
-    tables = slots.reshape(problem.groups, problem.N)
-    sets, state = make_tokens(problem), make_state(problem)
+    tables, sets = make_tables(problem), make_tokens(problem)
+    state = make_state(problem) if state is None else state
     accepted = [jnp.asarray(each) for each in make_accepted(problem)]
     for i in itertools.count():
         tables_of = dict(
@@ -141,12 +155,14 @@ def steps_of(problem: Problem, **options: Any) -> Iterator[tuple[ReplayState, An
 
 def check(problem: Problem, config: ReplayConfig | None) -> dict[str, float]:
     """Errors of the first rows against the reference, after some steps."""
-    small = dataclasses.replace(problem, N=CHECKED_ROWS)
+    small = dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
     ways = dict(triton=config, reference=None)
     last = {
         name: next(
             itertools.islice(
-                steps_of(small, implementation=name, config=each), 11, None
+                steps_of(small, implementation=name, config=each),
+                CHECKED_STEPS - 1,
+                None,
             )
         )
         for name, each in ways.items()
@@ -172,21 +188,74 @@ def measure(problem: Problem, config: ReplayConfig | None) -> dict[str, Any]:
         return row | {"absent": "errors above the tolerance"}
     steps = steps_of(problem, implementation="triton", config=config)
     next(steps)
+    return row | time_steps(lambda: next(steps), OURS.__contains__)
+
+
+def time_steps(
+    step: Callable[[], Any], belongs: Callable[[str], bool]
+) -> dict[str, Any]:
     wait()
     with timing.record() as kernels:
         for _ in range(STEPS):
-            next(steps)
+            step()
         wait()
     per_step: dict[str, list[float]] = {}
     for kernel in kernels:
-        per_step.setdefault(kernel.name, []).append(kernel.duration_us)
-    return row | {
+        if belongs(kernel.name):
+            per_step.setdefault(kernel.name, []).append(kernel.duration_us)
+    if not per_step:
+        raise RuntimeError("no kernel of the contender ran")
+    return {
         "mean_us": sum(map(sum, per_step.values())) / STEPS,
         "kernels": {
             name: [statistics.mean(us), len(us) / STEPS]
             for name, us in per_step.items()
         },
     }
+
+
+def peer_inputs(problem: Problem, committed: np.ndarray) -> dict[str, Any]:
+    return dict(
+        state=make_state(problem).checkpoint,
+        tables=list(make_tables(problem)),
+        sets=make_tokens(problem),
+        accepted=make_accepted(problem),
+        committed=committed,
+    )
+
+
+def check_peer(problem: Problem, build: Callable[..., peers.Call]) -> float:
+    """The error of its out after some steps from states without records."""
+    small = dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
+    made = make_state(small)
+    none = jnp.zeros_like(made.committed)
+    start = made._replace(start=none, committed=none, pending=none)
+    steps = steps_of(small, start, implementation="reference")
+    call = build(small, peer_inputs(small, np.zeros(len(none), np.int32)))
+    for i in range(CHECKED_STEPS):
+        call.run(i)
+        _, want = next(steps)
+    return testing.relative_error(call.result()["out"], want)
+
+
+def measure_peer(
+    problem: Problem, name: str, build: Callable[..., peers.Call]
+) -> dict[str, Any]:
+    row = {"contender": name, **dataclasses.asdict(problem)}
+    try:
+        row["errors"] = {"out": check_peer(problem, build)}
+        if not row["errors"]["out"] < PEER_TOLERANCE:
+            return row | {"absent": "errors above the tolerance"}
+        committed = np.asarray(make_state(problem).committed)
+        call = build(problem, peer_inputs(problem, committed))
+        row["note"] = call.note
+        steps = itertools.count()
+        call.run(next(steps))
+        return row | time_steps(lambda: call.run(next(steps)), call.kernels)
+    except peers.Unavailable as reason:
+        return row | {"absent": str(reason)}
+    except Exception as error:  # nothing that a peer does ends the run
+        return row | {"absent": f"failed: {type(error).__name__}: {error}"[:400]}
 
 
 def others(problem: Problem) -> list[dict[str, Any]]:
@@ -229,6 +298,9 @@ def main(
         ]
     for problem in track(problems, description="replay", console=console):
         rows = [measure(problem, config) for config in (CONFIGS if tune else [None])]
+        if not (tune or alone):
+            same = replay_peers.DECODE if problem.T == 1 else replay_peers.VERIFY
+            rows += [measure_peer(problem, *peer) for peer in same.items()]
         if not (tune or alone) and problem.accepts == "uniform":
             rows += others(problem)
         console.print(table(problem, rows))
