@@ -1,8 +1,8 @@
-"""Draws the results files and writes their numbers into the README:
+"""Draws the results files and writes their numbers into the README and the docs:
 python benchmarks/report.py
 
-Numbers in the README stand between markers and come from here alone. A suite without a
-results file is left out, and needs no markers until it has one.
+Numbers there stand between markers and come from here alone. A suite without a results
+file is left out, and needs no markers until it has one.
 """
 
 import json
@@ -14,6 +14,7 @@ import reports.conv
 import reports.generate
 import reports.layer
 import reports.products
+import reports.replay
 import reports.small
 import reports.speculate
 import reports.update
@@ -33,6 +34,9 @@ REPORTS = {
     "few_rows": reports.products.few_rows,
     "experts": reports.products.experts,
     "small": reports.small.small,
+    "replay": reports.replay.replay,
+    "schemes": reports.replay.schemes,
+    "drift": reports.replay.drift,
 }
 
 # The same for all the files together that a pattern finds in the devices' folders.
@@ -40,6 +44,13 @@ REPORTS_OF_SEVERAL = {
     "*/speculate.json": reports.speculate.speculate,
     f"{RESULTS.name}/generate_*.json": reports.generate.generate,
 }
+
+
+def page_of(name: str) -> pathlib.Path:
+    """That has the suite's marker; the README if none has."""
+    pages = ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))
+    marked = (page for page in pages if f"<!-- {name} -->" in page.read_text())
+    return next(marked, pages[0])
 
 
 def splice(path: pathlib.Path, name: str, text: str) -> None:
@@ -72,8 +83,8 @@ def main() -> None:
             results["decode"], results["verify"]
         )
     for name, text in texts.items():
-        splice(ROOT / "README.md", name, text)
-    print(f"wrote pictures into {RESULTS}, and into README.md: {', '.join(texts)}")
+        splice(page_of(name), name, text)
+    print(f"wrote pictures into {RESULTS}, and into pages: {', '.join(texts)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import pathlib
 
 import numpy as np
@@ -80,3 +81,66 @@ def test_a_replay_states_row_takes_a_quarter_of_four_checkpoints(monkeypatch):
     checkpoints, replay = map(schemes.bytes_of_a_row, points)
     assert replay["kv"] == checkpoints["kv"]
     assert 0.25 < replay["states"] / checkpoints["states"] < 0.32
+
+
+def _result(rows, **others):
+    told = dict(device="NVIDIA H200", versions=dict(jax="0.11.2"), date="2026-11-30")
+    told |= dict(commit="0123456789abcdef", time="a mean", inputs="normal")
+    return told | others | dict(rows=rows)
+
+
+def _row(contender, N, T, us=None, accepts="uniform", **others):
+    row = dict(contender=contender, N=N, T=T, state_dtype="float32", accepts=accepts)
+    if us is not None:
+        row["mean_us" if contender.startswith("re") else "median_us"] = us
+    return row | others
+
+
+def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "nvidia_h200")
+    for folder in ("docs", "nvidia_h200"):
+        (tmp_path / folder).mkdir()
+    page = tmp_path / "docs" / "drafts.md"
+    names = "replay", "schemes", "drift"
+    page.write_text("".join(f"<!-- {x} -->\n<!-- /{x} -->\n" for x in names))
+    (tmp_path / "README.md").write_text("")
+    rows = [
+        _row("replay", 8, 4, 20.0),
+        _row("replay", 128, 4, 100.0),
+        _row("replay", 128, 4, 110.0, "all"),
+        _row("replay", 128, 4, 90.0, "one"),
+        _row("replayssm_verify", 128, 4, 123.0),
+        _row("flashinfer_ucache", 128, 4, absent="it keeps a bfloat16 state"),
+        _row("triton", 128, 4, 400.0),
+        _row("replay", 256, 1, 170.0),
+    ]
+    point = dict(model="A", rows=64, drafts=3, state_dtype="float32")
+    of_row = dict(bytes_a_row=dict(states=9e6, kv=1.0), most_rows=1234)
+    kept = [
+        point | of_row | dict(decode="replay", tokens_per_s=5000.0),
+        point | of_row | dict(decode="checkpoints", absent="9 of 8 GB"),
+    ]
+    drifts = [
+        dict(state_dtype="float32", how=how, step=step, error=step * 1e-7)
+        for how in ("in place", "replay, 3 parts")
+        for step in (1, 10)
+    ] + [dict(state_dtype="bfloat16", how="in place", step=10, error=0.01)]
+    files = dict(replay=_result(rows), schemes=_result(kept))
+    files["drift"] = _result(drifts, steps=10)
+    for name, result in files.items():
+        (tmp_path / "nvidia_h200" / f"{name}.json").write_text(json.dumps(result))
+    report.main()
+    text = page.read_text()
+    assert "| verify T=4, float32 state, us a step, N = | 8 | 128 |" in text
+    assert "| gdn_jax, replay | 20.0 | 100.0 |" in text
+    assert "| ReplaySSM | - | 123.0 |" in text
+    assert "| gdn_jax, replay, float32 state | 90.0 | 100.0 | 110.0 |" in text
+    assert "FlashInfer u-cache is absent where it keeps a bfloat16 state." in text
+    assert "| float32 state, 3 drafts, replay | 5,000 | 9 | 1,234 |" in text
+    assert "| float32 state, 3 drafts, checkpoints | - | 9 | 1,234 |" in text
+    assert "| token by token in place | 1.0e-06 | 1.0e-02 |" in text
+    assert "| replay, three parts | 1.0e-06 | - |" in text
+    assert (tmp_path / "nvidia_h200" / "drift.png").is_file()

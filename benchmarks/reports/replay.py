@@ -1,0 +1,151 @@
+"""Replay: its steps beside others', whole models, and drift."""
+
+import pathlib
+
+import matplotlib.pyplot as plt
+
+from reports.style import STYLE, WIDTH, legend, markdown, source
+
+DTYPES = ("float32", "bfloat16")
+REST = {
+    "replay": "gdn_jax, replay",
+    "triton": "gdn_jax, writing every state",
+    "replayssm": "ReplaySSM",
+    "replayssm_verify": "ReplaySSM",
+    "flashinfer_ucache": "FlashInfer u-cache",
+}
+ORDER = ("replay", "replayssm", "replayssm_verify", "flashinfer_ucache", "triton")
+LOOKS = {
+    "in place": ("token by token in place", "#0072B2", "--"),
+    "replay": ("replay", "#D55E00", "-"),
+    "replay, 2 parts": ("replay", "#D55E00", "-"),
+    "replay, 3 parts": ("replay, three parts", "#009E73", "-."),
+}
+
+
+def label(name: str) -> str:
+    return REST.get(name) or STYLE[name][0]
+
+
+def us(row: dict) -> float:
+    return row.get("mean_us", row.get("median_us"))
+
+
+def rows_of(result: dict, **wanted) -> list[dict]:
+    return [
+        row
+        for row in result["rows"]
+        if all(row.get(key, value) == value for key, value in wanted.items())
+    ]
+
+
+def replay(result: dict, folder: pathlib.Path) -> dict[str, str]:
+    del folder
+    lines = []
+    for dtype in DTYPES:
+        for T in sorted({row["T"] for row in result["rows"]}):
+            lines += [*steps(result, dtype, T), ""]
+    lines += [*accepts(result), ""]
+    absent = {
+        (label(row["contender"]), row["absent"])
+        for row in result["rows"]
+        if "absent" in row
+    }
+    lines += [f"{name} is absent where {why}.\n" for name, why in sorted(absent)]
+    lines += [f"{source(result)} {result['time']}. Inputs: {result['inputs']}."]
+    return {"replay": "\n".join(lines)}
+
+
+def steps(result: dict, dtype: str, T: int) -> list[str]:
+    """A table of N against contenders, of steps of which tokens stand at random."""
+    found = rows_of(result, state_dtype=dtype, T=T, accepts="uniform")
+    timed = {(row["contender"], row["N"]): us(row) for row in found if us(row)}
+    sizes = sorted({N for _, N in timed})
+    names = sorted(
+        {name for name, _ in timed},
+        key=lambda x: ORDER.index(x) if x in ORDER else len(ORDER),
+    )
+    cells = [
+        (
+            label(name),
+            [f"{timed[name, N]:.1f}" if (name, N) in timed else "-" for N in sizes],
+        )
+        for name in names
+    ]
+    what = "decode" if T == 1 else f"verify T={T}"
+    return markdown(f"{what}, {dtype} state, us a step, N =", map(str, sizes), cells)
+
+
+def accepts(result: dict) -> list[str]:
+    """Of the problem that all counts were measured on."""
+    [(N, T)] = {(x["N"], x["T"]) for x in result["rows"] if x.get("accepts") == "all"}
+    counts = {"one": "1 a step", "uniform": f"1 to {T}", "all": f"all {T}"}
+    cells = []
+    for dtype in DTYPES:
+        for name in ("replay", "replayssm_verify", "flashinfer_ucache"):
+            wanted = dict(contender=name, N=N, T=T, state_dtype=dtype)
+            rows = {row["accepts"]: row for row in rows_of(result, **wanted)}
+            timed = {kind: us(row) for kind, row in rows.items() if us(row)}
+            if timed:
+                shown = [f"{timed[c]:.1f}" if c in timed else "-" for c in counts]
+                cells.append((f"{label(name)}, {dtype} state", shown))
+    return markdown(f"T={T}, N={N}, us a step, accepted:", counts.values(), cells)
+
+
+def schemes(result: dict, folder: pathlib.Path) -> dict[str, str]:
+    del folder
+    sizes = sorted({row["rows"] for row in result["rows"]})
+    cells: dict[str, list[str]] = {}
+    for row in sorted(result["rows"], key=lambda row: row["rows"]):
+        how = row["decode"].replace("_", " ")
+        what = f"{row['drafts']} drafts" if row["drafts"] else "plain"
+        name = f"{row['state_dtype']} state, {what}, {how}"
+        speed = "-" if "absent" in row else f"{row['tokens_per_s']:,.0f}"
+        cells.setdefault(name, []).append(speed)
+        if row["rows"] == sizes[-1]:
+            of_row = row["bytes_a_row"]["states"] / 1e6
+            cells[name] += [f"{of_row:.0f}", f"{row['most_rows']:,}"]
+    columns = [*(f"N = {N}" for N in sizes), "MB of states a text", "texts that fit"]
+    model = result["rows"][0]["model"]
+    lines = markdown(f"{model}, tokens/s", columns, cells.items())
+    note = f"{source(result)} Inputs: {result['inputs']}. Times: {result['time']}."
+    return {"schemes": "\n".join([*lines, "", note])}
+
+
+def drift(result: dict, folder: pathlib.Path) -> dict[str, str]:
+    plot_drift(result, folder / "drift.png")
+    last = {(row["state_dtype"], row["how"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(how for _, how in last))
+    dtypes = list(dict.fromkeys(dtype for dtype, _ in last))
+    cells = [
+        (
+            LOOKS[how][0],
+            [
+                f"{last[d, how]['error']:.1e}" if (d, how) in last else "-"
+                for d in dtypes
+            ],
+        )
+        for how in names
+    ]
+    head = f"relative error after {result['steps']:,} steps, state"
+    note = f"{source(result)} Inputs: {result['inputs']}."
+    return {"drift": "\n".join([*markdown(head, dtypes, cells), "", note])}
+
+
+def plot_drift(result: dict, path: pathlib.Path) -> None:
+    dtypes = list(dict.fromkeys(row["state_dtype"] for row in result["rows"]))
+    figure, axes = plt.subplots(len(dtypes), figsize=(WIDTH, 1 + 2 * len(dtypes)))
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        for how, (name, colour, dash) in LOOKS.items():
+            rows = rows_of(result, state_dtype=dtype, how=how)
+            if rows:
+                x, y = zip(*((row["step"], row["error"]) for row in rows), strict=True)
+                axis.loglog(x, y, dash, color=colour, label=name, linewidth=1.5)
+        axis.set_title(f"{dtype} state")
+        axis.set_ylabel("relative error")
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("steps of 1 to 4 tokens that stand")
+    figure.suptitle(f"Drift from float64, {result['device']}")
+    legend(figure, axes[0])
+    figure.savefig(path)
+    plt.close(figure)
