@@ -13,6 +13,7 @@ import json
 import pathlib
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from rich.table import Table
 import gdn_jax
 from gdn_jax import ReplayConfig, ReplayState, testing, timing
 
+COMPILERS = 16
 STEPS = 64  # that are timed: every row folds a few times
 SETS = 8  # of tokens, which take turns
 CHECKED_ROWS, CHECKED_STEPS = 8, 12
@@ -48,14 +50,13 @@ INPUTS = (
     update.INPUTS + "; of a step's tokens 1 to T are accepted, uniformly (seed 0), or "
     "all, or one; rings begin anywhere, with 0 to R - T records that are committed"
 )
-CONFIGS = [
-    ReplayConfig(block_v, block_k, steps, warps, stages, parts)
-    for (block_v, block_k, steps, warps), stages, parts in itertools.product(
-        [(16, 128, 8, 1), (16, 64, 8, 1), (16, 128, 4, 1), (32, 128, 4, 2)],
-        (2, 3, 4),
-        (2, 3),
-    )
+LAUNCHES = [
+    *itertools.product((16,), (32, 64, 128), (4, 8), (1,), (2, 3)),
+    *itertools.product((32,), (32, 64), (2, 4), (2,), (2,)),
 ]
+# the second kernel's launches, then the first's: one's time is not the other's
+CONFIGS = [ReplayConfig(*launch) for launch in LAUNCHES]
+CONFIGS += [ReplayConfig(prepare_k=size) for size in (16, 32, 128)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +136,38 @@ def make_tables(problem: Problem) -> jax.Array:
     return slots.reshape(problem.groups, problem.N)
 
 
+Step = Callable[..., tuple[ReplayState, jax.Array]]
+
+
+def make_step(**options: Any) -> Any:
+    step = functools.partial(gdn_jax.replay_update, **options)
+    return jax.jit(step, donate_argnums=0)
+
+
+def compile_step(problem: Problem, config: ReplayConfig | None) -> Step:
+    """The kernel's, from shapes alone."""
+    state = jax.eval_shape(lambda: make_state(problem))
+    [one, *_] = make_tokens(dataclasses.replace(problem, N=1, turns=1))
+    tokens = (
+        jax.ShapeDtypeStruct(
+            (problem.N, *x.shape[1:]) if x.ndim > 1 else x.shape, x.dtype
+        )
+        for x in one
+    )
+    rows = jax.ShapeDtypeStruct((problem.N,), jnp.int32)
+    step = make_step(implementation="triton", config=config)
+    return step.lower(state, *tokens, slots=rows, num_accepted=rows).compile()
+
+
+def checked(problem: Problem) -> Problem:
+    """Small enough for the reference, and each step on the slots of the last."""
+    return dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
+
+
 def steps_of(
-    problem: Problem, state: ReplayState | None = None, **options: Any
+    problem: Problem, step: Step, state: ReplayState | None = None
 ) -> Iterator[tuple[ReplayState, Any]]:
     """(state, out) after each step, from `make_state`'s or another state."""
-    step = jax.jit(
-        functools.partial(gdn_jax.replay_update, **options), donate_argnums=0
-    )
     tables, sets = make_tables(problem), make_tokens(problem)
     state = make_state(problem) if state is None else state
     accepted = [jnp.asarray(each) for each in make_accepted(problem)]
@@ -153,25 +179,18 @@ def steps_of(
         yield state, out
 
 
-def check(problem: Problem, config: ReplayConfig | None) -> dict[str, float]:
-    """Errors of the first rows against the reference, after some steps."""
-    small = dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
-    ways = dict(triton=config, reference=None)
-    last = {
-        name: next(
-            itertools.islice(
-                steps_of(small, implementation=name, config=each),
-                CHECKED_STEPS - 1,
-                None,
-            )
-        )
-        for name, each in ways.items()
-    }
-    (state, out), (want_state, want) = last["triton"], last["reference"]
-    return {
-        "state": testing.relative_error(state.to_dense(), want_state.to_dense()),
-        "out": testing.relative_error(out, want),
-    }
+def check(problem: Problem, step: Step) -> dict[str, float]:
+    """Errors against the reference of some steps of `checked(problem)`."""
+    ours, reference = (
+        itertools.islice(steps_of(checked(problem), each), CHECKED_STEPS)
+        for each in (step, make_step(implementation="reference"))
+    )
+    for (state, out), (want_state, want) in zip(ours, reference, strict=True):
+        errors = {
+            "state": testing.relative_error(state.to_dense(), want_state.to_dense()),
+            "out": testing.relative_error(out, want),
+        }
+    return errors
 
 
 def tolerance(problem: Problem, what: str) -> float:
@@ -180,13 +199,31 @@ def tolerance(problem: Problem, what: str) -> float:
     return testing.TOLERANCE[f"chunked {what}", dtype]
 
 
-def measure(problem: Problem, config: ReplayConfig | None) -> dict[str, Any]:
+Compiled = dict[tuple[Problem, ReplayConfig | None], Future]
+
+
+def begin_compiling(
+    problems: list[Problem], configs: list[Any], pool: ThreadPoolExecutor
+) -> Compiled:
+    """All at once, since one after another would take most of the time."""
+    wanted = dict.fromkeys([*problems, *map(checked, problems)])
+    return {
+        (problem, config): pool.submit(compile_step, problem, config)
+        for problem in wanted
+        for config in configs
+    }
+
+
+def measure(
+    problem: Problem, config: ReplayConfig | None, compiled: Compiled
+) -> dict[str, Any]:
     row = {"contender": "replay", **dataclasses.asdict(problem)}
     row["config"] = None if config is None else dataclasses.asdict(config)
-    row["errors"] = errors = check(problem, config)
+    errors = check(problem, compiled[checked(problem), config].result())
+    row["errors"] = errors
     if not passed(functools.partial(tolerance, problem), errors):
         return row | {"absent": "errors above the tolerance"}
-    steps = steps_of(problem, implementation="triton", config=config)
+    steps = steps_of(problem, compiled[problem, config].result())
     next(steps)
     return row | time_steps(lambda: next(steps), OURS.__contains__)
 
@@ -226,11 +263,11 @@ def peer_inputs(problem: Problem, committed: np.ndarray) -> dict[str, Any]:
 
 def check_peer(problem: Problem, build: Callable[..., peers.Call]) -> float:
     """The error of its out after some steps from states without records."""
-    small = dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
+    small = checked(problem)
     made = make_state(small)
     none = jnp.zeros_like(made.committed)
     start = made._replace(start=none, committed=none, pending=none)
-    steps = steps_of(small, start, implementation="reference")
+    steps = steps_of(small, make_step(implementation="reference"), start)
     call = build(small, peer_inputs(small, np.zeros(len(none), np.int32)))
     for i in range(CHECKED_STEPS):
         call.run(i)
@@ -296,8 +333,11 @@ def main(
             for dtype in ("float32", "bfloat16")
             for accepts in ACCEPTS[1:]
         ]
+    configs = CONFIGS if tune else [None]
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        compiled = begin_compiling(problems, configs, pool)
     for problem in track(problems, description="replay", console=console):
-        rows = [measure(problem, config) for config in (CONFIGS if tune else [None])]
+        rows = [measure(problem, config, compiled) for config in configs]
         if not (tune or alone):
             same = replay_peers.DECODE if problem.T == 1 else replay_peers.VERIFY
             rows += [measure_peer(problem, *peer) for peer in same.items()]

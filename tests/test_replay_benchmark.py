@@ -26,7 +26,9 @@ def test_its_steps_agree_and_fold(N, T, accepts, monkeypatch):
         monkeypatch.setattr(module, "L2_BYTES", 2**12)
     problem = replay.Problem(N, T, "float32", accepts, **SMALL)
     ours, wanted = (
-        itertools.islice(replay.steps_of(problem, implementation=name), 40)
+        itertools.islice(
+            replay.steps_of(problem, replay.make_step(implementation=name)), 40
+        )
         for name in ("xla", "reference")
     )
     committed = []
