@@ -126,15 +126,14 @@ def measure(dtypes: tuple[str, ...], steps: int, way: str) -> list[dict[str, Any
     """Errors by contender at each mark."""
     pool = 0.1 * jax.random.normal(jax.random.key(1), (N, HV, V, K), jnp.float32)
     states: dict[tuple[str, str], Any] = {}
-    options: dict[str, tuple] = {"in place": (("implementation", way),)}
-    for parts in (2, 3):
-        config = ReplayConfig(parts=parts) if way == "triton" else None
-        options[f"replay, {parts} parts"] = (
-            ("implementation", way),
-            ("config", config),
-        )
+    plain = (("implementation", way),)
+    options: dict[str, tuple] = {"in place": plain}
     if way == "xla":  # whose products are float32's
-        options = {"in place": options["in place"], "replay": options.pop("in place")}
+        options["replay"] = plain
+    else:
+        for parts in (2, 3):
+            config = ("config", ReplayConfig(parts=parts))
+            options[f"replay, {parts} parts"] = (*plain, config)
     for dtype in dtypes:
         begin = pool.astype(dtype)
         for name in options:

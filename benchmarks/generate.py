@@ -52,6 +52,7 @@ DRAFTS = (0, 1, 3)
 STATES = ("float32", "bfloat16")
 UPDATES = ("fused", "unfused")
 UPDATE_KERNELS = ("fused_update_kernel", "gates_kernel")
+UPDATE_KERNELS += ("prepare_kernel", "meet_kernel")  # of replay
 LONGEST = 12  # kernels of a step that a row names
 COMPILERS = 8
 INPUTS = (

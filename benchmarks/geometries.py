@@ -12,6 +12,7 @@ from flax.linen import meta
 from gdn_jax import models
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.generation.state import EngineState, init_state
+from gdn_jax.nn.state import GatedDeltaNetState
 
 CONTEXT, ROOM = 1024, 2048  # tokens that each row has read, positions it has room for
 STEPS = 16  # of a block
@@ -129,6 +130,7 @@ def make_state(point: Point) -> EngineState:
     one = init_state(make_model(point.config), small.sizes).rows
     shapes = state_shapes(point)
     state = random_of(shapes._replace(rows=None), 1)
+    state = state._replace(model=at_their_own_places(state.model))
     rows = jax.tree.map(lambda x: jnp.repeat(x, point.rows, axis=0), one)
     state = state._replace(
         token=jnp.arange(point.rows, dtype=jnp.int32),
@@ -137,6 +139,22 @@ def make_state(point: Point) -> EngineState:
         num_accepted=1 + jnp.arange(point.rows, dtype=jnp.int32) % (1 + point.drafts),
     )
     return rewind(state)
+
+
+def at_their_own_places(state: Any) -> Any:
+    """A model's state with as many records in each row's ring as may be, but for the
+    step's own: from none to a full ring, in turn."""
+
+    def spread(layer: Any) -> Any:
+        if not isinstance(layer, GatedDeltaNetState) or not layer.is_replay:
+            return layer
+        records = layer.recurrent
+        committed = jnp.arange(len(records.committed)) % records.window
+        decay = -jnp.abs(records.log_decay)
+        records = records._replace(committed=committed, log_decay=decay)
+        return layer._replace(recurrent=records)
+
+    return state._replace(layers=tuple(map(spread, state.layers)))
 
 
 def rewind(state: EngineState) -> EngineState:

@@ -63,9 +63,32 @@ def test_any_schedule_agrees(seed, window, longest, rows, heads, sizes):
     agree(schedule, "xla", seed, least_folds=0)
 
 
-def test_so_it_does_in_tiles_along_k_and_v():
-    config = gdn_jax.ReplayConfig(block_v=16, block_k=16)
-    agree(Schedule("tiles", K=48, V=40), "interpret", config=config)
+@pytest.mark.parametrize("steps_v", [1, 2])
+def test_so_it_does_in_blocks_along_k_and_spans_of_v(steps_v):
+    config = gdn_jax.ReplayConfig(block_v=16, block_k=16, steps_v=steps_v)
+    agree(Schedule("blocks", K=48, V=40), "interpret", config=config)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("T", [1, 3, 6, 8, 12])
+@pytest.mark.parametrize(
+    "kernel", ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+)
+def test_so_do_the_launches_of_dense_rows(kernel, T, state_dtype):
+    """Each number of tokens has one of its own; three heads fill four places."""
+    sizes = dict(H=1, HV=3, K=48, V=40, state_dtype=state_dtype)
+    state, _ = dense_call(2, T, **sizes)
+    wanted, random = jax.tree.map(jnp.copy, state), np.random.default_rng(0)
+    for step in range(5):
+        _, tokens = dense_call(2, T, seed=step, **sizes)
+        accepted = random.integers(1, T + 1, 2).astype(np.int32)
+        state, out = update(kernel)(state, *tokens, num_accepted=accepted)
+        wanted, want = update("reference")(wanted, *tokens, num_accepted=accepted)
+        assert np.array_equal(state.committed, wanted.committed)
+        error = testing.relative_error(state.to_dense(), wanted.to_dense())
+        assert error < tolerance("state", state_dtype, kernel)
+        error = testing.relative_error(out, want)
+        assert error < tolerance("out", "bfloat16", kernel)
 
 
 def test_tokens_that_forget_everything_leave_the_others_exact(path):

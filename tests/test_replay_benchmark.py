@@ -94,7 +94,7 @@ def _result(rows, **others):
 def _row(contender, N, T, us=None, accepts="uniform", **others):
     row = dict(contender=contender, N=N, T=T, state_dtype="float32", accepts=accepts)
     if us is not None:
-        row["mean_us" if contender.startswith("re") else "median_us"] = us
+        row["median_us" if contender == "triton" else "mean_us"] = us
     return row | others
 
 
@@ -114,8 +114,8 @@ def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
         _row("replay", 128, 4, 100.0),
         _row("replay", 128, 4, 110.0, "all"),
         _row("replay", 128, 4, 90.0, "one"),
-        _row("replayssm_verify", 128, 4, 123.0),
-        _row("flashinfer_ucache", 128, 4, absent="it keeps a bfloat16 state"),
+        _row("replayssm_verify", 128, 4, 123.0, note="rounds to bfloat16"),
+        _row("flashinfer_ucache", 128, 4, absent="keeps a bfloat16 state; got float32"),
         _row("triton", 128, 4, 400.0),
         _row("replay", 256, 1, 170.0),
     ]
@@ -140,7 +140,10 @@ def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
     assert "| gdn_jax, replay | 20.0 | 100.0 |" in text
     assert "| ReplaySSM | - | 123.0 |" in text
     assert "| gdn_jax, replay, float32 state | 90.0 | 100.0 | 110.0 |" in text
-    assert "FlashInfer u-cache is absent where it keeps a bfloat16 state." in text
+    where = "verify T=4, N=128, float32 state"
+    reason = "keeps a bfloat16 state; got float32"
+    assert f"FlashInfer u-cache is absent at {where}: {reason}" in text
+    assert "ReplaySSM: rounds to bfloat16." in text and "bfloat16 state, us" not in text
     assert "| float32 state, 3 drafts, replay | 5,000 | 9 | 1,234 |" in text
     assert "| float32 state, 3 drafts, checkpoints | - | 9 | 1,234 |" in text
     assert "| token by token in place | 1.0e-06 | 1.0e-02 |" in text

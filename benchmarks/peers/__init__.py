@@ -11,6 +11,8 @@ v [N*T, HV, V]; a, b [N*T, HV] (raw logits); A_log, dt_bias [HV]; slots, a list 
 tables to take turns with ([N], or [N, T] for verify; every entry a live slot, and none
 twice in a table); and for verify num_accepted [N].
 
+Peers of replay, which keep states of their own, are in replay.py.
+
 For prefill and train they hold A_log and dt_bias, cu_seqlens [N+1] or None, and sets to
 take turns with: state [N, HV, V, K], q, k, v, a, b as [N, T, ...] (with cu_seqlens as
 [N*T, ...]) and for train state_weights and out_weights, the cotangents of what a call

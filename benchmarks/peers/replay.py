@@ -2,13 +2,14 @@
 
 `inputs` holds state [P, HV, V, K]; tables, lists of slots [N] that take turns; sets of
 tokens that take turns, each of q, k [N, T, H, K], v [N, T, HV, V], A_log [HV], a, b
-[N, T, HV] and dt_bias [HV]; accepted [steps, N], how many tokens of its rows' step
-before stand at a step; and committed [P], how many records each slot has to begin with.
-What those records say is drawn here, since every peer keeps them in a way of its own: a
-check begins with none.
+[N, T, HV] and dt_bias [HV]; accepted [steps, N], how many tokens of a row's step before
+stand at each of its steps; and committed [P], how many records each slot has to begin
+with. What those records say is drawn here, since every peer keeps them in a way of its
+own: a check begins with none.
 
-`run(i)` is step i, and the peer's counters move behind it. ReplaySSM's kernels are in
-the repository Johnny-Liou/ReplaySSM.
+`run(i)` is step i, and the peer's counters move behind it; `result` has the last out
+alone, [N, T, HV, V]. ReplaySSM's kernels are those of the repository
+Johnny-Liou/ReplaySSM at commit a844494.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ WINDOW = 16  # records at the most before a row folds, as ours
 def replayssm(problem: Any, inputs: Inputs) -> Call:
     """ReplaySSM, one token a row: no ring, and a row's own count says when it folds."""
     require(problem.T == 1, f"decodes one token a row; got T={problem.T}")
+    _require_window(problem)
     kernels = load(f"{LAYERS}.fla.ops.fused_recurrent_replayssm")
     import torch
 
@@ -63,7 +65,7 @@ def replayssm(problem: Any, inputs: Inputs) -> Call:
         run=run,
         result=lambda: {"out": to_numpy(out)},
         kernels=lambda name: "replayssm_kernel" in name,
-        note="u in bfloat16",
+        note="u in bfloat16; counters are moved by the caller, outside the time",
     )
 
 
@@ -71,6 +73,7 @@ def replayssm_verify(problem: Any, inputs: Inputs) -> Call:
     """ReplaySSM, verifying: a launch for rows that fold and one for those that do not,
     and a third that moves the counters."""
     require(problem.T > 1, f"verifies two tokens a row or more; got T={problem.T}")
+    _require_window(problem)
     kernels = load(f"{LAYERS}.fla.ops.gdn_replayssm_spec_decode")
     import torch
 
@@ -102,7 +105,7 @@ def replayssm_verify(problem: Any, inputs: Inputs) -> Call:
             max_cache_len=longest,
             max_spec_len=T,
         )
-        stand = accepted[(i + len(x.tables)) % len(accepted)]
+        stand = accepted[(i // len(x.tables) + 1) % len(accepted)]
         kernels.commit_gdn_replayssm_spec(*counters, stand, slots, longest, T, ring)
 
     return Call(
@@ -117,6 +120,7 @@ def replayssm_verify(problem: Any, inputs: Inputs) -> Call:
 def flashinfer_ucache(problem: Any, inputs: Inputs) -> Call:
     """FlashInfer 0.6.18, verifying four or eight tokens on a bfloat16 state."""
     require(problem.T in (4, 8), f"verifies 4 or 8 tokens a row; got T={problem.T}")
+    _require_window(problem)
     require(
         problem.state_dtype == "bfloat16",
         f"keeps a bfloat16 state; got {problem.state_dtype}",
@@ -150,7 +154,7 @@ def flashinfer_ucache(problem: Any, inputs: Inputs) -> Call:
                 restart_hist_on_flush=False,
             )
         ]
-        stand = accepted[(i + len(x.tables)) % len(accepted)]
+        stand = accepted[(i // len(x.tables) + 1) % len(accepted)]
         folds = length >= folds_at
         base.copy_(torch.where(folds, (base + length) % ring, base))
         length.copy_(torch.where(folds, 0, length) + stand)
@@ -210,6 +214,10 @@ class _State:
         ]
         tables = [copy(table) + 1 for table in inputs["tables"]]
         return cls(state, u, k, g, committed, tables, sets, mixed)
+
+
+def _require_window(problem: Any) -> None:
+    require(problem.R == WINDOW, f"is laid out for a window of {WINDOW} here")
 
 
 VERIFY: dict[str, Callable[[Any, Inputs], Call]] = {

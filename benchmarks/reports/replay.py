@@ -4,17 +4,17 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-from reports.style import STYLE, WIDTH, legend, markdown, source
+from reports.style import WIDTH, absences, legend, markdown, name_of, source
 
 DTYPES = ("float32", "bfloat16")
-REST = {
+NAMES = {
     "replay": "gdn_jax, replay",
-    "triton": "gdn_jax, writing every state",
     "replayssm": "ReplaySSM",
     "replayssm_verify": "ReplaySSM",
     "flashinfer_ucache": "FlashInfer u-cache",
+    "triton": "gdn_jax, writing every state",
+    "copy": "copy of what states written and read take",
 }
-ORDER = ("replay", "replayssm", "replayssm_verify", "flashinfer_ucache", "triton")
 LOOKS = {
     "in place": ("token by token in place", "#0072B2", "--"),
     "replay": ("replay", "#D55E00", "-"),
@@ -23,8 +23,8 @@ LOOKS = {
 }
 
 
-def label(name: str) -> str:
-    return REST.get(name) or STYLE[name][0]
+def label(contender: str) -> str:
+    return NAMES.get(contender) or name_of(contender)
 
 
 def us(row: dict) -> float:
@@ -39,20 +39,24 @@ def rows_of(result: dict, **wanted) -> list[dict]:
     ]
 
 
+def title_of(row: dict) -> str:
+    what = "decode" if row["T"] == 1 else f"verify T={row['T']}"
+    return f"{what}, N={row['N']}, {row['state_dtype']} state"
+
+
 def replay(result: dict, folder: pathlib.Path) -> dict[str, str]:
     del folder
     lines = []
     for dtype in DTYPES:
         for T in sorted({row["T"] for row in result["rows"]}):
-            lines += [*steps(result, dtype, T), ""]
-    lines += [*accepts(result), ""]
-    absent = {
-        (label(row["contender"]), row["absent"])
-        for row in result["rows"]
-        if "absent" in row
-    }
-    lines += [f"{name} is absent where {why}.\n" for name, why in sorted(absent)]
-    lines += [f"{source(result)} {result['time']}. Inputs: {result['inputs']}."]
+            lines += steps(result, dtype, T)
+    lines += accepts(result)
+    rows = rows_of(result, accepts="uniform")
+    peers = [row for row in rows if row["contender"] in NAMES and "note" in row]
+    notes = {f"{label(row['contender'])}: {row['note']}." for row in peers}
+    lines += [f"{note}\n" for note in sorted(notes)]
+    lines += absences(rows, title_of, label)
+    lines += [f"{source(result)} Times: {result['time']}. Inputs: {result['inputs']}."]
     return {"replay": "\n".join(lines)}
 
 
@@ -60,10 +64,13 @@ def steps(result: dict, dtype: str, T: int) -> list[str]:
     """A table of N against contenders, of steps of which tokens stand at random."""
     found = rows_of(result, state_dtype=dtype, T=T, accepts="uniform")
     timed = {(row["contender"], row["N"]): us(row) for row in found if us(row)}
+    if not timed:
+        return []
     sizes = sorted({N for _, N in timed})
+    order = list(NAMES)
     names = sorted(
         {name for name, _ in timed},
-        key=lambda x: ORDER.index(x) if x in ORDER else len(ORDER),
+        key=lambda x: order.index(x) if x in order else len(order),
     )
     cells = [
         (
@@ -73,23 +80,28 @@ def steps(result: dict, dtype: str, T: int) -> list[str]:
         for name in names
     ]
     what = "decode" if T == 1 else f"verify T={T}"
-    return markdown(f"{what}, {dtype} state, us a step, N =", map(str, sizes), cells)
+    head = f"{what}, {dtype} state, us a step, N ="
+    return [*markdown(head, map(str, sizes), cells), ""]
 
 
 def accepts(result: dict) -> list[str]:
-    """Of the problem that all counts were measured on."""
-    [(N, T)] = {(x["N"], x["T"]) for x in result["rows"] if x.get("accepts") == "all"}
-    counts = {"one": "1 a step", "uniform": f"1 to {T}", "all": f"all {T}"}
-    cells = []
-    for dtype in DTYPES:
-        for name in ("replay", "replayssm_verify", "flashinfer_ucache"):
-            wanted = dict(contender=name, N=N, T=T, state_dtype=dtype)
-            rows = {row["accepts"]: row for row in rows_of(result, **wanted)}
-            timed = {kind: us(row) for kind, row in rows.items() if us(row)}
-            if timed:
-                shown = [f"{timed[c]:.1f}" if c in timed else "-" for c in counts]
-                cells.append((f"{label(name)}, {dtype} state", shown))
-    return markdown(f"T={T}, N={N}, us a step, accepted:", counts.values(), cells)
+    """Of the problem that was measured with every way of accepting."""
+    sizes = {(x["N"], x["T"]) for x in result["rows"] if x.get("accepts") == "all"}
+    lines = []
+    for N, T in sorted(sizes):
+        counts = {"one": "1 a step", "uniform": f"1 to {T}", "all": f"all {T}"}
+        cells = []
+        for dtype in DTYPES:
+            for name in ("replay", "replayssm_verify", "flashinfer_ucache"):
+                wanted = dict(contender=name, N=N, T=T, state_dtype=dtype)
+                rows = {row["accepts"]: row for row in rows_of(result, **wanted)}
+                timed = {kind: us(row) for kind, row in rows.items() if us(row)}
+                if timed:
+                    shown = [f"{timed[c]:.1f}" if c in timed else "-" for c in counts]
+                    cells.append((f"{label(name)}, {dtype} state", shown))
+        head = f"T={T}, N={N}, us a step, accepted:"
+        lines += [*markdown(head, counts.values(), cells), ""]
+    return lines
 
 
 def schemes(result: dict, folder: pathlib.Path) -> dict[str, str]:
@@ -134,7 +146,9 @@ def drift(result: dict, folder: pathlib.Path) -> dict[str, str]:
 
 def plot_drift(result: dict, path: pathlib.Path) -> None:
     dtypes = list(dict.fromkeys(row["state_dtype"] for row in result["rows"]))
-    figure, axes = plt.subplots(len(dtypes), figsize=(WIDTH, 1 + 2 * len(dtypes)))
+    size = WIDTH, 1 + 2 * len(dtypes)
+    figure, grid = plt.subplots(len(dtypes), figsize=size, squeeze=False)
+    axes = grid[:, 0]
     for axis, dtype in zip(axes, dtypes, strict=True):
         for how, (name, colour, dash) in LOOKS.items():
             rows = rows_of(result, state_dtype=dtype, how=how)

@@ -68,7 +68,15 @@ def markdown(
     ]
 
 
-def absences(rows: list[dict], title_of: Callable[[dict], str]) -> list[str]:
+def name_of(contender: str) -> str:
+    return STYLE[contender][0]
+
+
+def absences(
+    rows: list[dict],
+    title_of: Callable[[dict], str],
+    name_of: Callable[[str], str] = name_of,
+) -> list[str]:
     """Who is absent where, and why: a paragraph each."""
     titles = list(dict.fromkeys(map(title_of, rows)))
     found: dict[tuple[str, str], list[str]] = {}
@@ -77,7 +85,7 @@ def absences(rows: list[dict], title_of: Callable[[dict], str]) -> list[str]:
             places = found.setdefault((row["contender"], row["absent"]), [])
             places.append(title_of(row))
     return [
-        f"{STYLE[name][0]} is absent"
+        f"{name_of(name)} is absent"
         + ("" if places == titles else f" at {'; '.join(places)}")
         + f": {reason}\n"
         for (name, reason), places in found.items()

@@ -22,10 +22,10 @@ def indices(n: int) -> Array:
     return jnp.arange(n, dtype=jnp.int32)
 
 
-def inside(index: Array, size: int, splits: int = 1) -> Array | None:
-    """Which indices an axis has. None where blocks, of `splits` programs each, fill it:
-    a mask that says nothing would be computed all the same."""
-    return None if size % (index.size * splits) == 0 else index < size
+def inside(index: Array, size: int, blocks: int = 1) -> Array | None:
+    """Which indices an axis has. None where blocks like this one, or groups of so many,
+    fill it: a mask that says nothing would be computed all the same."""
+    return None if size % (index.size * blocks) == 0 else index < size
 
 
 def load(

@@ -31,7 +31,7 @@ def cut(x: Array, parts: int = 2) -> Parts:
 
 
 def cut_array(x: Array, parts: int = 2) -> Parts:
-    """The same outside a kernel; a bfloat16 array is its own only part."""
+    """The same of any array; a bfloat16 one is its own only part."""
     return (x,) if x.dtype == jnp.bfloat16 else cut(x.astype(jnp.float32), parts)
 
 

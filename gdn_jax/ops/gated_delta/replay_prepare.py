@@ -1,4 +1,4 @@
-"""Replay's first kernel: all that a row's keys say. It needs no state.
+"""Replay's first kernel: all that a row's keys say, without checkpoints and u.
 
 A program owns a key head of a row, and the value heads that share it. It prepares what
 they need to meet their states, and appends the tokens' keys, norms and log-decays to
@@ -53,7 +53,7 @@ def prepare_kernel(
         pl.when(turn.folds)(lambda: group.keep(x, turn, prepared, config))
         if not interpret:
             _triton.barrier()  # all of the program's warps have read the old records
-        group.append(x, turn, options, config, *appended)
+        group.append(x, turn, config, *appended)
 
 
 class _Group(NamedTuple):
@@ -70,6 +70,7 @@ class _Group(NamedTuple):
     old_scale: Array  # [R]
     old_decay: Array  # [G R]
     products: Array  # [W W]
+    scale: Array  # [W], 1 / norm of the columns; 1 without `qk_l2norm`
     met: Array  # [R W]
 
     @classmethod
@@ -78,7 +79,9 @@ class _Group(NamedTuple):
     ) -> "_Group":
         (H, K), HV, slot = x.k.shape[1:], x.v.shape[1], turn.rows.read
         columns = Columns.of(x, turn.rows.number, options)
-        rows = Columns.of(x, turn.rows.number, options, padded=MIN_DOT)
+        rows = columns  # as many as a product must have
+        if columns.step.size < MIN_DOT:
+            rows = Columns.of(x, turn.rows.number, options, padded=MIN_DOT)
         R, W = x.state.window, columns.step.size
         record, member = indices(R), indices(pl.next_power_of_2(HV // H))
         heads, valid = key * np.int32(HV // H) + member, member < HV // H
@@ -90,14 +93,21 @@ class _Group(NamedTuple):
         products, met = jnp.zeros((W, W), jnp.float32), jnp.zeros((R, W), jnp.float32)
         for k, in_k in blocks_of(K, config.prepare_k):
             old = load(x.state.k, (record, k), (None, in_k), slot, key)
-            own, in_rows = (cut_keys(y.load(x, key, k, in_k)) for y in (columns, rows))
+            own = in_rows = cut_keys(columns.load(x, key, k, in_k))
+            if rows is not columns:
+                in_rows = cut_keys(rows.load(x, key, k, in_k))
             product = dot(in_rows, own, trans_y=True)
+            # behind the columns' own rows there are zeros
             products += jnp.sum(product.reshape(-1, W, W), axis=0)
             met += dot(cut_keys(old), own, trans_y=True)
-        of_records = old_scale, old_decay
-        return cls(
-            key, heads, valid, columns, log_decay, beta, *of_records, products, met
-        )
+        scale = jnp.ones(W, jnp.float32)
+        if options.qk_l2norm:
+            diagonal = indices(W)[:, None] == indices(W)[None, :]
+            squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=1)
+            scale = lax.rsqrt(squares + rule.EPSILON)
+        own, of_records = (log_decay, beta), (old_scale, old_decay)
+        found = products, scale, met
+        return cls(key, heads, valid, columns, *own, *of_records, *found)
 
     def store(self, ref: Any, lead: Array, value: Array, *inner: Array) -> None:
         """[G ..] at ref[lead, heads, ..]."""
@@ -132,7 +142,7 @@ class _Group(NamedTuple):
         """(I + A) x = right, A the strict lower triangle of columns."""
         writes, step = self.columns.writes, self.columns.step
         place, number = indices(step.size), turn.rows.number
-        scale = self.norms(options) * jnp.where(writes, 1.0, np.float32(options.scale))
+        scale = self.scale * jnp.where(writes, 1.0, np.float32(options.scale))
         upto = writes[None, :] & (step[None, :] <= step[:, None])
         coarse, fine = (
             jnp.sum(jnp.where(upto[None], part[:, None, :], 0.0), axis=2)
@@ -162,15 +172,6 @@ class _Group(NamedTuple):
         found_factor = -weight * jnp.exp(coarse + fine)
         self.store(prepared.found_factor, number, found_factor, place)
 
-    def norms(self, options: Options) -> Array:
-        """By which the columns' keys and queries are divided, inverted [W]."""
-        place = indices(self.columns.step.size)
-        if not options.qk_l2norm:
-            return jnp.ones(place.size, jnp.float32)
-        diagonal = place[:, None] == place[None, :]
-        squares = jnp.sum(jnp.where(diagonal, self.products, 0.0), axis=1)
-        return lax.rsqrt(squares + rule.EPSILON)
-
     def keep(self, x: Any, turn: Turn, prepared: Any, config: ReplayConfig) -> None:
         """The records' keys for the second kernel, since others take their places."""
         number, slot, R = turn.rows.number, turn.rows.read, self.old_scale.size
@@ -185,7 +186,6 @@ class _Group(NamedTuple):
         self,
         x: Any,
         turn: Turn,
-        options: Options,
         config: ReplayConfig,
         k_ref,
         k_scale_ref,
@@ -200,7 +200,7 @@ class _Group(NamedTuple):
                 k_ref.at[slot, key, new[:, None], k[None, :]], keys, mask=mask
             )
         at = k_scale_ref.at[slot, key, new]
-        _triton.store(at, self.norms(options), mask=columns.keys)
+        _triton.store(at, self.scale, mask=columns.keys)
         mask = both(self.valid, columns.keys, shape=self.log_decay.shape)
         at = log_decay_ref.at[slot, self.heads[:, None], new[None, :]]
         _triton.store(at, self.log_decay, mask=mask)

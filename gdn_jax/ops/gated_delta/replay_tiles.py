@@ -1,4 +1,5 @@
-"""What replay's two kernels share: how a row's tokens lie in their products."""
+"""What replay's two kernels share: how a row's tokens lie in their products, and what
+the first leaves to the second."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut
 from gdn_jax.ops.gated_delta.replay_call import Inputs, Turn
 
 EXACT = 3  # parts that leave float32's own error
-NARROWEST = 8  # columns of a product
+NARROWEST = 8  # columns of a product; it is rows that Triton pads to 16
 
 
 def width(x: Any, options: Options) -> int:
@@ -88,7 +89,7 @@ class Prepared(NamedTuple):
     the checkpoint; and the columns' system, whose right side takes v and what was found
     in the state by these factors."""
 
-    turns: Array  # [N 8], 6 of them used
+    turns: Array  # [N 6]
     keys: Array  # [N H R K]
     met: Array  # [N H R W]
     weight: Array  # [N HV R]
@@ -99,7 +100,8 @@ class Prepared(NamedTuple):
 
     def store_turn(self, turn: Turn) -> None:
         rows = turn.rows
-        fields = rows.read, rows.live, rows.keeps_state, *turn[1:]
+        of_row = rows.read, rows.live, rows.keeps_state
+        fields = *of_row, turn.start, turn.history, turn.folds
         for i, field in enumerate(fields):
             self.turns[rows.number, np.int32(i)] = field.astype(jnp.int32)
 
@@ -108,8 +110,8 @@ class Prepared(NamedTuple):
         read, live, keeps_state, start, history, folds = (
             self.turns[number, np.int32(i)] for i in range(6)
         )
-        of_row = batch.find_tokens(x.tables, number, *tokens)
-        rows = Rows(number, *of_row, read, live != 0, keeps_state != 0)
+        own = batch.find_tokens(x.tables, number, *tokens)
+        rows = Rows(number, *own, read, live != 0, keeps_state != 0)
         return Turn(rows, start, history, folds != 0)
 
 
@@ -120,7 +122,7 @@ def prepared_shapes(x: Inputs, options: Options) -> list[tuple[tuple[int, ...], 
     H, K = x.k.shape[1:]
     heads = [(HV, R), (HV,), (HV, W), (HV, W), (HV, W, W)]
     return [
-        ((N, 8), jnp.int32),
+        ((N, 6), jnp.int32),
         ((N, H, R, K), x.state.k.dtype),
         ((N, H, R, W), jnp.float32),
         *(((N, *shape), jnp.float32) for shape in heads),

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.blocks import both, indices, inside, load
 from gdn_jax.ops.gated_delta.call import Options
-from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, dot, long_dot
+from gdn_jax.ops.gated_delta.chunk_parts import Parts, cut, cut_array, dot, long_dot
 from gdn_jax.ops.gated_delta.replay_call import (
     Inputs,
     Turn,
@@ -43,6 +43,8 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
 )
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig
 
+WRITTEN = "checkpoint", "u", "start", "committed", "pending"  # by the second kernel
+
 
 def replay_triton(
     x: Inputs, options: Options, config: ReplayConfig, interpret: bool
@@ -56,25 +58,25 @@ def replay_triton(
         return array.shape, array.dtype
 
     appended = old.k, old.k_scale, old.log_decay
+    leaf = ReplayState._fields.index  # the state's are the first leaves of Inputs
     shapes = prepared_shapes(x, options)
     *prepared, k, k_scale, log_decay = _triton.launch(
         functools.partial(prepare_kernel, **of_call),
         x,
         (*shapes, *map(shape, appended)),
         grid=(H, x.num_rows),
-        aliases={2 + i: len(shapes) + i for i in range(3)},  # leaves of Inputs
+        aliases={leaf("k") + i: len(shapes) + i for i in range(len(appended))},
         num_warps=config.prepare_warps,
         interpret=interpret,
     )
     x = x._replace(state=old._replace(k=k, k_scale=k_scale, log_decay=log_decay))
-    counters = old.start, old.committed, old.pending
-    written = old.checkpoint, old.u, *counters
+    written = [getattr(old, name) for name in WRITTEN]
     checkpoint, u, start, committed, pending, out = _triton.launch(
         functools.partial(meet_kernel, **of_call),
         (x, Prepared(*prepared)),
         (*map(shape, written), (x.v.shape, options.out_dtype)),
         grid=(config.spans(V), HV, x.num_rows),
-        aliases={0: 0, 1: 1, 5: 2, 6: 3, 7: 4},
+        aliases={leaf(name): i for i, name in enumerate(WRITTEN)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
@@ -154,8 +156,11 @@ def meet_kernel(
 
 
 class _Head(NamedTuple):
-    """A value head of a row, and what its program holds while it walks along V. `own`
-    are the keys and queries of the columns [W BK], for each block of K."""
+    """A value head of a row, and what its program holds while it walks along V.
+
+    `own` are the keys and queries of the columns [W BK], for each block of K. Their
+    products with the records' keys are `met`, those with the state are `found`.
+    """
 
     value: Array
     key: Array
@@ -230,8 +235,9 @@ class _Head(NamedTuple):
         """What the records add is a product of their own."""
         found = dot(self.load_u(x, v, in_v), self.met)
         for block, own in zip(self.blocks, self.own, strict=True):
-            # each part by itself, so that they do not wait for each other
-            for part in cut_state(self.load_state(x, v, in_v, block), self.parts):
+            # each part by itself, or Triton makes one chain of products, each of which
+            # waits for the one before; here a row does little else
+            for part in cut_array(self.load_state(x, v, in_v, block), self.parts):
                 found += self.left * dot((part,), own, trans_y=True)
         return self.solve(x, v, in_v, found)
 
@@ -250,7 +256,7 @@ class _Head(NamedTuple):
             k, in_k = block
             place = checkpoint_ref.at[slot, self.value, v[:, None], k[None, :]]
             _triton.store(place, state, mask=both(in_v, in_k, shape=state.shape))
-            found += dot(cut_state(state, self.parts), own, trans_y=True)
+            found += dot(cut_array(state, self.parts), own, trans_y=True)
         return self.solve(x, v, in_v, found)
 
     def solve(self, x: Any, v: Array, in_v: Array | None, found: Array) -> Array:
@@ -261,9 +267,3 @@ class _Head(NamedTuple):
         own = _triton.load(own, mask=mask, other=0).astype(jnp.float32)
         right = self.v_factor[None, :] * own + self.found_factor[None, :] * found
         return long_dot(cut(right, EXACT), self.inverse)
-
-
-def cut_state(state: Array, parts: int) -> Parts:
-    if state.dtype == jnp.bfloat16:
-        return (state,)
-    return cut(state.astype(jnp.float32), parts)

@@ -115,7 +115,7 @@ class ReplayConfig:
     num_warps: int = 1
     num_stages: int = 3
     parts: int = 2
-    prepare_k: int = 64
+    prepare_k: int = 16
     prepare_warps: int = 1
 
     def __post_init__(self):
@@ -150,21 +150,24 @@ class ReplayConfig:
 def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
     """For rows of at most so many tokens, and keys and states of these dtypes.
 
-    With up to 8 tokens, the fastest of a few on an H200 with K = V = 128. A program of
-    one warp waits for nobody; a 16-bit state takes half the memory of its
-    multiprocessor, so that a third stage fits, and that is worth more than narrow
-    blocks. Others, not measured: what spills no registers, compiled for an H200; of
-    float32 keys and more than 16 tokens everything spills some.
+    What spills no registers, compiled for an H200 with K = V = 128 and HV = 2 H; of
+    float32 keys and more than 16 tokens everything spills some. With up to 8 tokens a
+    program is one warp, which waits for no other, and blocks are narrow, so that many
+    programs fit a multiprocessor. A 16-bit state leaves room there for wider ones, and
+    for one more stage.
     """
+    wide = functools.partial(ReplayConfig, num_warps=4, num_stages=1)
     if jnp.dtype(keys).itemsize > 2:
-        return ReplayConfig(32, 16, 4, 4, 1, prepare_k=16, prepare_warps=8)
+        return wide(32, 16, 4, prepare_warps=8)
     if tokens > 16:
-        return ReplayConfig(16, 32, 8, 4, 1, prepare_k=32, prepare_warps=8)
+        return wide(16, 32, 8, prepare_k=32, prepare_warps=8)
     if tokens > 8:
-        return ReplayConfig(32, 32, 4, 4, 1, prepare_k=32, prepare_warps=4)
+        return wide(32, 32, 4, prepare_k=32, prepare_warps=4)
     if jnp.dtype(state).itemsize == 2:
         return ReplayConfig(16, 128, 8) if tokens == 1 else ReplayConfig(16, 64, 4)
-    return ReplayConfig(16, 32, 8) if tokens > 4 else ReplayConfig(16, 32, 4, 1, 2)
+    if tokens > 4:
+        return ReplayConfig(16, 32, 8)
+    return ReplayConfig(16, 32, 4, num_stages=2)
 
 
 Walk = Literal["one", "few", "any"]
