@@ -158,16 +158,16 @@ def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
     """
     wide = functools.partial(ReplayConfig, num_warps=4, num_stages=1)
     if jnp.dtype(keys).itemsize > 2:
-        return wide(32, 16, 4, prepare_warps=8)
+        return wide(32, 16, 4, prepare_k=32, prepare_warps=8)
     if tokens > 16:
         return wide(16, 32, 8, prepare_k=32, prepare_warps=8)
     if tokens > 8:
-        return wide(32, 32, 4, prepare_k=32, prepare_warps=4)
+        return wide(32, 32, 4, prepare_warps=4)
+    prepare_k = 128 if 1 < tokens <= 4 else 16
+    one = functools.partial(ReplayConfig, prepare_k=prepare_k)
     if jnp.dtype(state).itemsize == 2:
-        return ReplayConfig(16, 128, 8) if tokens == 1 else ReplayConfig(16, 64, 4)
-    if tokens > 4:
-        return ReplayConfig(16, 32, 8)
-    return ReplayConfig(16, 32, 4, num_stages=2)
+        return one(16, 128, 8) if tokens == 1 else one(16, 64, 4)
+    return one(16, 32, 8) if tokens > 4 else one(16, 32, 4, num_stages=2)
 
 
 Walk = Literal["one", "few", "any"]
