@@ -53,6 +53,7 @@ INPUTS = (
 )
 LAUNCHES = [
     *itertools.product((16,), (32, 64, 128), (4, 8), (1,), (2, 3)),
+    *itertools.product((32,), (32, 64), (2, 4), (1,), (2, 3)),
     *itertools.product((32,), (32, 64), (2, 4), (2,), (2,)),
 ]
 # the second kernel's launches, then the first's: one's time is not the other's

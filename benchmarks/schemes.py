@@ -11,12 +11,22 @@ import json
 import pathlib
 import statistics
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import typer
 from common import RESULTS, console, header, need_gpu
-from generate import INPUTS, MOST_ROUNDS, ROUNDS, SECONDS, SPARE, block_of, profile
+from generate import (
+    COMPILERS,
+    INPUTS,
+    MOST_ROUNDS,
+    ROUNDS,
+    SECONDS,
+    SPARE,
+    block_of,
+    profile,
+)
 from geometries import (
     MODELS,
     STEPS,
@@ -55,7 +65,7 @@ def bytes_of_a_row(point: Point) -> dict[str, float]:
     return {"states": linear / point.rows, "kv": full / point.rows}
 
 
-def measure(point: Point, params: Any) -> dict[str, Any]:
+def measure(point: Point, block: Future, params: Any) -> dict[str, Any]:
     row = dataclasses.asdict(point) | {"bytes_a_row": bytes_of_a_row(point)}
     needed, there = memory(point)
     weights = num_bytes(param_shapes(point.config))
@@ -65,16 +75,21 @@ def measure(point: Point, params: Any) -> dict[str, Any]:
     if needed > SPARE * there:
         return row | {"absent": reason}
     try:
-        return row | time_blocks(point, params)
+        return row | time_blocks(point, block.result(), params)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return row | {"absent": f"{reason}, and a step's own arrays"}
 
 
-def time_blocks(point: Point, params: Any) -> dict[str, Any]:
-    model, state = make_model(point.config), make_state(point)
-    block = block_of("fused").lower(model, params, state).compile()
+def begin_compiling(point: Point, pool: ThreadPoolExecutor) -> Future:
+    shapes = param_shapes(point.config), state_shapes(point)
+    lowered = block_of("fused").lower(make_model(point.config), *shapes)
+    return pool.submit(lowered.compile)
+
+
+def time_blocks(point: Point, block: Any, params: Any) -> dict[str, Any]:
+    state = make_state(point)
 
     def run() -> float:
         nonlocal state
@@ -112,15 +127,20 @@ def main(
     )
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    params = random_of(param_shapes(MODELS[model]), 0)
     points = [
         Point(model, N, drafts, dtype, scheme)
         for dtype in ("float32", "bfloat16")
         for N in rows
         for drafts, scheme in SCHEMES
     ]
-    for point in track(points, description="schemes", console=console):
-        result["rows"].append(measure(point, params))
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        blocks = [
+            begin_compiling(point, pool)
+            for point in track(points, description="compile", console=console)
+        ]
+    params = random_of(param_shapes(MODELS[model]), 0)
+    for point, block in zip(points, blocks, strict=True):
+        result["rows"].append(measure(point, block, params))
         (folder / "schemes.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(table(result["rows"]))
 

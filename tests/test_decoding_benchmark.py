@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,6 +39,25 @@ def test_blocks_of_a_model_give_the_tokens_they_are_timed_for(drafts, small_mode
         _, emitted = block(models.Model(config), params, geometries.make_state(point))
         wanted = point.tokens_a_step * geometries.STEPS
         assert np.abs(np.asarray(emitted.num_tokens) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_so_do_blocks_of_replay(drafts, small_model):
+    """Whose rows begin with records, each as many as its turn says."""
+    geometries, _, config = small_model
+    schemes = importlib.import_module("schemes")
+    point = geometries.Point("small", 20, drafts, "float32", "replay")
+    with ThreadPoolExecutor(1) as pool:
+        block = schemes.begin_compiling(point, pool).result()
+    params = geometries.random_of(geometries.param_shapes(config), 0)
+    state = geometries.make_state(point)
+    records = state.model.layers[0].recurrent
+    assert set(records.committed.tolist()) == set(range(16))
+    assert np.all(np.asarray(records.log_decay) <= 0)
+    state, emitted = block(params, state)
+    wanted = point.tokens_a_step * geometries.STEPS
+    assert np.abs(np.asarray(emitted.num_tokens) - wanted).max() <= 1
+    assert np.isfinite(state.model.layers[0].recurrent.checkpoint).all()
 
 
 def test_the_least_bytes_of_a_step(small_model):
