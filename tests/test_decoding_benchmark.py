@@ -42,10 +42,11 @@ def test_blocks_of_a_model_give_the_tokens_they_are_timed_for(drafts, small_mode
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_so_do_blocks_of_replay(drafts, small_model):
+def test_so_do_blocks_of_replay(drafts, small_model, monkeypatch):
     """Whose rows begin with records, each as many as its turn says."""
     geometries, _, config = small_model
     schemes = importlib.import_module("schemes")
+    monkeypatch.setattr(schemes, "make_model", models.Model)
     point = geometries.Point("small", 20, drafts, "float32", "replay")
     with ThreadPoolExecutor(1) as pool:
         block = schemes.begin_compiling(point, pool).result()
