@@ -30,6 +30,13 @@ def compiled(N, T, dtype, *, window=16, act="bfloat16", packed=False):
     return state, aot.compile_for_h200(step, state, tokens, tables, donate_argnums=0)
 
 
+def prepared_bytes(T, R=16):
+    """Of a row, what the first kernel leaves to the second; keys are bfloat16."""
+    W = max(8, 2 * T)
+    of_key_head, of_value_head = 2 * R * K + 4 * R * W, 4 * (R + 1 + 2 * W + W * W)
+    return 4 * 6 + H * of_key_head + HV * of_value_head
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [1, 4, 8])
 def test_a_step_of_dense_rows_is_two_launches_in_place_without_spills(T, dtype):
@@ -39,7 +46,7 @@ def test_a_step_of_dense_rows_is_two_launches_in_place_without_spills(T, dtype):
     assert not any(aot.copies(found, each) for each in state)
     whole = sum(x.size * x.dtype.itemsize for x in state)
     assert found.alias_bytes == whole
-    assert found.temp_bytes < 32 * 128 * 1024  # what the first kernel prepares for rows
+    assert found.temp_bytes < 32 * prepared_bytes(T) + 4096  # which are aligned
     assert found.resources()["spills"] == 0
 
 

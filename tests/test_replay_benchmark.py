@@ -21,7 +21,7 @@ SMALL = dict(H=1, HV=6, K=16, V=16)
 def test_its_steps_agree_and_fold(N, T, accepts, monkeypatch):
     """Also of as many tokens as value heads."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    replay, update = map(importlib.import_module, ("replay", "update"))
+    replay, update = map(importlib.import_module, ("replay_steps", "update"))
     for module in (replay, update):
         monkeypatch.setattr(module, "L2_BYTES", 2**12)
     problem = replay.Problem(N, T, "float32", accepts, **SMALL)
