@@ -169,11 +169,11 @@ def measure(dtypes: tuple[str, ...], steps: int, way: str) -> list[dict[str, Any
 
 
 def pieces(steps: int) -> list[int]:
-    """Powers of two that add up to it, none above 1024."""
+    """A few lengths that add up to it."""
     found = []
-    while steps:
-        found.append(min(1 << (steps.bit_length() - 1), 1024))
-        steps -= found[-1]
+    for length in (512, 64, 8, 1):
+        count, steps = divmod(steps, length)
+        found += count * [length]
     return found
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from gdn_jax import ReplayConfig, ReplayState
 
 STEPS = 64  # of each row that are timed: every row folds a few times
 SETS = 8  # of tokens, which take turns
-CHECKED_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +96,37 @@ def make_tables(problem: Problem) -> jax.Array:
     return slots.reshape(problem.groups, problem.N)
 
 
+class Inputs(NamedTuple):
+    """Of steps; `sets` and `tables` take turns."""
+
+    state: ReplayState
+    tables: jax.Array  # [groups, N]
+    sets: list[tuple[jax.Array, ...]]
+    accepted: jax.Array  # [steps, N]
+
+    def first(self, rows: int) -> "Inputs":
+        """The first rows of the first group, and no slots but theirs."""
+        sets = [
+            tuple(x[:rows] if x.ndim > 1 else x for x in tokens) for tokens in self.sets
+        ]
+        state = slots_of(self.state, rows)
+        return Inputs(state, self.tables[:1, :rows], sets, self.accepted[:, :rows])
+
+
+def slots_of(state: ReplayState, count: int) -> ReplayState:
+    """The first ones, in memory of their own."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf[:count]), state)
+
+
+def make_inputs(problem: Problem) -> Inputs:
+    made = make_state(problem), make_tables(problem), make_tokens(problem)
+    return Inputs(*made, jnp.asarray(make_accepted(problem)))
+
+
 Step = Callable[..., tuple[ReplayState, jax.Array]]
 
 
+@functools.cache
 def make_step(**options: Any) -> Any:
     step = functools.partial(gdn_jax.replay_update, **options)
     return jax.jit(step, donate_argnums=0)
@@ -120,20 +147,13 @@ def compile_step(problem: Problem, config: ReplayConfig | None) -> Step:
     return step.lower(state, *tokens, slots=rows, num_accepted=rows).compile()
 
 
-def checked(problem: Problem) -> Problem:
-    """Small enough for the reference, and each step on the slots of the last."""
-    return dataclasses.replace(problem, N=CHECKED_ROWS, turns=1)
-
-
-def steps_of(
-    problem: Problem, step: Step, state: ReplayState | None = None
-) -> Iterator[tuple[ReplayState, Any]]:
-    """(state, out) after each step, from `make_state`'s or another state."""
-    tables, sets = list(make_tables(problem)), make_tokens(problem)
-    state = make_state(problem) if state is None else state
-    accepted = [jnp.asarray(each) for each in make_accepted(problem)]
+def steps_of(inputs: Inputs, step: Step) -> Iterator[tuple[ReplayState, jax.Array]]:
+    """(state, out) after each step. Donates the inputs' state."""
+    tables, accepted = list(inputs.tables), list(inputs.accepted)
+    state = inputs.state
     for i in itertools.count():
-        turn, group = divmod(i, problem.groups)
+        turn, group = divmod(i, len(tables))
+        tokens = inputs.sets[(turn + group) % len(inputs.sets)]
         tables_of = dict(slots=tables[group], num_accepted=accepted[turn % STEPS])
-        state, out = step(state, *sets[i % SETS], **tables_of)
+        state, out = step(state, *tokens, **tables_of)
         yield state, out

@@ -27,7 +27,10 @@ def test_its_steps_agree_and_fold(N, T, accepts, monkeypatch):
     problem = replay.Problem(N, T, "float32", accepts, **SMALL)
     ours, wanted = (
         itertools.islice(
-            replay.steps_of(problem, replay.make_step(implementation=name)), 40
+            replay.steps_of(
+                replay.make_inputs(problem), replay.make_step(implementation=name)
+            ),
+            40,
         )
         for name in ("xla", "reference")
     )
