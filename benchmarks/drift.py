@@ -140,7 +140,10 @@ def measure(dtypes: tuple[str, ...], steps: int, way: str) -> list[dict[str, Any
             if name == "in place":
                 states[dtype, name] = jnp.copy(begin)
             elif name != "replay, 3 parts" or dtype == "float32":
-                states[dtype, name] = ReplayState.from_dense(begin, num_key_heads=H)
+                # a copy each, since steps are given their state to keep
+                states[dtype, name] = ReplayState.from_dense(
+                    jnp.copy(begin), num_key_heads=H
+                )
     with jax.enable_x64(True):
         exact = {dtype: pool.astype(dtype).astype(jnp.float64) for dtype in dtypes}
     rows, done = [], 0

@@ -1,4 +1,4 @@
-"""Replay, beside states that are written: python benchmarks/replay.py [--tune]
+"""Replay, beside states that are written: python benchmarks/replay.py [--tune meet]
 
 Steps of `replay_update` one after another, each row at its own place of its ring: what
 is told is the mean of a step, folds included. Beside it peers that do the same, and
@@ -7,6 +7,7 @@ and a copy.
 """
 
 import dataclasses
+import enum
 import functools
 import itertools
 import json
@@ -59,15 +60,29 @@ INPUTS = (
     "all, or one; rings begin anywhere (the peers' at their first column), with 0 to "
     "R - T records that are committed, and T pending"
 )
-LAUNCHES = [
-    *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
-    *itertools.product((16,), (128,), (4, 8), (1,), (3,)),
-    (32, 32, 4, 1, 2),
-    (32, 64, 4, 2, 2),
-]
-# the second kernel's launches, then the first's: one's time is not the other's
-CONFIGS = [ReplayConfig(*launch) for launch in LAUNCHES]
-CONFIGS += [ReplayConfig(prepare_k=size) for size in (16, 32, 64)]
+TUNED = {
+    "meet": [
+        *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
+        *itertools.product((16,), (128,), (4, 8), (1,), (3,)),
+        (32, 32, 4, 1, 2),
+        (32, 64, 4, 2, 2),
+    ],
+    "prepare": [*itertools.product((64, 128), (1, 2)), (16, 1), (32, 1), (128, 4)],
+}
+
+
+class Kernel(enum.StrEnum):
+    """Each of the two is tuned by itself: one's time is not the other's."""
+
+    meet = enum.auto()
+    prepare = enum.auto()
+
+    def configs(self) -> list[ReplayConfig]:
+        launches = TUNED[self]
+        if self is Kernel.meet:
+            return [ReplayConfig(*launch) for launch in launches]
+        names = "prepare_k", "prepare_warps"
+        return [ReplayConfig(**dict(zip(names, x, strict=True))) for x in launches]
 
 
 def check(problem: Problem, step: Step) -> dict[str, float]:
@@ -225,19 +240,19 @@ def others(problem: Problem) -> list[dict[str, Any]]:
 
 
 def main(
-    tune: bool = False,
+    tune: Kernel | None = None,
     quick: bool = False,
     alone: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """tune: the launches of CONFIGS. quick: the largest N alone. alone: no peers."""
+    """tune: a kernel's launches in TUNED. quick: the largest N. alone: no peers."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
     result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    name = "replay_tune" if tune else "replay_quick" if quick else "replay"
+    name = f"replay_tune_{tune}" if tune else "replay_quick" if quick else "replay"
     path = folder / f"{name}.json"
     verify = [(N, T) for T in (4, 8) for N in ((128,) if quick else (8, 64, 128))]
     plain = [(N, 1) for N in ((256,) if quick else (8, 64, 256))]
@@ -252,7 +267,7 @@ def main(
             for dtype in ("float32", "bfloat16")
             for accepts in ACCEPTS[1:]
         ]
-    configs = CONFIGS if tune else [None]
+    configs = tune.configs() if tune else [None]
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = begin_compiling(problems, configs, pool)
     for problem in track(problems, description="replay", console=console):

@@ -115,7 +115,7 @@ class ReplayConfig:
     num_warps: int = 1
     num_stages: int = 3
     parts: int = 2
-    prepare_k: int = 16
+    prepare_k: int = 128
     prepare_warps: int = 1
 
     def __post_init__(self):
@@ -150,11 +150,12 @@ class ReplayConfig:
 def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
     """For rows of at most so many tokens, and keys and states of these dtypes.
 
-    What spills no registers, compiled for an H200 with K = V = 128 and HV = 2 H; of
-    float32 keys and more than 16 tokens everything spills some. With up to 8 tokens a
-    program is one warp, which waits for no other, and blocks are narrow, so that many
-    programs fit a multiprocessor. A 16-bit state leaves room there for wider ones, and
-    for one more stage.
+    What benchmarks/replay.py found fastest on an H200 with K = V = 128 and HV = 2 H, of
+    what spills no registers; of float32 keys and more than 16 tokens everything spills
+    some. With up to 8 tokens a program is one warp, which waits for no other. Blocks
+    are narrow, so that many programs fit a multiprocessor, where a state of 16 bits
+    leaves room for wider ones and one more stage. The first kernel waits for memory
+    alone: it asks for all of K at once.
     """
     wide = functools.partial(ReplayConfig, num_warps=4, num_stages=1)
     if jnp.dtype(keys).itemsize > 2:
@@ -162,12 +163,13 @@ def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
     if tokens > 16:
         return wide(16, 32, 8, prepare_k=32, prepare_warps=8)
     if tokens > 8:
-        return wide(32, 32, 4, prepare_warps=4)
-    prepare_k = 128 if 1 < tokens <= 4 else 16
-    one = functools.partial(ReplayConfig, prepare_k=prepare_k)
-    if jnp.dtype(state).itemsize == 2:
-        return one(16, 128, 8) if tokens == 1 else one(16, 64, 4)
-    return one(16, 32, 8) if tokens > 4 else one(16, 32, 4, num_stages=2)
+        return wide(32, 32, 4, prepare_k=16, prepare_warps=4)
+    narrow = jnp.dtype(state).itemsize > 2
+    if tokens > 4:
+        return ReplayConfig(16, 32, 8) if narrow else ReplayConfig(32, 64, 4, 2, 2)
+    if tokens > 1:
+        return ReplayConfig(16, 32, 4, 1, 2) if narrow else ReplayConfig(16, 64, 4)
+    return ReplayConfig(32, 64, 4, 2, 2) if narrow else ReplayConfig(16, 64, 8)
 
 
 Walk = Literal["one", "few", "any"]
