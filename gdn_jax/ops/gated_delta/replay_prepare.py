@@ -79,10 +79,8 @@ class _Group(NamedTuple):
     ) -> "_Group":
         (H, K), HV, slot = x.k.shape[1:], x.v.shape[1], turn.rows.read
         columns = Columns.of(x, turn.rows.number, options)
-        rows = columns  # as many as a product must have
-        if columns.step.size < MIN_DOT:
-            rows = Columns.of(x, turn.rows.number, options, padded=MIN_DOT)
         R, W = x.state.window, columns.step.size
+        times = max(1, MIN_DOT // W)  # each column, for a product has that many rows
         record, member = indices(R), indices(pl.next_power_of_2(HV // H))
         heads, valid = key * np.int32(HV // H) + member, member < HV // H
         inner = jnp.minimum(heads, np.int32(HV - 1))[:, None]
@@ -93,12 +91,10 @@ class _Group(NamedTuple):
         products, met = jnp.zeros((W, W), jnp.float32), jnp.zeros((R, W), jnp.float32)
         for k, in_k in blocks_of(K, config.prepare_k):
             old = load(x.state.k, (record, k), (None, in_k), slot, key)
-            own = in_rows = cut_keys(columns.load(x, key, k, in_k))
-            if rows is not columns:
-                in_rows = cut_keys(rows.load(x, key, k, in_k))
-            product = dot(in_rows, own, trans_y=True)
-            # behind the columns' own rows there are zeros
-            products += jnp.sum(product.reshape(-1, W, W), axis=0)
+            own = cut_keys(columns.load(x, key, k, in_k))
+            rows = tuple(repeated(part, times) for part in own)
+            product = dot(rows, own, trans_y=True).reshape(times, W, W)
+            products += jnp.sum(product, axis=0) * np.float32(1 / times)
             met += dot(cut_keys(old), own, trans_y=True)
         scale = jnp.ones(W, jnp.float32)
         if options.qk_l2norm:
@@ -204,6 +200,13 @@ class _Group(NamedTuple):
         mask = both(self.valid, columns.keys, shape=self.log_decay.shape)
         at = log_decay_ref.at[slot, self.heads[:, None], new[None, :]]
         _triton.store(at, self.log_decay, mask=mask)
+
+
+def repeated(x: Array, times: int) -> Array:
+    """[W K], as often one after another."""
+    if times == 1:
+        return x
+    return jnp.broadcast_to(x[None], (times, *x.shape)).reshape(-1, x.shape[1])
 
 
 def gates(x: Any, token: Array, head: Array, valid: Array, options: Options):
