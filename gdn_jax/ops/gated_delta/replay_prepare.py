@@ -99,7 +99,7 @@ class _Group(NamedTuple):
         scale = jnp.ones(W, jnp.float32)
         if options.qk_l2norm:
             diagonal = indices(W)[:, None] == indices(W)[None, :]
-            squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=1)
+            squares = jnp.sum(jnp.where(diagonal, products, 0.0), axis=0)
             scale = lax.rsqrt(squares + rule.EPSILON)
         own, of_records = (log_decay, beta), (old_scale, old_decay)
         found = products, scale, met
@@ -125,8 +125,7 @@ class _Group(NamedTuple):
         at = prepared.met.at[number, self.key, record[:, None], indices(W)[None, :]]
         _triton.store(at, jnp.where(stands[:, None], self.met, 0.0))
         log_decay = jnp.where(stands[None, :], self.old_decay, 0.0)
-        later = place[None, :] > place[:, None]
-        after = jnp.sum(jnp.where(later[None], log_decay[:, None, :], 0.0), axis=2)
+        after = sums(place[:, None] > place[None, :], log_decay)
         weight = jnp.exp(after) * self.old_scale[None, :]
         weight = jnp.where(stands[None, :], weight, 0.0)
         left = jnp.exp(jnp.sum(log_decay, axis=1))
@@ -139,13 +138,12 @@ class _Group(NamedTuple):
         writes, step = self.columns.writes, self.columns.step
         place, number = indices(step.size), turn.rows.number
         scale = self.scale * jnp.where(writes, 1.0, np.float32(options.scale))
-        upto = writes[None, :] & (step[None, :] <= step[:, None])
-        coarse, fine = (
-            jnp.sum(jnp.where(upto[None], part[:, None, :], 0.0), axis=2)
-            for part in rule.coarse_and_fine(self.log_decay)
-        )
+        upto = writes[:, None] & (step[:, None] <= step[None, :])
+        parts = rule.coarse_and_fine(self.log_decay)
+        coarse, fine = (sums(upto, part) for part in parts)
         between = coarse[:, :, None] - coarse[:, None, :]
         between += fine[:, :, None] - fine[:, None, :]
+        upto = writes[None, :] & (step[None, :] <= step[:, None])
         earlier = upto & ~(writes[:, None] & (step[None, :] == step[:, None]))
         weight = jnp.where(writes[None, :], self.beta, -1.0) * scale[None, :]
         A = jnp.exp(jnp.where(earlier[None], between, -jnp.inf))
@@ -159,9 +157,13 @@ class _Group(NamedTuple):
             return inverse - of_j[:, :, None] * row[:, None, :]
 
         inverse = jnp.where(place[:, None] == place[None, :], np.float32(1), 0.0)
-        inverse = jnp.broadcast_to(inverse[None], A.shape)
-        steps = np.int32(options.tokens_per_row or step.size // 2)
-        inverse = lax.fori_loop(np.int32(0), steps, eliminate, inverse)
+        steps = options.tokens_per_row or step.size // 2
+        if steps == 1:
+            inverse = inverse[None] - A
+        else:
+            inverse = jnp.broadcast_to(inverse[None], A.shape)
+            first, last = np.int32(0), np.int32(steps)
+            inverse = lax.fori_loop(first, last, eliminate, inverse)
         self.store(prepared.inverse, number, inverse, place, place)
         v_factor = jnp.where(writes[None, :], self.beta, 0.0)
         self.store(prepared.v_factor, number, v_factor, place)
@@ -200,6 +202,12 @@ class _Group(NamedTuple):
         mask = both(self.valid, columns.keys, shape=self.log_decay.shape)
         at = log_decay_ref.at[slot, self.heads[:, None], new[None, :]]
         _triton.store(at, self.log_decay, mask=mask)
+
+
+def sums(counts: Array, x: Array) -> Array:
+    """[G C] of x [G B]: of each c those b that `counts` [B C]. What is summed over
+    comes first, where a lane has all of it."""
+    return jnp.sum(jnp.where(counts[:, None, :], x.T[:, :, None], 0.0), axis=0)
 
 
 def repeated(x: Array, times: int) -> Array:
