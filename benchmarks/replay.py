@@ -60,6 +60,8 @@ INPUTS = (
     "all, or one; rings begin anywhere (the peers' at their first column), with 0 to "
     "R - T records that are committed, and T pending"
 )
+CROSSOVER_TOKENS = 1, 2, 4
+CROSSOVER_ROWS = 1, 2, 4, 8, 16, 32, 64
 TUNED = {
     "meet": [
         *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
@@ -228,12 +230,15 @@ def measure_peer(
         return row | {"absent": f"failed: {type(error).__name__}: {error}"[:400]}
 
 
-def others(problem: Problem) -> list[dict[str, Any]]:
-    """What writes states; a median, since all steps are alike."""
+def others(problem: Problem, alone: bool) -> list[dict[str, Any]]:
+    """What writes states, ours alone or the peers' too; a median, since all steps are
+    alike."""
     suite = update.suite("decode" if problem.T == 1 else "verify")
     inputs = suite.make_inputs(problem.others)
     expected = suite.expect(problem.others, inputs)
-    names = "copy", "triton", *suite.peers(problem.others)
+    names = ["triton"]
+    if not alone:
+        names = ["copy", *names, *suite.peers(problem.others)]
     return [
         time_contender(suite, name, problem.others, inputs, expected) for name in names
     ]
@@ -241,19 +246,22 @@ def others(problem: Problem) -> list[dict[str, Any]]:
 
 def main(
     tune: Kernel | None = None,
+    crossover: bool = False,
     quick: bool = False,
     alone: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """tune: a kernel's launches in TUNED. quick: the largest N. alone: no peers."""
+    """tune: a kernel's launches in TUNED. crossover: few rows, beside `fused_update`
+    alone. quick: the largest N. alone: no peers."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
     result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"replay_tune_{tune}" if tune else "replay_quick" if quick else "replay"
-    path = folder / f"{name}.json"
+    modes = {f"_tune_{tune}": tune, "_crossover": crossover, "_quick": quick, "": True}
+    mode = next(mode for mode, wanted in modes.items() if wanted)
+    path = folder / f"replay{mode}.json"
     verify = [(N, T) for T in (4, 8) for N in ((128,) if quick else (8, 64, 128))]
     plain = [(N, 1) for N in ((256,) if quick else (8, 64, 256))]
     problems = [
@@ -261,7 +269,12 @@ def main(
         for dtype in ("float32", "bfloat16")
         for N, T in (*verify, *plain)
     ]
-    if not quick:
+    if crossover:
+        sizes = itertools.product(
+            ("float32", "bfloat16"), CROSSOVER_TOKENS, CROSSOVER_ROWS
+        )
+        problems = [Problem(N, T, dtype) for dtype, T, N in sizes]
+    elif not quick:
         problems += [
             Problem(128, 4, dtype, accepts)
             for dtype in ("float32", "bfloat16")
@@ -272,11 +285,13 @@ def main(
         compiled = begin_compiling(problems, configs, pool)
     for problem in track(problems, description="replay", console=console):
         rows = [measure(problem, config, compiled) for config in configs]
-        if not (tune or alone):
+        if crossover:
+            rows += others(problem, alone=True)
+        elif not (tune or alone):
             same = replay_peers.DECODE if problem.T == 1 else replay_peers.VERIFY
             rows += [measure_peer(problem, *peer) for peer in same.items()]
-        if not (tune or alone) and problem.accepts == "uniform":
-            rows += others(problem)
+            if problem.accepts == "uniform":
+                rows += others(problem, alone=False)
         console.print(table(problem, rows))
         result["rows"] += rows
         path.write_text(json.dumps(result, indent=1) + "\n")
