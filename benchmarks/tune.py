@@ -142,7 +142,8 @@ def main(suite: list[str] | None = None, out: pathlib.Path = FOLDER) -> None:
     name = f"{header['device'].lower().replace(' ', '_')}.json"
     path = out / name
     old = FOLDER / name
-    runs = json.loads(old.read_text())["runs"] if old.is_file() else []
+    kept = json.loads(old.read_text()) if old.is_file() else {"runs": []}
+    runs = kept["runs"]
     for chosen in suite or SUITES:
         table = []
         problems = SUITES[chosen]
@@ -153,7 +154,7 @@ def main(suite: list[str] | None = None, out: pathlib.Path = FOLDER) -> None:
                 common.console.print(problem.N, problem.state_dtype, row["us"], row)
         runs = [run for run in runs if run["suite"] != chosen]
         runs.append({"suite": chosen} | header | {"rows": table})
-        path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        path.write_text(json.dumps(kept | {"runs": runs}, indent=1) + "\n")
     common.console.print(f"wrote {path}")
 
 

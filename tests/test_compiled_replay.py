@@ -10,7 +10,16 @@ from gdn_jax import ReplayState, replay_update
 P, H, HV, K, V = 40, 16, 32, 128, 128
 
 
-def compiled(N, T, dtype, *, window=16, act="bfloat16", packed=False):
+def compiled(
+    N,
+    T,
+    dtype,
+    *,
+    window=16,
+    act="bfloat16",
+    packed=False,
+    implementation="triton",
+):
     def array(*shape, dtype=act):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
@@ -25,7 +34,8 @@ def compiled(N, T, dtype, *, window=16, act="bfloat16", packed=False):
         tables["cu_seqlens"] = array(N + 1, dtype="int32")
 
     def step(state, tokens, tables):
-        return replay_update(state, *tokens, **tables, implementation="triton")
+        options = tables | dict(implementation=implementation)
+        return replay_update(state, *tokens, **options)
 
     return state, aot.compile_for_h200(step, state, tokens, tables, donate_argnums=0)
 
@@ -52,7 +62,11 @@ def test_a_step_of_dense_rows_is_two_launches_in_place_without_spills(T, dtype):
 
 @pytest.mark.parametrize(
     "call",
-    [dict(packed=True), dict(packed=True, window=32), dict(act="float32")],
+    [
+        dict(packed=True, implementation=None),
+        dict(packed=True, window=32),
+        dict(act="float32"),
+    ],
     ids=str,
 )
 def test_no_other_call_copies_states_or_spills(call):

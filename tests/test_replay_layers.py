@@ -1,5 +1,6 @@
 """Replay in a layer, a model and an engine: what the other ways of decoding give."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 import gdn_jax
-from gdn_jax import ReplayState, models, testing
+from gdn_jax import ReplayState, _triton, models, testing
+from gdn_jax.generation import sizes
 from gdn_jax.nn import GatedDeltaNet
+from gdn_jax.ops.gated_delta import tuning
 
 D, N, DRAFTS = 48, 3, 3
 LAYER = GatedDeltaNet(D, 2, 4, 16, 16)
@@ -196,6 +199,43 @@ def test_an_engine_writes_the_texts_of_plain_decoding(drafts):
     options = dict(max_tokens=2000, stop=(), num_rows=2, speculative=drafts)
     texts = gdn_jax.generate(*small(), PROMPTS, decode="replay", **options)
     assert texts == plain_texts()
+
+
+@pytest.mark.parametrize(
+    ("rows", "drafts", "dtype", "decode"),
+    [
+        (1, 0, "float32", "in_place"),
+        (3, 0, "float32", "replay"),
+        (1, 1, "float32", "checkpoints"),
+        (1, 3, "float32", "replay"),
+        (1, 8, "float32", "replay"),
+        (3, 0, "bfloat16", "in_place"),
+        (3, 0, "float16", "in_place"),
+        (3, 3, "float16", "replay"),
+    ],
+)
+def test_an_engine_decodes_by_what_was_measured(
+    rows, drafts, dtype, decode, monkeypatch
+):
+    model, _ = small()
+    heads = model.config.linear_num_value_heads
+    rows_of = [(1, "float32", 2), (4, "float32", 1), (3, "bfloat16", 2)]
+    measured = tuple(
+        tuning.Crossover(tokens, name, count * heads, "")
+        for tokens, name, count in rows_of
+    )
+    monkeypatch.setattr(tuning, "crossovers", lambda kind: measured)
+
+    def chosen(model):
+        options = dict(recurrent_dtype=dtype, decode=None, speculative=drafts)
+        options |= dict(num_positions=64, steps_per_call=1, prefill_tokens=16)
+        return sizes.check_sizes(model, num_rows=rows, max_stop=1, **options).decode
+
+    otherwise = "checkpoints" if drafts else "in_place"
+    assert chosen(model) == otherwise  # no kernel runs on a CPU
+    monkeypatch.setattr(_triton, "device_kind", lambda arrays: "NVIDIA H200")
+    assert chosen(model) == decode
+    assert chosen(dataclasses.replace(model, implementation="xla")) == otherwise
 
 
 def test_an_engine_that_replays_is_saved_and_goes_on(tmp_path):

@@ -8,9 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gdn_jax import _triton
 from gdn_jax.models.model import Model
 from gdn_jax.nn import arguments
 from gdn_jax.ops import checks
+from gdn_jax.ops.gated_delta import tuning
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
 CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")  # of Linux; bytes
@@ -58,8 +60,21 @@ def check_sizes(
     # A longer block would run no further, and take memory for what it might write.
     sizes["steps_per_call"] = min(sizes["steps_per_call"], sizes["num_positions"])
     if decode is None:
-        decode = "checkpoints" if drafts else "in_place"
+        decode = _fastest(model, sizes["num_rows"], drafts, dtype)
     return Sizes(speculative=drafts, recurrent_dtype=dtype.name, decode=decode, **sizes)
+
+
+def _fastest(model: Model, rows: int, drafts: int, dtype: Any) -> str:
+    """Replay where the kernels run and it was measured to be faster for so many."""
+    try:
+        device_kind = _triton.device_kind(())
+    except NotImplementedError:
+        device_kind = ""
+    heads = rows * model.config.linear_num_value_heads
+    kernels = model.implementation in (None, "triton")
+    if kernels and tuning.replay_pays(device_kind, 1 + drafts, dtype, heads):
+        return "replay"
+    return "checkpoints" if drafts else "in_place"
 
 
 def integer(name: str, x: Any) -> int:

@@ -74,11 +74,9 @@ def replay_update(
         them; where none is pending any number. None: all stand.
       has_state: [N] bool; False: the row starts from zeros, whatever its slot holds.
       config: a `ReplayConfig`, the kernels' launch.
-      null_slot, scale, qk_l2norm, out_dtype: as in `fused_update`.
+      null_slot, scale, qk_l2norm, out_dtype, implementation: as in `fused_update`.
       softplus_beta, softplus_threshold: as in `fused_update`.
       allow_neg_eigval, gate_lower_bound: as in `fused_update`.
-      implementation: as in `fused_update`, but that None is "xla": the kernel has not
-        been measured on a GPU yet.
 
     Null rule: a row is null if its slot is, if it has no tokens or more than R, or if
     something is pending and num_accepted is outside 1 to that. It reads nothing, writes
@@ -142,9 +140,7 @@ def replay_update(
     )
     varying = jax.tree.map(lambda y: _triton.varying_like(y, x), x.state)
     x = x._replace(state=varying)
-    # no kernel is chosen by itself before benchmarks/results has its figures
-    chosen = implementation or "xla"
-    new, out = _dispatch.run(_paths(x, options, config), chosen)
+    new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
 
 

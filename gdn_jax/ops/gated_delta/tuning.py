@@ -200,20 +200,54 @@ class Tuned:
     reason: str
 
 
-@functools.cache
-def table(device_kind: str) -> tuple[Tuned, ...]:
-    """What benchmarks/tune.py measured on a device; nothing where it never ran."""
+@dataclasses.dataclass(frozen=True)
+class Crossover:
+    """From so many rows times value heads on, `replay_update` was faster than
+    `fused_update`, which writes a state for each of a row's `tokens`."""
+
+    tokens: int
+    state_dtype: str
+    heads: int
+    reason: str
+
+
+def _read(device_kind: str) -> dict[str, Any]:
     name = device_kind.lower().replace(" ", "_")
     file = (
         importlib.resources.files("gdn_jax.ops.gated_delta") / "tuned" / f"{name}.json"
     )
-    if not file.is_file():
-        return ()
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+@functools.cache
+def table(device_kind: str) -> tuple[Tuned, ...]:
+    """What benchmarks/tune.py measured on a device; nothing where it never ran."""
     return tuple(
         Tuned(**row | {"config": LaunchConfig(**row["config"])})
-        for run in json.loads(file.read_text())["runs"]
+        for run in _read(device_kind).get("runs", ())
         for row in run["rows"]
     )
+
+
+@functools.cache
+def crossovers(device_kind: str) -> tuple[Crossover, ...]:
+    """What benchmarks/replay.py --crossover measured."""
+    return tuple(
+        Crossover(**row) for row in _read(device_kind).get("replay", {}).get("rows", ())
+    )
+
+
+def replay_pays(device_kind: str, tokens: int, state_dtype: Any, heads: int) -> bool:
+    """Whether replay was faster, by the row of the most tokens that are not more: the
+    more tokens, the sooner it is. Not where nothing was measured."""
+    name = np.dtype(state_dtype).name
+    name = "bfloat16" if name == "float16" else name
+    rows = [
+        row
+        for row in crossovers(device_kind)
+        if row.state_dtype == name and row.tokens <= tokens
+    ]
+    return bool(rows) and heads >= max(rows, key=lambda row: row.tokens).heads
 
 
 def find_config(
