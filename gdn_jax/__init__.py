@@ -6,6 +6,7 @@ fused_update                one kernel: gates, norms, delta rule, read-out
 chunk_update                the same in chunks: prefill and training
 gates, recurrent_update     the same in two launches, for gates of your own
 causal_conv1d, ConvState    the convolution before it, and its state in slots
+fused_layer_step            convolution, rule and norm of a step in one launch
 gated_rms_norm              the norm behind it, with its output gate
 grouped_dot                 rows by their groups' weights: a mixture of experts
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
     from gdn_jax.ops.grouped_dot.api import grouped_dot as grouped_dot
     from gdn_jax.ops.grouped_dot.tuning import GroupedDotConfig as GroupedDotConfig
+    from gdn_jax.ops.layer_step.api import fused_layer_step as fused_layer_step
     from gdn_jax.pool import SlotPool as SlotPool
     from gdn_jax.pool import copy_slots as copy_slots
 
@@ -58,6 +60,7 @@ _MODULES = {
     "causal_conv1d": "ops.causal_conv1d.api",
     "chunk_update": "ops.gated_delta.chunk_api",
     "copy_slots": "pool",
+    "fused_layer_step": "ops.layer_step.api",
     "fused_update": "ops.gated_delta.api",
     "gated_rms_norm": "ops.gated_rms_norm.api",
     "gates": "ops.gated_delta.unfused",
@@ -80,6 +83,7 @@ __all__ = [
     "causal_conv1d",
     "chunk_update",
     "copy_slots",
+    "fused_layer_step",
     "fused_update",
     "gated_rms_norm",
     "gates",

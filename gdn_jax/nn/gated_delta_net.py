@@ -18,13 +18,13 @@ from gdn_jax.nn import arguments, initializers
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
 from gdn_jax.nn.state import GatedDeltaNetState, check_type, pools_of
-from gdn_jax.nn.tables import Tables, find_tables
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.few_rows.call import total
 from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
+from gdn_jax.ops.tables import Tables, find_tables
 
 
 class GatedDeltaNet(nn.Module):

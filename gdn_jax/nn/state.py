@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 from gdn_jax import _types as t
-from gdn_jax.nn.tables import Pools
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
+from gdn_jax.ops.tables import Pools
 
 
 class GatedDeltaNetState(NamedTuple):

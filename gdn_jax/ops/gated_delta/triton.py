@@ -62,7 +62,7 @@ def fused_update_kernel(
         length = jnp.where(is_row, row.length, 0)
         row = row._replace(length=length, live=row.live & is_row)
     tokens = Tokens.of(x, head, tiles[0], options, arithmetic)
-    store = _Store(x, new_ref, out_ref, head, row, options)
+    store = Store(x, new_ref, out_ref, head, row, options)
 
     # All loads before any work: what is in flight decides the speed.
     reads = row.live & row.keeps_state
@@ -71,7 +71,7 @@ def fused_update_kernel(
         _take_one_token(x, tiles, loaded, tokens, store)
     else:
         for tile, state in zip(tiles, loaded, strict=True):
-            _walk_tokens(x, tile, state, tokens, store)
+            walk_tokens(x, tile, state, tokens, store)
 
     if x.cu_seqlens is not None:
         groups = pl.cdiv(x.v.shape[2], config.block_v * config.tiles)
@@ -82,10 +82,10 @@ def fused_update_kernel(
             clear_unowned(x, new_ref, out_ref, program, config, options)
 
 
-def _take_one_token(x: Any, tiles, loaded, tokens: Tokens, store: "_Store") -> None:
+def _take_one_token(x: Any, tiles, loaded, tokens: Tokens, store: "Store") -> None:
     row = store.row
     keys, gates = tokens.load_keys(row.begin), tokens.load_gates(row.begin)
-    target = _load_target(x, row, np.int32(0))
+    target = store.target(np.int32(0))
     values = [tile.load_v(x.v, row.begin, store.head) for tile in tiles]
     # the sums of q and k while A_log, which no kernel read before, is on its way
     token = tokens.prepare(keys)
@@ -100,7 +100,7 @@ def _take_one_token(x: Any, tiles, loaded, tokens: Tokens, store: "_Store") -> N
         store.end(tile, state)
 
 
-def _walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "_Store") -> None:
+def walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "Store") -> None:
     """Loads a token while it works on the one before. A dead row takes no step."""
     row, last = store.row, np.int32(x.q.shape[0] - 1)
     # no registers to hold as many gates as k has values, or masks along K
@@ -113,7 +113,7 @@ def _walk_tokens(x: Any, tile: Tile, loaded, tokens: Tokens, store: "_Store") ->
         keys = tokens.load_keys(at)
         logits = tokens.load_gates(at) if alone else None
         v = tile.load_v(x.v, at, store.head)
-        return keys, logits, v, _load_target(x, row, step)
+        return keys, logits, v, store.target(step)
 
     def take(find_gates, step, carry):
         state, (keys, logits, v, target) = carry
@@ -192,14 +192,7 @@ def _members() -> Array:
     return jnp.arange(GROUP, dtype=jnp.int32)
 
 
-def _load_target(x: Any, row: Rows, step: Array | np.int32) -> Array | None:
-    """The slot named for the state after that step, where there is a table."""
-    if x.slots is None or len(x.slots.shape) == 1:
-        return None
-    return x.slots[row.number, jnp.minimum(step, np.int32(x.slots.shape[1] - 1))]
-
-
-class _Store(NamedTuple):
+class Store(NamedTuple):
     """Where a row's results go."""
 
     x: Any
@@ -208,6 +201,13 @@ class _Store(NamedTuple):
     head: Array
     row: Rows
     options: Options
+
+    def target(self, step: Array | np.int32) -> Array | None:
+        """The slot named for the state after that step, where there is a table."""
+        slots, row = self.x.slots, self.row
+        if slots is None or len(slots.shape) == 1:
+            return None
+        return slots[row.number, jnp.minimum(step, np.int32(slots.shape[1] - 1))]
 
     def token(
         self, tile: Tile, step, state, out: Array, target: Array | None, live

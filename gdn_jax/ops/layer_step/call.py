@@ -1,0 +1,148 @@
+"""One step of a layer in the form its kernel takes, and where its projections lie.
+
+Tokens are packed, as in gated_delta's call.py.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from gdn_jax import _types as t
+from gdn_jax.ops import batch
+from gdn_jax.ops.batch import Batch, Rows
+from gdn_jax.ops.causal_conv1d.call import ConvState
+from gdn_jax.ops.gated_delta.call import Options as RuleOptions
+
+LAYOUTS = "interleaved", "flat"
+
+
+class Projected(NamedTuple):
+    """What tokens are projected to [L ..]; an array may be given under two names."""
+
+    qkv: Array
+    z: Array
+    b: Array
+    a: Array
+
+
+class Weights(NamedTuple):
+    conv: t.Filter
+    A_log: t.PerHead
+    dt_bias: t.PerHead
+    norm: Array  # [V]
+
+
+class Inputs(NamedTuple):
+    conv: ConvState
+    recurrent: t.State
+    projected: Projected
+    weights: Weights
+    tables: Batch
+    conv_slots: Array | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.projected.z.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.tables.num_rows(self.recurrent.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """S, the tokens of a step that the ring has room for."""
+        return self.conv.buffer.shape[2] - self.weights.conv.shape[1] + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Which columns of the projections and which channels are a head's.
+
+    Interleaved, a key head has [q | k | v.. | z..] and [b.. | a..], its value heads one
+    after another; flat, all heads' q come first, then k, v and z, and b before a.
+    `apart`: z, b and a are arrays of their own.
+    """
+
+    H: int
+    HV: int
+    K: int
+    V: int
+    interleaved: bool
+    apart: bool
+
+    @property
+    def group(self) -> int:
+        return self.HV // self.H
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        return self.H * self.K, self.H * self.K, self.HV * self.V
+
+    def channels(self, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        """The first of q, k and v in the convolution's state."""
+        q = key * self.K
+        return q, self.H * self.K + q, 2 * self.H * self.K + value * self.V
+
+    def columns(self, key: Any, value: Any) -> tuple[tuple[Any, Any, Any], Any]:
+        """The first of q, k and v in `qkv`, and of z in `z`."""
+        if not self.interleaved:
+            z = value * self.V
+            return self.channels(key, value), z if self.apart else sum(self.split) + z
+        member, each = value - key * self.group, self.group * self.V
+        q = key * (2 * self.K + 2 * each)
+        v = q + 2 * self.K + member * self.V
+        return (q, q + self.K, v), v + each
+
+    def gates(self, key: Any, value: Any) -> tuple[Any, Any]:
+        """Of b and of a."""
+        if self.interleaved:
+            b = key * self.group + value
+            return b, b + self.group
+        return value, value if self.apart else self.HV + value
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static of a call."""
+
+    rule: RuleOptions
+    heads: Heads
+    eps: float
+    activation: str
+
+
+def find_rows(
+    x: Inputs, options: Options, number: Array | None = None
+) -> tuple[Rows, Rows]:
+    """(rows of the rule, of the convolution), of all or of that number; a row that is
+    null in one is null in both."""
+    if number is None:
+        number = jnp.arange(x.num_rows, dtype=jnp.int32)
+    slots, rule = x.tables.slots, options.rule
+    table = slots is not None and len(slots.shape) == 2
+    rows = batch.find_rows(
+        x.tables,
+        number,
+        num_tokens=x.num_tokens,
+        num_slots=x.recurrent.shape[0],
+        tokens_per_row=rule.tokens_per_row,
+        columns=slots.shape[1] if table else 1,
+        null_slot=rule.null_slot,
+    )
+    null_slot, conv_slots = None, x.conv_slots
+    if conv_slots is not None:
+        own = conv_slots[number]
+    elif slots is None:
+        own = number
+    else:
+        null_slot = rule.null_slot
+        own = slots[number, 0] if table else slots[number]
+    num_slots = x.conv.start.shape[0]
+    live = rows.live & batch.is_live_slot(own, num_slots, null_slot)
+    if x.tables.num_accepted is not None:
+        live &= x.tables.num_accepted[number] <= x.columns
+    rows = rows._replace(live=live, keeps_state=rows.keeps_state & live)
+    return rows, rows._replace(read=jnp.where(live, own, 0))
