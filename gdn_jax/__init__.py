@@ -12,7 +12,7 @@ grouped_dot                 rows by their groups' weights: a mixture of experts
 SlotPool, copy_slots        who owns which slot of a pool; copies between slots
 replay_update, ReplayState  the same, with a state that is written once in many steps
 LaunchConfig, ChunkConfig,  a kernel's launch, to pin
-ConvConfig, ReplayConfig, GroupedDotConfig
+ConvConfig, ReplayConfig, GroupedDotConfig, LayerStepConfig
 testing                     cases, an oracle, tolerances, check_slots
 
 Each is imported once it is asked for: the first two need Flax, as gdn_jax.nn and
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gdn_jax.ops.grouped_dot.api import grouped_dot as grouped_dot
     from gdn_jax.ops.grouped_dot.tuning import GroupedDotConfig as GroupedDotConfig
     from gdn_jax.ops.layer_step.api import fused_layer_step as fused_layer_step
+    from gdn_jax.ops.layer_step.tuning import LayerStepConfig as LayerStepConfig
     from gdn_jax.pool import SlotPool as SlotPool
     from gdn_jax.pool import copy_slots as copy_slots
 
@@ -53,6 +54,7 @@ _MODULES = {
     "ConvState": "ops.causal_conv1d.call",
     "Engine": "generation.engine",
     "GroupedDotConfig": "ops.grouped_dot.tuning",
+    "LayerStepConfig": "ops.layer_step.tuning",
     "LaunchConfig": "ops.gated_delta.tuning",
     "ReplayConfig": "ops.gated_delta.tuning",
     "ReplayState": "ops.gated_delta.replay_state",
@@ -77,6 +79,7 @@ __all__ = [
     "Engine",
     "GroupedDotConfig",
     "LaunchConfig",
+    "LayerStepConfig",
     "ReplayConfig",
     "ReplayState",
     "SlotPool",

@@ -65,13 +65,14 @@ def walk_kernel(
     tile_of_v = Tile.of(x.state, tile, clearing)
     clear(new_ref, out_ref, row.begin, length, head, tile_of_v, options)
     if x.cu_seqlens is not None:
-        program = tile + np.int32(pl.cdiv(V, config.block_v)) * head
+        tiles = pl.cdiv(V, config.block_v)
+        program, programs = tile + np.int32(tiles) * head, tiles * x.v.shape[1]
         L = x.q.shape[0]
         surely_owned = ragged.surely_owned(x.cu_seqlens, L, L, 0)
 
         @pl.when(~is_row & ~surely_owned)
         def _():
-            clear_unowned(x, new_ref, out_ref, program, clearing, options)
+            clear_unowned(x, new_ref, out_ref, program, programs, clearing, options)
 
 
 def _advance(

@@ -26,13 +26,18 @@ def clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -
 
 
 def clear_unowned(
-    x: Any, new_ref, out_ref, program: Array, config: LaunchConfig, options: Options
+    x: Any,
+    new_ref,
+    out_ref,
+    program: Array,
+    programs: int,
+    config: LaunchConfig,
+    options: Options,
 ) -> None:
     """Clears the tokens that `cu_seqlens` gives to no row. The programs of the extra
     row share the tokens out; one that finds such a token clears it for all heads."""
     num_tokens, heads, V = x.v.shape
     tiles = np.int32(pl.cdiv(V, config.block_v))
-    programs = pl.cdiv(V, config.block_v * config.tiles) * heads
 
     def visit(turn, _):
         at = program + turn * programs

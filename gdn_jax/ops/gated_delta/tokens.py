@@ -25,9 +25,20 @@ class Tokens(NamedTuple):
 
     @classmethod
     def of(
-        cls, x: Any, head, tile: Tile, options: Options, arithmetic: rule.Arithmetic
+        cls,
+        x: Any,
+        head: Array,
+        tile: Tile,
+        options: Options,
+        arithmetic: rule.Arithmetic,
+        *,
+        key_head: Array | None = None,
+        columns: tuple[Array, Array] | None = None,
     ) -> "Tokens":
-        key_head = head // (x.v.shape[1] // x.k.shape[1])
+        """`key_head` and `columns`, of a and b, where they are not what `head` says."""
+        if key_head is None:
+            key_head = head // (x.v.shape[1] // x.k.shape[1])
+        in_a, in_b = (head, head) if columns is None else columns
         per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
 
         def load_decay(ref, *index) -> rule.Chunks:
@@ -45,7 +56,7 @@ class Tokens(NamedTuple):
 
         def load_gates(at: Array) -> Any:
             a, b = x.gates.per_token
-            return load_decay(a, at, head), b[at, head]
+            return load_decay(a, at, in_a), b[at, in_b]
 
         def prepare(keys) -> rule.Token:
             q, k = keys

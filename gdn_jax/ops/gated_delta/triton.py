@@ -75,11 +75,11 @@ def fused_update_kernel(
 
     if x.cu_seqlens is not None:
         groups = pl.cdiv(x.v.shape[2], config.block_v * config.tiles)
-        program = group + groups * head
+        program, programs = group + groups * head, groups * x.v.shape[1]
 
         @pl.when(~is_row)
         def _():
-            clear_unowned(x, new_ref, out_ref, program, config, options)
+            clear_unowned(x, new_ref, out_ref, program, programs, config, options)
 
 
 def _take_one_token(x: Any, tiles, loaded, tokens: Tokens, store: "Store") -> None:

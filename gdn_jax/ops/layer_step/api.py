@@ -16,7 +16,7 @@ from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM
 from gdn_jax.ops.layer_step.call import (
     LAYOUTS,
     Heads,
@@ -27,7 +27,11 @@ from gdn_jax.ops.layer_step.call import (
 )
 from gdn_jax.ops.layer_step.chain import chain
 from gdn_jax.ops.layer_step.triton import triton
-from gdn_jax.ops.layer_step.tuning import heuristic, interpreter
+from gdn_jax.ops.layer_step.tuning import (
+    LayerStepConfig,
+    heuristic,
+    interpreter,
+)
 from gdn_jax.ops.tables import Pools, find_tables
 
 Projections = ArrayLike | tuple[ArrayLike, ArrayLike]
@@ -58,7 +62,7 @@ def fused_layer_step(
     allow_neg_eigval: bool = False,
     gate_lower_bound: float | None = None,
     implementation: str | None = None,
-    config: LaunchConfig | None = None,
+    config: LayerStepConfig | None = None,
 ) -> tuple[tuple[ConvState, Array], Array]:
     """What a Gated DeltaNet layer does between its projections, in one launch:
     (state, out).
@@ -90,7 +94,7 @@ def fused_layer_step(
       allow_neg_eigval, gate_lower_bound: as in `fused_update`.
       implementation: "triton", "interpret", "xla" or "reference"; None: triton where it
         can run, else xla, which here is the ops one after another.
-      config: the kernel's launch, of one tile; its programs have a head each.
+      config: the kernel's launch.
 
     Null rule: as in `fused_update`, for both states; a row is null also where its
     convolution's slot is.
@@ -131,7 +135,7 @@ def fused_layer_step(
         (2, 1, 32)
     """
     _dispatch.check_name(implementation)
-    _dispatch.check_config(config, LaunchConfig, implementation)
+    _dispatch.check_config(config, LayerStepConfig, implementation)
     conv, recurrent = _pair(state)
     weights = Weights(
         *(
@@ -189,8 +193,8 @@ def fused_layer_step(
                 f"fused_layer_step: the kernel cannot take this call: {reason}. Use "
                 f"implementation='xla'."
             )
-        launch = config or (interpreter(heads.V) if interpret else heuristic(heads))
-        _check_config(launch, heads)
+        launch = config or (interpreter if interpret else heuristic)(heads)
+        launch.check(heads.V)
         return _launched(x, options, launch, interpret)
 
     paths = {
@@ -318,9 +322,3 @@ def _pack(
     varying = jax.tree.map(lambda y: _triton.varying_like(y, x), (conv, recurrent))
     x = x._replace(conv=varying[0], recurrent=varying[1])
     return x, Options(options, heads, eps, activation)
-
-
-def _check_config(config: LaunchConfig, heads: Heads) -> None:
-    if config.tiles != 1:
-        remedy = "A program walks over all tiles of its head."
-        checks.fail("config.tiles", config.tiles, "1", remedy)

@@ -48,8 +48,10 @@ def chain(
         **tables.recurrent,
         **rule,
     )
-    norm = dict(eps=eps, activation=activation, implementation="xla")
-    return conv, recurrent, gated_rms_norm(out, z, weights.norm, **norm)
+    out = gated_rms_norm(
+        out, z, weights.norm, eps=eps, activation=activation, implementation="xla"
+    )
+    return conv, recurrent, out
 
 
 def apart(x: Projected, heads: Heads) -> tuple[Array, Array, Array, Array]:

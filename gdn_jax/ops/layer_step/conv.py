@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.blocks import indices, inside
-from gdn_jax.ops.layer_step.call import Inputs, Options
+from gdn_jax.ops.layer_step.call import Inputs
 
 MINUS_LOG2_E = -math.log2(math.e)
 
@@ -33,7 +33,7 @@ class Ring(NamedTuple):
     moved: Array
 
     @classmethod
-    def of(cls, x: Inputs, row: Rows, options: Options) -> "Ring":
+    def of(cls, x: Inputs, row: Rows) -> "Ring":
         size, moved = x.conv.buffer.shape[2], row.length
         first = x.conv.start[row.read]
         if x.tables.num_accepted is not None:
@@ -54,7 +54,7 @@ class Ring(NamedTuple):
         def _():
             before = _triton.atomic_add(start_ref, slot, size)
 
-            @pl.when(before // size == programs - 1)
+            @pl.when(lax.div(before, size) == np.int32(programs - 1))
             def _():
                 start_ref[slot] = self.column(self.moved)
 

@@ -1,14 +1,16 @@
 """A layer's step as one Pallas kernel (Triton lowering), and its launch.
 
-A program owns a value head of a row. It convolves that head's channels, walks its
-tokens with tile after tile of the state as `fused_update`'s does, and normalises what
-came out. q, k, v and out pass between these through memory of the program's own, which
-no cache line has left: what is written along channels is read in a tile's layout.
+A program owns a value head of a row, or some of its V. It convolves that head's
+channels, walks its tokens with tile after tile of the state as `fused_update`'s does,
+and normalises what came out. q, k, v and out pass from one to the next through memory
+of the program's own, which is in a cache still: what is written along channels is read
+in a tile's layout. Programs that share out V leave the norm to a second launch.
 """
 
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -25,9 +27,9 @@ from gdn_jax.ops.gated_delta.clearing import clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
 from gdn_jax.ops.gated_delta.tokens import Tokens
 from gdn_jax.ops.gated_delta.triton import Store, walk_tokens
-from gdn_jax.ops.gated_delta.tuning import LaunchConfig
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
 from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Part, Ring
+from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 
 
 def layer_step_kernel(
@@ -40,12 +42,12 @@ def layer_step_kernel(
     out_ref,
     *,
     options: Options,
-    config: LaunchConfig,
+    config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (value heads, rows); with `cu_seqlens` one
-    row more, whose programs clear the tokens that belong to no row."""
-    head, number = pl.program_id(0), pl.program_id(1)
+    """`x` is `Inputs` of references. Grid: (splits of V, value heads, rows); with
+    `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
+    split, head, number = (pl.program_id(i) for i in range(3))
     heads, is_row = options.heads, number < x.num_rows
     key = lax.div(head, np.int32(heads.group))
     number = jnp.minimum(number, np.int32(x.num_rows - 1))
@@ -55,24 +57,30 @@ def layer_step_kernel(
     )
     gates = GateLogits(x.weights.A_log, x.projected.a, x.projected.b, x.weights.dt_bias)
     rows = RuleInputs(x.recurrent, q_ref, k_ref, out_ref, gates, *x.tables)
-    tiles = _Tiles(rows, row, head, config)
+    tiles = _Tiles(rows, row, head, split, config)
     arithmetic = rule.Arithmetic(
-        tiles.at(0).sum_k,
+        tiles.at(np.int32(0)).sum_k,
         (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
-    tokens = Tokens.of(rows, head, tiles.at(0), options.rule, arithmetic)
+    own = head * np.int32(config.splits) + split  # each program's q and k
     b, a = heads.gates(key, head)
-    tokens = tokens._replace(
-        load_gates=lambda at: ((x.projected.a[at, a],), x.projected.b[at, b])
+    tokens = Tokens.of(
+        rows,
+        head,
+        tiles.at(np.int32(0)),
+        options.rule,
+        arithmetic,
+        key_head=own,
+        columns=(a, b),
     )
 
     # What takes longest is on its way while the channels are convolved.
-    first = tiles.load(np.int32(0))
-    ring = Ring.of(x, conv_row, options)
-    _convolve(x, ring, key, head, options, buffer_ref, (q_ref, k_ref, out_ref))
+    first = tiles.load(jnp.int32(0))
+    ring = Ring.of(x, conv_row)
+    _convolve(x, ring, key, head, split, options, config, buffer_ref, rows)
     if not interpret:
         _triton.barrier()
-    ring.arrive(start_ref, heads.HV)
+    ring.arrive(start_ref, heads.HV * config.splits)
     store = Store(rows, new_ref, out_ref, head, row, options.rule)
     if options.rule.tokens_per_row == 1:
         tiles.walk(first, _one_token(tiles, tokens, store))
@@ -80,26 +88,43 @@ def layer_step_kernel(
         tiles.walk(
             first, lambda tile, state: walk_tokens(rows, tile, state, tokens, store)
         )
-    if not interpret:
-        _triton.barrier()
-    _norm(x, row, key, head, options, out_ref)
+    if config.splits == 1:
+        if not interpret:
+            _triton.barrier()
+        _norm(x, row, key, head, options, out_ref)
 
     if x.tables.cu_seqlens is not None:
+        program, programs = split + config.splits * head, config.splits * heads.HV
 
         @pl.when(~is_row)
         def _():
-            clear_unowned(rows, new_ref, out_ref, head, config, options.rule)
+            clear_unowned(
+                rows, new_ref, out_ref, program, programs, config.tile, options.rule
+            )
+
+
+def norm_kernel(inputs: Any, normed_ref, *, options: Options) -> None:
+    """`inputs` are `Inputs` of references and what came out of the rule, which is
+    `normed_ref` too. Grid: (value heads, rows)."""
+    x, out_ref = inputs
+    head, number = pl.program_id(0), pl.program_id(1)
+    row, _ = find_rows(x, options, number)
+    key = lax.div(head, np.int32(options.heads.group))
+    _norm(x, row, key, head, options, out_ref, normed_ref)
 
 
 class _Tiles:
-    """Of a value head, one after another: the next is loaded before one is worked on."""
+    """A program's, one after another: the next is loaded before one is worked on."""
 
-    def __init__(self, x: Any, row: Rows, head: Array, config: LaunchConfig):
-        self.x, self.row, self.head, self.config = x, row, head, config
-        self.count = pl.cdiv(x.state.shape[2], config.block_v)
+    def __init__(
+        self, x: Any, row: Rows, head: Array, split: Array, config: LayerStepConfig
+    ):
+        self.x, self.row, self.head, self.config = x, row, head, config.tile
+        self.count = config.tiles(x.state.shape[2])
+        self.first = split * np.int32(self.count)
 
-    def at(self, index: Array | int) -> Tile:
-        return Tile.of(self.x.state, index, self.config)
+    def at(self, index: Array | np.int32) -> Tile:
+        return Tile.of(self.x.state, self.first + index, self.config)
 
     def load(self, index: Array) -> Any:
         """The last one again behind it."""
@@ -143,46 +168,63 @@ def _convolve(
     ring: Ring,
     key: Array,
     head: Array,
+    split: Array,
     options: Options,
+    config: LayerStepConfig,
     buffer_ref,
-    refs: tuple[Any, Any, Any],
+    rows: RuleInputs,
 ) -> None:
-    """Into `refs`, of q, k and v."""
+    """Into q, k and v of `rows`."""
     heads, row = options.heads, ring.row
     columns, _ = heads.columns(key, head)
-    sizes = heads.K, heads.K, heads.V
     channels = heads.channels(key, head)
+    sizes = heads.K, heads.K, heads.V // config.splits
+    own = head * np.int32(config.splits) + split
+    firsts = np.int32(0), np.int32(0), split * np.int32(sizes[2])  # of the head's
     parts = [
-        Part.load(x, ring, *where)
-        for where in zip(channels, columns, sizes, strict=True)
+        Part.load(x, ring, channel + first, column + first, size)
+        for channel, column, first, size in zip(
+            channels, columns, firsts, sizes, strict=True
+        )
     ]
-    is_first = head == key * np.int32(heads.group)
+    is_first = (head == key * np.int32(heads.group)) & (split == 0)
     owned = is_first, is_first, True  # who keeps what several programs read
+    places = (rows.q, own), (rows.k, own), (rows.v, head)
     back, columns_kept = x.weights.conv.shape[1] - 1, x.columns
 
     def take(step, window):
         at = jnp.minimum(row.begin + step, np.int32(x.num_tokens - 1))
         inputs = [part.load_token(x, at) for part in parts]
         moved = []
-        for part, ref, new, old, own in zip(
-            parts, refs, inputs, window, owned, strict=True
+        for part, (ref, lead), first, new, old, keeps in zip(
+            parts, places, firsts, inputs, window, owned, strict=True
         ):
             full = [*old, new.astype(jnp.float32)]
             y = part.convolve(full).astype(ref.dtype)
-            place = indices(part.channel.size)
-            _triton.store(ref.at[at, head, place], y, mask=part.mask)
-            kept = own & (step < columns_kept)
+            place = first + indices(part.channel.size)
+            _triton.store(ref.at[at, lead, place], y, mask=part.mask)
+            kept = keeps & (step < columns_kept)
             part.keep(buffer_ref, ring, back + step, new, kept)
             moved.append(full[1:])
         return moved
 
-    for part, own in zip(parts, owned, strict=True):
-        if x.tables.has_state is not None:
-            part.forget(buffer_ref, ring, own)
+    if x.tables.has_state is not None:
+        for part, keeps in zip(parts, owned, strict=True):
+            part.forget(buffer_ref, ring, keeps)
     _each_token(options, row, take, [part.history for part in parts])
 
 
-def _norm(x: Any, row: Rows, key: Array, head: Array, options: Options, out_ref):
+def _norm(
+    x: Any,
+    row: Rows,
+    key: Array,
+    head: Array,
+    options: Options,
+    out_ref,
+    normed_ref=None,
+) -> None:
+    """In place, or into `normed_ref`."""
+    normed_ref = out_ref if normed_ref is None else normed_ref
     heads = options.heads
     place = indices(pl.next_power_of_2(heads.V))
     mask = inside(place, heads.V)
@@ -202,8 +244,8 @@ def _norm(x: Any, row: Rows, key: Array, head: Array, options: Options, out_ref)
         gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
         gate = z * gate if options.activation == "silu" else gate
         y = out * lax.rsqrt(mean + np.float32(options.eps)) * weight * gate
-        y = jnp.where(row.live, y, 0.0).astype(out_ref.dtype)
-        _triton.store(out_ref.at[at, head, place], y, mask=mask)
+        y = jnp.where(row.live, y, 0.0).astype(normed_ref.dtype)
+        _triton.store(normed_ref.at[at, head, place], y, mask=mask)
 
     _each_token(options, row, take, None)
 
@@ -217,11 +259,11 @@ def _each_token(options: Options, row: Rows, take: Any, carry: Any) -> Any:
 
 
 def triton(
-    x: Inputs, options: Options, config: LaunchConfig, *, interpret: bool = False
+    x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V]), in one launch, both states in place."""
+    """(conv, recurrent, out [L HV V]), both states in place."""
     heads, num_tokens = options.heads, x.num_tokens
-    keys = (num_tokens, heads.HV, heads.K), options.rule.out_dtype
+    keys = (num_tokens, heads.HV * config.splits, heads.K), options.rule.out_dtype
     values = (num_tokens, heads.HV, heads.V), options.rule.out_dtype
     written = x.conv.buffer, x.conv.start, x.recurrent
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
@@ -231,9 +273,20 @@ def triton(
         ),
         x,
         (*((y.shape, y.dtype) for y in written), keys, keys, values),
-        grid=(heads.HV, rows),
+        grid=(config.splits, heads.HV, rows),
         aliases={0: 0, 1: 1, 2: 2},  # the first leaves of Inputs
         num_warps=config.num_warps,
         interpret=interpret,
     )
+    if config.splits > 1:
+        inputs = x._replace(conv=ConvState(buffer, start), recurrent=recurrent), out
+        [out] = _triton.launch(
+            functools.partial(norm_kernel, options=options),
+            inputs,
+            (values,),
+            grid=(heads.HV, x.num_rows),
+            aliases={len(jax.tree.leaves(inputs)) - 1: 0},
+            num_warps=1,
+            interpret=interpret,
+        )
     return ConvState(buffer, start), recurrent, out
