@@ -28,6 +28,8 @@ def chain(
 ) -> tuple[ConvState, Array, Array]:
     """(conv, recurrent, out [.. HV V]); the arrays have the caller's axes."""
     channels, z, b, a = apart(projected, heads)
+    if tables.live is not None:  # out of a dead token is 0, whatever its gate
+        z = jnp.where(tables.live[..., None, None], z, 0)
     conv, qkv = causal_conv1d(
         conv,
         channels,
@@ -37,7 +39,7 @@ def chain(
         **tables.conv,
     )
     q, k, v = (
-        x.reshape(*x.shape[:-1], n, -1)
+        x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
         for x, n in zip(qkv, (heads.H, heads.H, heads.HV), strict=True)
     )
     recurrent, out = fused_update(
@@ -64,9 +66,13 @@ def apart(x: Projected, heads: Heads) -> tuple[Array, Array, Array, Array]:
         channels = sum(heads.split)
         z = x.z[..., channels:].reshape(per_value)
         return x.qkv[..., :channels], z, x.b[..., : heads.HV], x.a[..., heads.HV :]
+
+    def per_key(y: Array) -> Array:
+        return y.reshape(*lead, heads.H, y.shape[-1] // heads.H)
+
     ends = [heads.K, 2 * heads.K, 2 * heads.K + heads.group * heads.V]
-    *qkv, z = jnp.split(x.qkv.reshape(*lead, heads.H, -1), ends, axis=-1)
-    channels = jnp.concatenate([part.reshape(*lead, -1) for part in qkv], axis=-1)
-    b, a = jnp.split(x.b.reshape(*lead, heads.H, -1), 2, axis=-1)
-    b, a = (y.reshape(*lead, heads.HV) for y in (b, a))
+    *qkv, z = jnp.split(per_key(x.qkv), ends, axis=-1)
+    flat = [y.reshape(*lead, size) for y, size in zip(qkv, heads.split, strict=True)]
+    channels = jnp.concatenate(flat, axis=-1)
+    b, a = (y.reshape(*lead, heads.HV) for y in jnp.split(per_key(x.b), 2, axis=-1))
     return channels, z.reshape(per_value), b, a

@@ -9,7 +9,7 @@ puts down the new start.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,8 @@ from gdn_jax.ops.blocks import indices, inside
 from gdn_jax.ops.layer_step.call import Inputs
 
 MINUS_LOG2_E = -math.log2(math.e)
+
+Index: TypeAlias = Array | np.integer | int
 
 
 class Ring(NamedTuple):
@@ -42,7 +44,7 @@ class Ring(NamedTuple):
         first = jnp.where(row.keeps_state, jnp.remainder(first, np.int32(size)), 0)
         return cls(row, size, first, moved)
 
-    def column(self, place: Array | int) -> Array:
+    def column(self, place: Index) -> Array:
         """The one that is `place` behind the oldest."""
         return jnp.remainder(self.first + place, np.int32(self.size))
 
@@ -101,7 +103,7 @@ class Part(NamedTuple):
         return y / (1.0 + jnp.exp2(y * MINUS_LOG2_E))
 
     def keep(
-        self, buffer_ref: Any, ring: Ring, place: Array | int, token: Array, wanted
+        self, buffer_ref: Any, ring: Ring, place: Index, token: Array, wanted
     ) -> None:
         mask = jnp.broadcast_to(wanted & ring.row.live, self.channel.shape)
         mask = mask if self.mask is None else mask & self.mask

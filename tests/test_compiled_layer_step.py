@@ -1,0 +1,85 @@
+"""What a layer's step compiles to for an H200, without a GPU."""
+
+import aot
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gdn_jax import ConvState, LayerStepConfig, fused_layer_step
+
+P, H, HV, K, V, W = 70, 16, 32, 128, 128, 4
+C = 2 * H * K + HV * V
+
+
+def compiled(
+    N,
+    T,
+    dtype,
+    *,
+    layout="flat",
+    pair=False,
+    packed=False,
+    implementation="triton",
+    **kw,
+):
+    """(state, what was compiled), of T tokens a row, T - 1 of which are drafts."""
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    conv = ConvState(array(P, C, W - 1 + T), array(P, dtype="int32"))
+    state = conv, array(P * T, HV, V, K, dtype=dtype)
+    lead = (N * T,) if packed else (N, T)
+    heads, rows = array(HV, dtype="float32"), array(N, dtype="int32")
+    qkvz, ba = array(*lead, C + HV * V), array(*lead, 2 * HV)
+    if pair:
+        qkvz, ba = (array(*lead, C), array(*lead, HV * V)), (array(*lead, HV),) * 2
+    arrays = dict(conv_weight=array(C, W), A_log=heads, dt_bias=heads)
+    arrays |= dict(norm_weight=array(V), slots=rows)
+    if T > 1:
+        arrays |= dict(slots=array(N, T, dtype="int32"), conv_slots=rows)
+        arrays["num_accepted"] = rows
+    if packed:
+        arrays["cu_seqlens"] = array(N + 1, dtype="int32")
+
+    def step(state, qkvz, ba, arrays):
+        options = dict(layout=layout, implementation=implementation)
+        return fused_layer_step(state, qkvz, ba, **options, **kw, **arrays)
+
+    found = aot.compile_for_h200(step, state, qkvz, ba, arrays, donate_argnums=0)
+    return state, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(T=1, layout="interleaved", implementation=None),
+        dict(T=1, pair=True, config=LayerStepConfig(32, 2, 4)),
+        dict(T=4),
+        dict(T=4, packed=True, layout="interleaved"),
+    ],
+    ids=str,
+)
+def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
+    state, found = compiled(64, dtype=dtype, **call)
+    [launch] = found.launches()
+    assert aot.KERNEL_CALL in launch
+    check_memory(state, found, 64 * call["T"])
+
+
+def test_where_programs_share_a_head_the_norm_is_a_second_launch():
+    state, found = compiled(8, 1, "float32", config=LayerStepConfig(16, 2, 1, 8))
+    assert len(found.launches()) == 2
+    assert all(aot.KERNEL_CALL in line for line in found.launches())
+    check_memory(state, found, 8, splits=8)
+
+
+def check_memory(state, found, tokens, splits=1):
+    """Both states in place; beside them each program's q and k alone."""
+    leaves = jax.tree.leaves(state)
+    assert not any(aot.copies(found, leaf) for leaf in leaves)
+    whole = sum(x.size * x.dtype.itemsize for x in leaves)
+    assert found.alias_bytes == whole
+    assert found.temp_bytes <= 2 * 2 * tokens * HV * splits * K + 4096
+    assert found.resources()["spills"] == 0

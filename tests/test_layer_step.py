@@ -1,0 +1,295 @@
+"""A layer's step in one launch, against the ops it is made of."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import gdn_jax
+from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
+
+KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`lengths`: tokens of each row, dense where they are as many, packed with one
+    token before and two behind that nobody owns where they are not. `columns` is S; 1
+    is plain decoding."""
+
+    name: str
+    lengths: tuple[int, ...] = (1, 1, 1)
+    columns: int = 1
+    layout: str = "flat"
+    heads: tuple[int, int, int, int] = (2, 4, 32, 32)
+    width: int = 4
+    state_dtype: str = "float32"
+    act_dtype: str = "float32"
+    nulls: tuple[int, ...] = ()
+    fresh: tuple[int, ...] = ()
+    pair: bool = False
+    activation: str = "silu"
+    config: LayerStepConfig | None = None
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def verifies(self) -> bool:
+        return self.columns > 1
+
+    @property
+    def packed(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+
+CASES = [
+    Case("decode, flat"),
+    Case("decode, interleaved", layout="interleaved", fresh=(1,)),
+    Case("decode, two arrays each", pair=True, activation="sigmoid"),
+    Case("decode, nulls", (1,) * 5, nulls=(0, 3), fresh=(2,), layout="interleaved"),
+    Case("decode, bfloat16", state_dtype="bfloat16", act_dtype="bfloat16"),
+    Case("decode, float16", state_dtype="float16", act_dtype="float16"),
+    Case("odd sizes", heads=(1, 3, 24, 20), layout="interleaved", nulls=(1,)),
+    Case("a filter of two", width=2, heads=(1, 2, 16, 48)),
+    Case("tiles", config=LayerStepConfig(8, 2, 2), fresh=(0,)),
+    Case(
+        "last tile past the end", heads=(1, 1, 16, 24), config=LayerStepConfig(16, 1, 1)
+    ),
+    Case("programs share a head", config=LayerStepConfig(8, 2, 1, 2), nulls=(1,)),
+    Case("verify", (4, 4, 4), 4, fresh=(1,)),
+    Case("verify, interleaved", (3, 3), 4, "interleaved", nulls=(1,)),
+    Case("verify, packed", (2, 5, 0, 1), 3, fresh=(3,), pair=True),
+    Case("verify, shared, packed", (2, 1, 4), 4, config=LayerStepConfig(16, 2, 1, 2)),
+    Case("verify, bfloat16", (4, 4), 4, state_dtype="bfloat16", act_dtype="bfloat16"),
+]
+
+
+def make(case, seed=0):
+    """(state, a function from a number to the step of that number)."""
+    (H, HV, K, V), N, S = case.heads, len(case.lengths), case.columns
+    C, ring, P = 2 * H * K + HV * V, case.width - 1 + S, len(case.lengths) * S + 2
+    random = np.random.default_rng(seed)
+
+    def normal(*shape, dtype=case.act_dtype):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    start = jnp.asarray(random.integers(0, ring, P), jnp.int32)
+    conv = ConvState(normal(P, C, ring), start)
+    state = conv, 0.1 * normal(P, HV, V, K, dtype=case.state_dtype)
+    slots = random.permutation(P)[: N * S].reshape(N, S).astype(np.int32)
+    slots[list(case.nulls)] = -1
+    unused = np.setdiff1d(np.arange(P), slots)
+    state = jax.tree.map(lambda x: _poison(x, unused), state)
+    weights = dict(
+        conv_weight=normal(C, case.width) / 2,
+        A_log=jnp.abs(normal(HV, dtype="float32")),
+        dt_bias=normal(HV, dtype="float32"),
+        norm_weight=1 + normal(V) / 8,
+    )
+    options = dict(layout=case.layout, activation=case.activation, **weights)
+    lead = (N, case.lengths[0])
+    bounds = np.concatenate([[1], 1 + np.cumsum(case.lengths)]).astype(np.int32)
+    if case.packed:
+        lead = (int(bounds[-1]) + 2,)
+        options["cu_seqlens"] = jnp.asarray(bounds)
+    options["slots"] = jnp.asarray(slots if case.verifies else slots[:, 0])
+
+    def step(number):
+        qkvz, ba = normal(*lead, C + HV * V), normal(*lead, 2 * HV)
+        for n in case.nulls:  # dense, in all cases
+            qkvz, ba = qkvz.at[n].set(jnp.nan), ba.at[n].set(jnp.nan)
+        tables = {}
+        if case.verifies:
+            most = np.minimum(np.maximum(case.lengths, 1), S)
+            tables["num_accepted"] = random.integers(1, most + 1).astype(np.int32)
+        if number == 0 and case.fresh:
+            has_state = np.ones(N, bool)
+            has_state[list(case.fresh)] = False
+            tables["has_state"] = jnp.asarray(has_state)
+        tokens = qkvz, ba
+        if case.pair:
+            tokens = (qkvz[..., :C], qkvz[..., C:]), (ba[..., :HV], ba[..., HV:])
+        return tokens, options | tables
+
+    return state, step
+
+
+def _poison(x, slots):
+    value = 99 if x.dtype == jnp.int32 else jnp.nan
+    return x.at[jnp.asarray(slots, jnp.int32)].set(value)
+
+
+@functools.cache
+def jitted(implementation, layout, activation, config=None):
+    def run(state, tokens, options):
+        return fused_layer_step(
+            state,
+            *tokens,
+            layout=layout,
+            activation=activation,
+            implementation=implementation,
+            config=config,
+            **options,
+        )
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def steps_of(case, implementation, config=None):
+    """After each of some steps: the state, out, and the step's tables."""
+    state, step = make(case)
+    run = jitted(implementation, case.layout, case.activation, config)
+    for number in range(5):
+        tokens, options = step(number)
+        for name in ("layout", "activation"):
+            del options[name]
+        state, out = run(state, tokens, options)
+        yield jax.tree.map(np.array, state), np.array(out), options
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_steps_agree_with_the_ops_one_after_another(case, kernel):
+    """Inputs of the convolution exactly; slots of others and of null rows by bits."""
+    before, _ = make(case)
+    before = jax.tree.map(np.array, before)
+    of_chain = steps_of(case, "reference")
+    used = None
+    for (got, out, options), (want, out_want, _) in zip(
+        steps_of(case, kernel, case.config), of_chain, strict=True
+    ):
+        slots = np.array(options["slots"])
+        used = slots[slots >= 0]
+        own = slots if slots.ndim == 1 else slots[:, 0]
+        own = own[own >= 0]
+        accepted = None
+        if case.verifies:
+            accepted = jnp.ones(len(own), jnp.int32)
+        rings = [
+            ConvState(*(jnp.asarray(leaf[own]) for leaf in conv)).to_dense(
+                case.width, accepted
+            )
+            for conv in (got[0], want[0])
+        ]
+        assert np.array_equal(*rings)
+        error = testing.relative_error(got[1][used], want[1][used])
+        assert error < testing.TOLERANCE["state", case.state_dtype]
+        error = testing.relative_error(out, out_want)
+        assert error < testing.TOLERANCE["out", case.act_dtype]
+        dead = np.asarray(case.nulls, int)
+        if not case.packed:
+            assert not out[dead].any()
+        else:
+            assert not out[0].any() and not out[-2:].any()
+    others = np.setdiff1d(np.arange(len(before[1])), used)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(got), strict=True):
+        assert np.array_equal(old[others], new[others], equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_plain_and_speculative_steps_follow_each_other(kernel):
+    """The ring is as wide; a plain step moves `start` past its token."""
+    case = Case("both", (4, 4), 4)
+    (conv, pool), step = make(case)
+    states = {name: (conv, pool) for name in (kernel, "reference")}
+    slots = step(0)[1]["slots"]
+    for number in range(4):
+        tokens, options = step(number)
+        if number % 2:
+            tokens = tuple(x[:, :1] for x in tokens)
+            options |= dict(slots=slots[:, 0])
+            del options["num_accepted"]
+        for name, state in states.items():
+            states[name], _ = fused_layer_step(
+                state, *tokens, implementation=name, **options
+            )
+        got, want = states[kernel], states["reference"]
+        own = np.array(slots[:, 0])
+        dense = [
+            ConvState(*(leaf[own] for leaf in conv)).to_dense(4)
+            for conv, _ in (got, want)
+        ]
+        assert np.array_equal(*dense)
+        read = np.array(slots).ravel()
+        error = testing.relative_error(got[1][read], want[1][read])
+        assert error < testing.TOLERANCE["state", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(layout="apart"), "layout must be one of interleaved, flat; got 'apart'"),
+        (dict(qkvz=(1, 100)), r"qkvz must be \[N, T, 384\] or \[L, 384\]"),
+        (dict(ba=(3, 1, 5)), r"ba must be \[N, T, 8\] or \[L, 8\], the leading axes"),
+        (dict(ba_dtype="bfloat16"), "ba must be qkvz's float32; got bfloat16"),
+        (dict(norm_weight=(8,)), r"norm_weight must be \[V\] = \(32,\); got \(8,\)"),
+        (dict(A_log=(3,)), r"A_log must be \[HV\] = \(4,\); got \(3,\)"),
+        (dict(conv_weight=(100, 4)), r"weight must be .*; got \(100, 4\)"),
+        (dict(eps=0.0), "eps must be > 0; got 0.0"),
+        (dict(activation="tanh"), "activation must be one of silu, sigmoid"),
+        (dict(slots=(2,)), r"slots must be \[N\] or \[N, S\] with N = 3"),
+        (dict(channels=100), r"state\[0\].buffer must be \[P, C, R\] with C = 2 H K"),
+        (dict(pool=(4, 32, 32)), r"state\[1\] must be \[P or N, HV, V, K\]"),
+        (dict(state=None), r"state must be \(ConvState, pool\); got NoneType"),
+        (dict(pair=True), "qkvz must be an array, or with ba a pair of them"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_is_told_what_is_wrong(change, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    (conv, pool), step = make(Case("plain"))
+    (qkvz, ba), options = step(0)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    if "channels" in change:
+        conv = ConvState.zeros(5, change["channels"], 4, jnp.float32)
+    pool = zeros(change["pool"]) if "pool" in change else pool
+    qkvz = zeros(change["qkvz"]) if "qkvz" in change else qkvz
+    ba = zeros(change["ba"]) if "ba" in change else ba
+    ba = ba.astype(change.get("ba_dtype", ba.dtype))
+    qkvz = (qkvz, qkvz) if "pair" in change else qkvz
+    for name in ("norm_weight", "A_log", "conv_weight"):
+        if name in change:
+            options[name] = zeros(change[name])
+    if "slots" in change:
+        options["slots"] = jnp.zeros(change["slots"], jnp.int32)
+    for name in ("layout", "eps", "activation"):
+        options |= {name: change[name]} if name in change else {}
+    state = change.get("state", (conv, pool))
+    with pytest.raises(ValueError, match=text):
+        fused_layer_step(state, qkvz, ba, **options)
+
+
+def test_what_the_kernel_cannot_take_is_told_and_runs_as_ops():
+    case = Case("prompts", (2, 3), 1)
+    state, step = make(case)
+    tokens, options = step(0)
+    with pytest.raises(NotImplementedError, match="cu_seqlens without num_accepted"):
+        fused_layer_step(state, *tokens, implementation="interpret", **options)
+    fused_layer_step(state, *tokens, **options)
+    state, step = make(dataclasses.replace(case, lengths=(3, 3)))
+    tokens, options = step(0)
+    with pytest.raises(NotImplementedError, match="3 tokens a row, and a ring with"):
+        fused_layer_step(state, *tokens, implementation="interpret", **options)
+    with pytest.raises(ValueError, match="of which splits"):
+        state, step = make(Case("plain"))
+        tokens, options = step(0)
+        config = LayerStepConfig(32, 2, 1, 2)
+        options |= dict(config=config, implementation="interpret")
+        fused_layer_step(state, *tokens, **options)
+
+
+def test_no_rows_are_no_work():
+    state, step = make(Case("plain"))
+    (qkvz, ba), options = step(0)
+    options["slots"] = options["slots"][:0]
+    new, out = fused_layer_step(state, qkvz[:0], ba[:0], **options)
+    assert out.shape == (0, 1, 128) and new[1] is not None
+
+
+def test_the_names_are_public():
+    assert {"fused_layer_step", "LayerStepConfig"} <= set(gdn_jax.__all__)
