@@ -11,6 +11,7 @@ import pytest
 
 import gdn_jax
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
+from gdn_jax.nn import gated_delta_net
 
 KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -273,7 +274,7 @@ def test_what_the_kernel_cannot_take_is_told_and_runs_as_ops():
     fused_layer_step(state, *tokens, **options)
     state, step = make(dataclasses.replace(case, lengths=(3, 3)))
     tokens, options = step(0)
-    with pytest.raises(NotImplementedError, match="3 tokens a row, and a ring with"):
+    with pytest.raises(NotImplementedError, match="of which its ring holds 1"):
         fused_layer_step(state, *tokens, implementation="interpret", **options)
     with pytest.raises(ValueError, match="of which splits"):
         state, step = make(Case("plain"))
@@ -281,6 +282,78 @@ def test_what_the_kernel_cannot_take_is_told_and_runs_as_ops():
         config = LayerStepConfig(32, 2, 1, 2)
         options |= dict(config=config, implementation="interpret")
         fused_layer_step(state, *tokens, **options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_are_those_of_the_ops(kernel):
+    """Also of states and weights."""
+    case = Case("decode", (1, 1))
+    (conv, pool), step = make(case)
+    slots = step(0)[1]["slots"]
+    pool, buffer = (jnp.nan_to_num(x) for x in (pool, conv.buffer))
+    tokens, options = step(0)
+    static = dict(layout="flat", activation="silu", slots=slots)
+    weights = {k: x for k, x in options.items() if k not in static}
+
+    def total(implementation, pool, buffer, tokens, weights):
+        state = ConvState(buffer, jnp.zeros(len(buffer), jnp.int32)), pool
+        call = weights | static | dict(implementation=implementation)
+        (new, after), out = fused_layer_step(state, *tokens, **call)
+        return jnp.sum(out**2) + jnp.sum(after**2) + jnp.sum(new.buffer**2)
+
+    got, want = (
+        jax.jit(jax.grad(functools.partial(total, name), argnums=(0, 1, 2, 3)))(
+            pool, buffer, tokens, weights
+        )
+        for name in (kernel, "reference")
+    )
+    for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        error = testing.relative_error(leaf, wanted)
+        assert error < testing.TOLERANCE["gradient", "float32"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("layout", "drafts"), [("flat", 0), ("interleaved", 3), ("separate", 0)]
+)
+def test_a_layer_takes_it_where_it_pays(layout, drafts, kernel, monkeypatch):
+    """Never for prompts, and not with matrices for each of q, k and v."""
+    steps = []
+
+    def pays(implementation, arrays, step):
+        assert implementation == kernel
+        steps.append(step.why_not())
+        return steps[-1] is None
+
+    layer = gated_delta_net.GatedDeltaNet(48, 2, 4, 32, 32, layout=layout)
+    N, S = 3, 1 + drafts
+    x = jax.random.normal(jax.random.key(0), (N, 5 + 3 * S, 48))
+    params = layer.init(jax.random.key(1), x[:, :1])
+    monkeypatch.setattr(gated_delta_net, "pays", pays)
+    table = jnp.arange(N * S, dtype=jnp.int32)[::-1].reshape(N, S)
+    outs, rings = {}, {}
+    for name in (kernel, "xla"):
+        apply = jax.jit(functools.partial(layer.apply, params, implementation=name))
+        if name == "xla":
+            monkeypatch.setattr(gated_delta_net, "pays", lambda *_: False)
+        state = layer.init_state(N * S, columns=S)
+        y, state = apply(x[:, :5], state, slots=table[:, 0])
+        outs[name] = [y]
+        for i in range(3):
+            tables = dict(slots=table, num_accepted=jnp.full(N, 1 + min(i, drafts)))
+            tables = tables if drafts else dict(slots=table[:, 0])
+            at = 5 + i * S
+            y, state = apply(x[:, at : at + S], state, **tables)
+            outs[name].append(y)
+        rings[name] = state.conv.to_dense(4)[table[:, 0]]
+    if layout == "separate":
+        assert not steps
+    else:  # traced once each
+        prompt, step = steps
+        assert "of which its ring holds" in prompt and step is None
+    assert np.array_equal(*rings.values())
+    for got, want in zip(*outs.values(), strict=True):
+        assert testing.relative_error(got, want) < testing.TOLERANCE["out", "float32"]
 
 
 def test_no_rows_are_no_work():

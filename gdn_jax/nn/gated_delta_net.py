@@ -24,6 +24,8 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.few_rows.call import total
 from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
+from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
+from gdn_jax.ops.layer_step.tuning import Step, pays
 from gdn_jax.ops.tables import Tables, find_tables
 
 
@@ -238,6 +240,9 @@ class GatedDeltaNet(nn.Module):
             state, self.heads.channels, self.conv_width, given, null_slot, path
         )
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
+        if path == "fused" and self._steps_at_once(x, state, given, implementation):
+            of_call = given._asdict() | dict(conv_slots=conv_slots, null_slot=null_slot)
+            return self._step(x, state, tables.live, implementation, of_call)
 
         channels, z, a, b = self.in_proj(x, tables.live, implementation)
         conv, qkv = self.convolve(state.conv, channels, tables, implementation)
@@ -245,6 +250,53 @@ class GatedDeltaNet(nn.Module):
             state.recurrent, qkv, a, b, tables, path, implementation
         )
         y = flat(self.norm(out, z, implementation))
+        parts = self.out_proj.parts(y, implementation)
+        return parts, GatedDeltaNetState(conv, recurrent)
+
+    def _steps_at_once(
+        self,
+        x: Array,
+        state: GatedDeltaNetState,
+        given: Batch,
+        implementation: str | None,
+    ) -> bool:
+        """Whether one kernel can take the step, and was measured to be faster."""
+        known = self.layout in LAYOUTS_OF_STEPS and self.gate_rank is None
+        if state.is_replay or self.per_key_decay or not known:
+            return False
+        rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
+        columns = state.conv.buffer.shape[2] - self.conv_width + 1
+        verifies = given.num_accepted is not None
+        HV, K, V = self.heads.HV, self.heads.K, self.heads.V
+        dtype = jnp.asarray(state.recurrent).dtype.name
+        step = Step(rows, tokens, columns, verifies, HV, K, V, dtype)
+        return pays(implementation, x, step)
+
+    def _step(
+        self,
+        x: Array,
+        state: GatedDeltaNetState,
+        live: Array | None,
+        implementation: str | None,
+        tables: dict[str, Any],
+    ) -> tuple[Array, GatedDeltaNetState]:
+        qkvz, ba = self.in_proj.whole(x, live, implementation)
+        (conv, recurrent), y = gdn_jax.fused_layer_step(
+            (state.conv, jnp.asarray(state.recurrent)),
+            qkvz,
+            ba,
+            layout=self.layout,
+            conv_weight=self.conv_weight,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_weight=self.norm_weight,
+            eps=self.norm_eps,
+            activation=self.output_activation,
+            allow_neg_eigval=self.allow_neg_eigval,
+            gate_lower_bound=self.gate_lower_bound,
+            implementation=implementation,
+            **tables,
+        )
         parts = self.out_proj.parts(y, implementation)
         return parts, GatedDeltaNetState(conv, recurrent)
 

@@ -184,7 +184,10 @@ class Layout(nn.Module):
 
 
 class Interleaved(Layout):
-    """Two matrices, by key heads: [q | k | v | z] and [b | a] (Qwen3-Next)."""
+    """Two matrices, by key heads: [q | k | v | z] and [b | a] (Qwen3-Next).
+
+    `whole`, here and in `Flat`, is what `fused_layer_step` takes: nothing moves.
+    """
 
     def setup(self):
         H, group, K, V = self.heads.H, self.heads.group, self.heads.K, self.heads.V
@@ -192,13 +195,18 @@ class Interleaved(Layout):
         self.qkvz = self.matrices.dense(H * per_key_head, "embed", "gdn_key_heads")
         self.ba = self.matrices.dense(H * 2 * group, "embed", "gdn_key_heads")
 
+    def whole(
+        self, x: t.Hidden, live: Array | None, implementation: str | None
+    ) -> tuple[Any, Any]:
+        call: dict[str, Any] = dict(live=live, implementation=implementation)
+        qkvz, ba = multiply(x, self.qkvz, self.ba, **call)
+        return qkvz, ba
+
     def __call__(
         self, x: t.Hidden, live: Array | None, implementation: str | None
     ) -> Projected:
         H, HV, K, V = dataclasses.astuple(self.heads)
-        qkvz, ba = multiply(
-            x, self.qkvz, self.ba, live=live, implementation=implementation
-        )
+        qkvz, ba = self.whole(x, live, implementation)
         ends = [K, 2 * K, 2 * K + self.heads.group * V]
         *qkv, z = jnp.split(_per_head(qkvz, H), ends, axis=-1)
         b, a = jnp.split(_per_head(ba, H), 2, axis=-1)
@@ -212,6 +220,12 @@ class Flat(Layout):
     def setup(self):
         self.qkv = self.matrices.dense(self.heads.channels, "embed", "gdn_channels")
         self.z, self.a, self.b = self.gates_and_beta()
+
+    def whole(
+        self, x: t.Hidden, live: Array | None, implementation: str | None
+    ) -> tuple[Any, Any]:
+        qkv, z, a, b = self(x, live, implementation)
+        return (qkv, flat(z)), (b, a)
 
     def __call__(
         self, x: t.Hidden, live: Array | None, implementation: str | None

@@ -11,12 +11,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax import _dispatch, _triton
-from gdn_jax.ops import checks
+from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta import arguments
+from gdn_jax.ops.gated_delta.call import GateOptions
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM
 from gdn_jax.ops.layer_step.call import (
     LAYOUTS,
     Heads,
@@ -29,7 +29,8 @@ from gdn_jax.ops.layer_step.chain import chain
 from gdn_jax.ops.layer_step.triton import triton
 from gdn_jax.ops.layer_step.tuning import (
     LayerStepConfig,
-    heuristic,
+    Step,
+    find_config,
     interpreter,
 )
 from gdn_jax.ops.tables import Pools, find_tables
@@ -110,7 +111,7 @@ def fused_layer_step(
         (`cu_seqlens` without `num_accepted`), and K or V above 256.
 
     Numerics: float32 inside; q, k, v and out are rounded to qkvz's dtype on their way,
-    as separate ops do. There is no gradient of the kernel: train with `chunk_update`.
+    as separate ops do. The gradient is that of the ops.
 
     Examples:
       A token of each of two sequences, laid out as Qwen3.5 has them:
@@ -149,84 +150,69 @@ def fused_layer_step(
         )
     )
     projected, heads = _projected(conv, recurrent, qkvz, ba, layout, weights)
-    eps = checks.number("eps", eps)
-    given = checks.tables(slots, cu_seqlens, num_accepted, has_state)
-    rule: dict[str, Any] = dict(
-        scale=scale,
-        qk_l2norm=qk_l2norm,
-        softplus_beta=softplus_beta,
-        softplus_threshold=softplus_threshold,
-        allow_neg_eigval=allow_neg_eigval,
-        gate_lower_bound=gate_lower_bound,
-    )
-
-    def run_chain(name: str) -> tuple[ConvState, Array, Array]:
-        pools = Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
-        tables = find_tables(given, conv_slots, projected.z.shape[:-1], pools)
-        of_norm = dict(eps=eps, activation=activation, implementation=name)
-        return chain(
-            conv, recurrent, projected, weights, tables, heads, **of_norm, **rule
-        )
-
-    # every check of the ops that it is made of, whichever runs
-    jax.eval_shape(lambda: run_chain("xla"))
     x, options = _pack(
         conv,
         recurrent,
         projected,
         weights,
         heads,
-        given,
+        checks.tables(slots, cu_seqlens, num_accepted, has_state),
         conv_slots,
         null_slot=null_slot,
-        eps=eps,
+        eps=checks.number("eps", eps),
         activation=activation,
-        rule=rule,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        gating=arguments.gate_options(
+            softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
+        ),
     )
+    # every check of the ops that it is made of, whichever runs
+    jax.eval_shape(lambda x: chain(x, options, "xla"), x)
+    conv, recurrent, out = _dispatch.run(_paths(x, options, config), implementation)
+    return (conv, recurrent), out.reshape(*projected.z.shape[:-1], heads.HV * heads.V)
+
+
+def _paths(
+    x: Inputs, options: Options, config: LayerStepConfig | None
+) -> dict[str, Callable[[], tuple[ConvState, Array, Array]]]:
+    heads = options.heads
 
     def run_kernel(interpret: bool) -> tuple[ConvState, Array, Array]:
-        if not interpret:
-            _triton.device_kind(x)
-        reason = why_not(x, options)
+        step = _step(x, options)
+        if interpret:
+            found = interpreter(heads.V)
+        else:
+            found = find_config(_triton.device_kind(x), step)
+        launch, reason = config or found, step.why_not()
         if reason is not None:
             raise NotImplementedError(
                 f"fused_layer_step: the kernel cannot take this call: {reason}. Use "
                 f"implementation='xla'."
             )
-        launch = config or (interpreter if interpret else heuristic)(heads)
         launch.check(heads.V)
-        return _launched(x, options, launch, interpret)
+        return vjp.launched(KERNELS[interpret], options, launch, x)
 
-    paths = {
+    return {
         "triton": lambda: run_kernel(False),
         "interpret": lambda: run_kernel(True),
-        "xla": lambda: run_chain("xla"),
-        "reference": lambda: run_chain("reference"),
+        "xla": lambda: _chain(x, options, "xla"),
+        "reference": lambda: _chain(x, options, "reference"),
     }
-    conv, recurrent, out = _dispatch.run(paths, implementation)
-    return (conv, recurrent), out.reshape(*projected.z.shape[:-1], heads.HV * heads.V)
 
 
-_launched: Callable[..., tuple[ConvState, Array, Array]] = jax.jit(
-    lambda x, options, config, interpret: triton(
-        x, options, config, interpret=interpret
-    ),
-    static_argnums=(1, 2, 3),
+_chain = jax.jit(chain, static_argnums=(1, 2))
+KERNELS = vjp.kernel_paths(
+    triton, vjp.backward_of(lambda x, options: chain(x, options, "xla"))
 )
 
 
-def why_not(x: Inputs, options: Options) -> str | None:
-    """Why the kernel cannot take the call; None where it can."""
-    tokens, heads = options.rule.tokens_per_row, options.heads
-    if 0 in (x.num_tokens, x.num_rows, *x.recurrent.shape, *x.conv.buffer.shape):
-        return "it has no rows, tokens or slots"
-    if max(heads.K, heads.V) > MAX_HEAD_DIM:
-        return f"K = {heads.K}, V = {heads.V}, of which it has registers for 256"
-    if tokens is None and x.tables.num_accepted is None:
-        return "rows of any number of tokens, by cu_seqlens without num_accepted"
-    if tokens is not None and tokens > x.columns:
-        return f"{tokens} tokens a row, and a ring with room for {x.columns}"
-    return None
+def _step(x: Inputs, options: Options) -> Step:
+    heads = options.heads
+    sizes = heads.HV, heads.K, heads.V, x.recurrent.dtype.name
+    verifies = x.tables.num_accepted is not None
+    tokens = options.rule.tokens_per_row
+    return Step(x.num_rows, tokens, x.columns, verifies, *sizes)
 
 
 def _pair(state: Any) -> tuple[ConvState, Array]:
@@ -301,11 +287,14 @@ def _pack(
     null_slot: int | None,
     eps: float,
     activation: str,
-    rule: dict[str, Any],
+    scale: float | None,
+    qk_l2norm: bool,
+    gating: GateOptions,
 ) -> tuple[Inputs, Options]:
     lead = projected.z.shape[:-1]
     _, tokens, _ = checks.rows_of(lead, given.cu_seqlens)
-    scale, qk_l2norm = rule.pop("scale"), rule.pop("qk_l2norm")
+    pools = Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
+    jax.eval_shape(lambda: find_tables(given, conv_slots, lead, pools).rows)  # checks
     options = RuleOptions(
         tokens_per_row=tokens,
         scale=heads.K**-0.5 if scale is None else checks.number("scale", scale),
@@ -313,7 +302,7 @@ def _pack(
         null_slot=checks.null_slot_of(null_slot, recurrent.shape[0], given.slots),
         per_token_states=False,
         out_dtype=projected.z.dtype,
-        gating=arguments.gate_options(**rule),
+        gating=gating,
     )
     L = math.prod(lead)
     packed = jax.tree.map(lambda x: x.reshape(L, x.shape[-1]), projected)

@@ -1,6 +1,6 @@
 """A layer's step as the ops it is made of, one after another."""
 
-from typing import Any
+import dataclasses
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,29 +9,26 @@ from gdn_jax.ops.causal_conv1d.api import causal_conv1d
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
-from gdn_jax.ops.layer_step.call import Heads, Projected, Weights
-from gdn_jax.ops.tables import Tables
+from gdn_jax.ops.layer_step.call import Heads, Inputs, Options, Projected
+from gdn_jax.ops.tables import Pools, find_tables
 
 
 def chain(
-    conv: ConvState,
-    recurrent: Array,
-    projected: Projected,
-    weights: Weights,
-    tables: Tables,
-    heads: Heads,
-    *,
-    eps: float,
-    activation: str,
-    implementation: str | None,
-    **rule: Any,
+    x: Inputs, options: Options, implementation: str
 ) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [.. HV V]); the arrays have the caller's axes."""
-    channels, z, b, a = apart(projected, heads)
+    """(conv, recurrent, out [L HV V])"""
+    heads, rule, weights = options.heads, options.rule, x.weights
+    lead = (x.num_tokens,)
+    if rule.tokens_per_row is not None:
+        lead = x.num_rows, rule.tokens_per_row
+    dense = [y.reshape(*lead, y.shape[-1]) for y in x.projected]
+    channels, z, b, a = apart(Projected(*dense), heads)
+    pools = Pools(x.conv.buffer.shape[0], x.recurrent.shape[0], rule.null_slot)
+    tables = find_tables(x.tables, x.conv_slots, lead, pools)
     if tables.live is not None:  # out of a dead token is 0, whatever its gate
         z = jnp.where(tables.live[..., None, None], z, 0)
     conv, qkv = causal_conv1d(
-        conv,
+        x.conv,
         channels,
         weights.conv,
         split=heads.split,
@@ -39,21 +36,28 @@ def chain(
         **tables.conv,
     )
     q, k, v = (
-        x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
-        for x, n in zip(qkv, (heads.H, heads.H, heads.HV), strict=True)
+        y.reshape(*lead, n, y.shape[-1] // n)
+        for y, n in zip(qkv, (heads.H, heads.H, heads.HV), strict=True)
     )
     recurrent, out = fused_update(
-        recurrent,
+        x.recurrent,
         *(q, k, v),
         *(weights.A_log, a, b, weights.dt_bias),
+        scale=rule.scale,
+        qk_l2norm=rule.qk_l2norm,
         implementation=implementation,
+        **dataclasses.asdict(rule.gating),
         **tables.recurrent,
-        **rule,
     )
     out = gated_rms_norm(
-        out, z, weights.norm, eps=eps, activation=activation, implementation="xla"
+        out,
+        z,
+        weights.norm,
+        eps=options.eps,
+        activation=options.activation,
+        implementation="xla",
     )
-    return conv, recurrent, out
+    return conv, recurrent, out.reshape(x.num_tokens, heads.HV, heads.V)
 
 
 def apart(x: Projected, heads: Heads) -> tuple[Array, Array, Array, Array]:
