@@ -18,7 +18,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 SUITES = ["decode", "verify", "prefill", "train", "conv", "experts"]
-SUITES += ["layer", "few_rows", "generate"]
+SUITES += ["layer", "layer_step", "few_rows", "generate", "replay"]
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -340,3 +340,35 @@ def test_held_out_figures_of_a_saved_text(tmp_path):
     assert {row["order"] for row in result["kneser_ney"]} == set(range(1, 9))
     for row in result["kneser_ney"]:
         assert 0 < row["bits_per_byte"] < 3
+
+
+def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    layer_step, update = map(importlib.import_module, ("layer_step", "update"))
+    monkeypatch.setattr(update, "L2_BYTES", 2**10)
+    monkeypatch.setattr(layer_step, "STEPS", 2)
+    for T in (1, 4):
+        problem = layer_step.Problem(2, T, 1, 2, "float32", K=16, V=16)
+        inputs = layer_step.make_inputs(problem)
+        for step in (
+            functools.partial(layer_step.fused, implementation="interpret"),
+            functools.partial(
+                layer_step.chain, split=problem.split, implementation="reference"
+            ),
+        ):
+            found = layer_step.check(problem, inputs, layer_step.program_of(step))
+            assert found["conv"] == 0.0 and set(found) == {"state", "conv", "out"}
+            for what, error in found.items():
+                assert error <= layer_step.tolerance(problem, what)
+    row = layer_step.measure_peer(problem, inputs)
+    assert "PYTHONPATH" in row["absent"]
+    launch = dict(block_v=8, lanes_v=1, num_warps=1, splits=1)
+    slow = launch | dict(num_warps=2)
+    times = [("fused", slow, 5.0), ("fused", launch, 4.0), ("chain", None, 6.0)]
+    times.append(("fused_update", None, 3.0))
+    rows = [
+        dict(contender=name, config=config, span_us=us) for name, config, us in times
+    ]
+    assert layer_step.tuned_row(problem, rows)["config"] == launch
+    rows[2]["span_us"] = 4.0
+    assert layer_step.tuned_row(problem, rows)["config"] is None

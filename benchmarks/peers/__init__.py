@@ -47,6 +47,7 @@ from peers.vllm import (
     vllm_fused_sigmoid_gating_verify,
     vllm_packed_decode,
 )
+from peers.vllm import vllm_post_conv as vllm_post_conv
 from peers.vllm_conv import vllm_conv, vllm_conv_update
 
 DECODE: dict[str, Peer] = {

@@ -63,6 +63,54 @@ def vllm_packed_decode(problem: Problem, inputs: Inputs) -> Call:
     )
 
 
+def vllm_post_conv(problem: Problem, inputs: Inputs) -> Call:
+    """vLLM 0.33's update with its gated norm, two launches, after the convolution.
+
+    `inputs` also holds z [N*T, HV*V] and norm_weight [V]; of one token a row slots are
+    [N]. `result` has the first call's out alone."""
+    folder = "vllm.third_party.flash_linear_attention.ops"
+    kernels = load(f"{folder}.fused_gdn_decode_post_conv_mtp")
+    import torch
+
+    x = Tensors.of(inputs)
+    state, slots = above_null_slot(inputs["state"], x.slots)
+    slots = [table.reshape(problem.N, problem.T).int() for table in slots]
+    out = torch.empty_like(x.v)
+    accepted = inputs["num_accepted"]
+    if accepted is None:
+        accepted = torch.ones(problem.N, dtype=torch.int32, device=state.device)
+    else:
+        accepted = copy(accepted)
+    bounds = torch.arange(problem.N + 1, device=state.device) * problem.T
+    step = functools.partial(
+        kernels.fused_gdn_decode_post_conv_mtp_triton,
+        torch.cat([part.flatten(1) for part in (x.q, x.k, x.v)], dim=1),
+        x.a,
+        x.b,
+        x.A_log,
+        x.dt_bias,
+        cu_seqlens=bounds.int(),
+        num_accepted_tokens=accepted,
+        state=state,
+        output_gate=copy(inputs["z"]).reshape(x.v.shape),
+        norm_weight=copy(inputs["norm_weight"]),
+        out=out,
+        scale=problem.K**-0.5,
+        norm_eps=1e-6,
+        output_gate_activation="silu",
+    )
+
+    def run(i: int) -> None:
+        step(state_indices=slots[i % len(slots)])
+
+    return Call(
+        run=run,
+        result=lambda: {"out": to_numpy(out)},
+        kernels=named("_gdn_mtp_"),
+        note="q, k, v were convolved before",
+    )
+
+
 def _fused_sigmoid_gating(
     problem: Problem, inputs: Inputs, num_accepted: jax.Array | None
 ) -> Call:

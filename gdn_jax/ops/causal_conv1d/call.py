@@ -33,7 +33,7 @@ class ConvState(NamedTuple):
     Attributes:
       buffer: [P, C, W - 1 + S], a ring of columns for each slot. S is 1, or 1 + drafts
         for speculative decoding.
-      start: [P] int32, the column of the oldest input.
+      start: [P] int32 in [0, W - 1 + S), the column of the oldest input.
     """
 
     buffer: t.Ring
