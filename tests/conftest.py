@@ -71,6 +71,8 @@ def exact_products():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")
+    once = "of what JAX's version does not change; CI runs it on one line of them"
+    config.addinivalue_line("markers", f"once: {once}")
 
 
 def pytest_collection_modifyitems(config, items):

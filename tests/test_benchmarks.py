@@ -14,6 +14,8 @@ import gdn_jax
 from gdn_jax import ConvConfig, testing
 from gdn_jax.training import text
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from gdn_jax import models
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 SMALL = dict(linear_num_key_heads=2, linear_num_value_heads=4)
 SMALL |= dict(linear_key_head_dim=16, linear_value_head_dim=16, head_dim=16)

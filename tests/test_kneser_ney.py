@@ -10,6 +10,8 @@ import pytest
 from gdn_jax.training import kneser_ney
 from gdn_jax.training.text import SEPARATOR
 
+pytestmark = pytest.mark.once
+
 
 def _chain(length, seed):
     """Text of a Markov chain: each byte is likely to be one of two after the last."""

@@ -6,6 +6,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.once
+
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 PAGES = sorted(NOTEBOOKS.glob("*.ipynb"))
 READ = {page.stem: nbformat.read(page, nbformat.NO_CONVERT) for page in PAGES}

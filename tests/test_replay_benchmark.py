@@ -10,6 +10,8 @@ import pytest
 
 from gdn_jax import testing
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 SMALL = dict(H=1, HV=6, K=16, V=16)
 

@@ -11,6 +11,8 @@ import pytest
 from gdn_jax.training import text
 from gdn_jax.training.text import SEPARATOR, Document
 
+pytestmark = pytest.mark.once
+
 RESULTS = pathlib.Path(__file__).parent.parent / "benchmarks/results/held_out.json"
 RUN = "one two three four five six seven eight nine ten eleven twelve"
 

@@ -119,6 +119,7 @@ def test_dropped_weights_keep_their_mean():
     assert (dropped["weight"] == 1).all()
 
 
+@pytest.mark.once
 def test_the_shipped_model_beats_kneser_ney():
     """On part of the held-out text; the results file has the baseline on all of it."""
     model, params = models.load(models.SMALL, dtype=jnp.float32)
