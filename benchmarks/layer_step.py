@@ -36,14 +36,14 @@ W = 4
 NOISE = 0.005
 INPUTS = update.INPUTS + "; normal z, convolution's inputs and weights"
 TUNED = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
-# block_v, lanes_v, num_warps, splits
+# block_v, lanes_v, num_warps
 FEW_ROWS = [
-    *((128, 2, 16), (128, 2, 8), (64, 2, 8), (64, 4, 16)),
-    *((32, 2, 4, 2), (32, 2, 4, 4), (16, 2, 4, 8), (8, 2, 1, 16)),
+    *((128, 2, 16), (128, 4, 16), (128, 2, 8), (64, 2, 16)),
+    *((64, 2, 8), (32, 2, 8), (32, 2, 4)),
 ]
 MANY_ROWS = [
-    *((128, 2, 8), (64, 2, 4), (32, 2, 4), (16, 2, 4)),
-    *((32, 2, 2), (16, 2, 2), (8, 2, 2), (32, 4, 4)),
+    *((64, 2, 16), (64, 2, 8), (32, 2, 8), (32, 2, 4)),
+    *((32, 4, 4), (16, 1, 8), (16, 2, 2)),
 ]
 
 
@@ -194,7 +194,7 @@ def program_of(step: Callable[..., Any]) -> Any:
     return jax.jit(program, donate_argnums=0)
 
 
-LAUNCHES = {"fused": (1, 2), "chain": (3,), "fused_update": (1,)}
+LAUNCHES = {"fused": 1, "chain": 3, "fused_update": 1}
 
 
 def contenders(problem: Problem, config: LayerStepConfig | None) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def tolerance(problem: Problem, what: str) -> float:
 
 
 def time_program(
-    problem: Problem, inputs: Inputs, program: Any, launches: tuple[int, ...]
+    problem: Problem, inputs: Inputs, program: Any, launches: int
 ) -> dict[str, Any]:
     state = make_state(problem)
 
@@ -265,7 +265,7 @@ def time_program(
             run(i)
         wait()
     each = len(kernels) // PROGRAMS
-    if each * PROGRAMS != len(kernels) or each not in [n * STEPS for n in launches]:
+    if len(kernels) != PROGRAMS * STEPS * launches:
         names = sorted({kernel.name for kernel in kernels})
         raise RuntimeError(f"{len(kernels)} kernels in {PROGRAMS} programs: {names}")
     spans, busy = [], []

@@ -118,6 +118,11 @@ def _device(arrays: Any) -> Any:
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
+def load_where(at: Any, mask: jax.Array | None) -> jax.Array:
+    """0 where the mask is not; None: all of it."""
+    return load(at, mask=mask, other=None if mask is None else 0)
+
+
 def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """x * y + z in one rounding, inside a compiled kernel; float32, broadcasting.
 

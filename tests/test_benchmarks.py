@@ -364,7 +364,7 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch):
                 assert error <= layer_step.tolerance(problem, what)
     row = layer_step.measure_peer(problem, inputs)
     assert "PYTHONPATH" in row["absent"]
-    launch = dict(block_v=8, lanes_v=1, num_warps=1, splits=1)
+    launch = dict(block_v=8, lanes_v=1, num_warps=1)
     slow = launch | dict(num_warps=2)
     times = [("fused", slow, 5.0), ("fused", launch, 4.0), ("chain", None, 6.0)]
     times.append(("fused_update", None, 3.0))

@@ -79,7 +79,7 @@ class Tile:
         """[1 W LV LK E] along K of `ref`."""
         shape = (1, *self.v.shape[1:4], self.k[0].shape[4])
         return tuple(
-            _load(
+            _triton.load_where(
                 ref.at[(*index, jnp.broadcast_to(k, shape))],
                 None if mask is None else jnp.broadcast_to(mask, shape),
             )
@@ -88,12 +88,12 @@ class Tile:
 
     def load_v(self, ref, *index) -> Array:
         """[R W LV LK 1] along V of `ref`."""
-        return _load(ref.at[(*index, self.v)], self.in_v)
+        return _triton.load_where(ref.at[(*index, self.v)], self.in_v)
 
     def load_state(self, ref, wanted: Array, *index) -> Chunks:
         """[R W LV LK E], zeros unless `wanted`."""
         return tuple(
-            _load(ref.at[(*index, self.v, k)], mask)
+            _triton.load_where(ref.at[(*index, self.v, k)], mask)
             for k, mask in zip(self.k, self._state_masks(wanted), strict=True)
         )
 
@@ -139,8 +139,3 @@ def _pack(parts: Chunks, chunks: int) -> Chunks:
         _triton.join([part[..., 0] for part in parts[i : i + each]])
         for i in range(0, len(parts), each)
     )
-
-
-def _load(at, mask: Array | None) -> Array:
-    other = None if mask is None else 0
-    return _triton.load(at, mask=mask, other=other)

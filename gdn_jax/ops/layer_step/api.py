@@ -72,8 +72,8 @@ def fused_layer_step(
         out = gated delta rule(q, k, v, a, b)                   (`fused_update`)
         out = RMS norm(out) * activation(z)                     (`gated_rms_norm`)
 
-    For decoding and for verifying drafts. The projections are read where they lie: no
-    split, copy or transpose is made of them.
+    For decoding and for verifying drafts; prompts are faster by `chunk_update`. The
+    projections are read where they lie: no split, copy or transpose is made of them.
 
     Args:
       state: (`ConvState` of C = 2 H K + HV V channels, [P or N, HV, V, K]). Donate it
@@ -106,9 +106,8 @@ def fused_layer_step(
 
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
-      NotImplementedError: the kernel was asked for and cannot run here, or not this
-        call: rows of more tokens than the ring has room for, or of any number
-        (`cu_seqlens` without `num_accepted`), and K or V above 256.
+      NotImplementedError: the kernel was asked for and cannot run here, or K or V are
+        above 256.
 
     Numerics: float32 inside; q, k, v and out are rounded to qkvz's dtype on their way,
     as separate ops do. The gradient is that of the ops.
@@ -190,7 +189,6 @@ def _paths(
                 f"fused_layer_step: the kernel cannot take this call: {reason}. Use "
                 f"implementation='xla'."
             )
-        launch.check(heads.V)
         return vjp.launched(KERNELS[interpret], options, launch, x)
 
     return {
@@ -202,9 +200,15 @@ def _paths(
 
 
 _chain = jax.jit(chain, static_argnums=(1, 2))
-KERNELS = vjp.kernel_paths(
-    triton, vjp.backward_of(lambda x, options: chain(x, options, "xla"))
-)
+
+
+def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array, Array]:
+    """What the kernel's results are, for its gradient."""
+    conv, recurrent, out = chain(x, options, "xla")
+    return conv.turned(x.conv.start), recurrent, out
+
+
+KERNELS = vjp.kernel_paths(triton, vjp.backward_of(_as_launched))
 
 
 def _step(x: Inputs, options: Options) -> Step:

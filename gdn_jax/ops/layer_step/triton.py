@@ -1,16 +1,16 @@
 """A layer's step as one Pallas kernel (Triton lowering), and its launch.
 
-A program owns a value head of a row, or some of its V. It convolves that head's
-channels, walks its tokens with tile after tile of the state as `fused_update`'s does,
-and normalises what came out. q, k, v and out pass from one to the next through memory
-of the program's own, which is in a cache still: what is written along channels is read
-in a tile's layout. Programs that share out V leave the norm to a second launch.
+A program owns a key head of a row and the value heads that read it. It convolves their
+channels, walks their tokens with tile after tile of the states as `fused_update`'s
+does, and normalises what came out. q, k, v and out pass from one to the next through
+memory that no other program touches, and that is in a cache still: what is written
+along channels is read in a tile's layout.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.blocks import indices, inside
+from gdn_jax.ops.blocks import both, indices, inside
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import GateLogits
@@ -31,11 +31,12 @@ from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
 from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Part, Ring
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 
+AT_ONCE = 9  # tokens of a step with eight drafts
+
 
 def layer_step_kernel(
     x: Any,
     buffer_ref,
-    start_ref,
     new_ref,
     q_ref,
     k_ref,
@@ -45,11 +46,10 @@ def layer_step_kernel(
     config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (splits of V, value heads, rows); with
-    `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
-    split, head, number = (pl.program_id(i) for i in range(3))
+    """`x` is `Inputs` of references. Grid: (key heads, rows); with `cu_seqlens` one row
+    more, whose programs clear the tokens that belong to no row."""
+    key, number = pl.program_id(0), pl.program_id(1)
     heads, is_row = options.heads, number < x.num_rows
-    key = lax.div(head, np.int32(heads.group))
     number = jnp.minimum(number, np.int32(x.num_rows - 1))
     row, conv_row = (
         each._replace(live=each.live & is_row, length=jnp.where(is_row, each.length, 0))
@@ -57,236 +57,264 @@ def layer_step_kernel(
     )
     gates = GateLogits(x.weights.A_log, x.projected.a, x.projected.b, x.weights.dt_bias)
     rows = RuleInputs(x.recurrent, q_ref, k_ref, out_ref, gates, *x.tables)
-    tiles = _Tiles(rows, row, head, split, config)
-    arithmetic = rule.Arithmetic(
-        tiles.at(np.int32(0)).sum_k,
-        (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
-    )
-    own = head * np.int32(config.splits) + split  # each program's q and k
-    b, a = heads.gates(key, head)
-    tokens = Tokens.of(
-        rows,
-        head,
-        tiles.at(np.int32(0)),
-        options.rule,
-        arithmetic,
-        key_head=own,
-        columns=(a, b),
-    )
+    multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
+    walk = _Walk(rows, new_ref, row, key, options, config, multiply_add)
+    norm = _Norm.of(x, row, key, options)
 
     # What takes longest is on its way while the channels are convolved.
-    first = tiles.load(jnp.int32(0))
-    ring = Ring.of(x, conv_row)
-    _convolve(x, ring, key, head, split, options, config, buffer_ref, rows)
+    first = walk.load(jnp.int32(0))
+    _convolve(x, Ring.of(x, conv_row), key, options, buffer_ref, rows, interpret)
     if not interpret:
         _triton.barrier()
-    ring.arrive(start_ref, heads.HV * config.splits)
-    store = Store(rows, new_ref, out_ref, head, row, options.rule)
-    if options.rule.tokens_per_row == 1:
-        tiles.walk(first, _one_token(tiles, tokens, store))
-    else:
-        tiles.walk(
-            first, lambda tile, state: walk_tokens(rows, tile, state, tokens, store)
-        )
-    if config.splits == 1:
-        if not interpret:
-            _triton.barrier()
-        _norm(x, row, key, head, options, out_ref)
+    walk.states(first)
+    if not interpret:
+        _triton.barrier()
+    norm.normalise(x, row, options, out_ref)
 
     if x.tables.cu_seqlens is not None:
-        program, programs = split + config.splits * head, config.splits * heads.HV
-
-        @pl.when(~is_row)
-        def _():
-            clear_unowned(
-                rows, new_ref, out_ref, program, programs, config.tile, options.rule
-            )
+        of_call = key, heads.H, config.tile, options.rule
+        pl.when(~is_row)(lambda: clear_unowned(rows, new_ref, out_ref, *of_call))
 
 
-def norm_kernel(inputs: Any, normed_ref, *, options: Options) -> None:
-    """`inputs` are `Inputs` of references and what came out of the rule, which is
-    `normed_ref` too. Grid: (value heads, rows)."""
-    x, out_ref = inputs
-    head, number = pl.program_id(0), pl.program_id(1)
-    row, _ = find_rows(x, options, number)
-    key = lax.div(head, np.int32(options.heads.group))
-    _norm(x, row, key, head, options, out_ref, normed_ref)
-
-
-class _Tiles:
-    """A program's, one after another: the next is loaded before one is worked on."""
+class _Walk:
+    """Over the states of a key head's value heads, tile after tile, the next of which
+    is loaded before one is worked on."""
 
     def __init__(
-        self, x: Any, row: Rows, head: Array, split: Array, config: LayerStepConfig
+        self,
+        x: Any,
+        new_ref: Any,
+        row: Rows,
+        key: Array,
+        options: Options,
+        config: LayerStepConfig,
+        multiply_add: Any,
     ):
-        self.x, self.row, self.head, self.config = x, row, head, config.tile
-        self.count = config.tiles(x.state.shape[2])
-        self.first = split * np.int32(self.count)
+        self.x, self.row, self.options, self.config = x, row, options.rule, config.tile
+        self.new_ref, self.multiply_add = new_ref, multiply_add
+        self.heads, self.key = options.heads, key
+        self.tiles = pl.cdiv(self.heads.V, config.block_v)
 
-    def at(self, index: Array | np.int32) -> Tile:
-        return Tile.of(self.x.state, self.first + index, self.config)
+    def head(self, index: Array) -> Array:
+        first = self.key * np.int32(self.heads.group)
+        return first + lax.div(index, np.int32(self.tiles))
+
+    def tile(self, index: Array) -> Tile:
+        number = lax.rem(index, np.int32(self.tiles))
+        return Tile.of(self.x.state, number, self.config)
 
     def load(self, index: Array) -> Any:
-        """The last one again behind it."""
-        index = jnp.minimum(index, np.int32(self.count - 1))
-        reads = self.row.live & self.row.keeps_state
-        return self.at(index).load_state(self.x.state, reads, self.row.read, self.head)
+        """The last one again behind it. Of one token a row its gates' logits too."""
+        last = np.int32(self.heads.group * self.tiles - 1)
+        index = jnp.minimum(index, last)
+        row, head, tile = self.row, self.head(index), self.tile(index)
+        reads = row.live & row.keeps_state
+        state = tile.load_state(self.x.state, reads, row.read, head)
+        if self.options.tokens_per_row != 1:
+            return state, None
+        return state, self.tokens(head, tile).load_gates(row.begin)
 
-    def walk(self, first: Any, visit: Any) -> None:
-        if self.count == 1:
-            visit(self.at(np.int32(0)), first)
+    def tokens(self, head: Array, tile: Tile) -> Tokens:
+        arithmetic = rule.Arithmetic(tile.sum_k, self.multiply_add)
+        b, a = self.heads.gates(self.key, head)
+        return Tokens.of(self.x, head, tile, self.options, arithmetic, columns=(a, b))
+
+    def states(self, first: Any) -> None:
+        visit = self.walk_tokens
+        if self.options.tokens_per_row == 1:
+            head, tile = self.head(jnp.int32(0)), self.tile(jnp.int32(0))
+            tokens = self.tokens(head, tile)
+            keys = tokens.prepare(tokens.load_keys(self.row.begin))
+            visit = functools.partial(self.take_one_token, keys)
+        count = self.heads.group * self.tiles
+        if count == 1:
+            visit(jnp.int32(0), *first)
             return
 
         def step(index, loaded):
             following = self.load(index + 1)
-            visit(self.at(index), loaded)
+            visit(index, *loaded)
             return following
 
-        lax.fori_loop(np.int32(0), np.int32(self.count), step, first)
+        lax.fori_loop(np.int32(0), np.int32(count), step, first)
 
+    def store(self, head: Array) -> Store:
+        return Store(self.x, self.new_ref, self.x.v, head, self.row, self.options)
 
-def _one_token(tiles: _Tiles, tokens: Tokens, store: Store) -> Any:
-    """What a row of one token does to each tile."""
-    row = store.row
-    token = tokens.prepare(tokens.load_keys(row.begin))
-    decay, beta = tokens.gate(tokens.load_gates(row.begin))
-    target = store.target(np.int32(0))
-
-    def visit(tile: Tile, loaded) -> None:
-        v = tile.load_v(store.out_ref, row.begin, store.head).astype(jnp.float32)
+    def take_one_token(self, keys: rule.Token, index: Array, loaded, logits) -> None:
+        """`keys` are the same of all heads and tiles."""
+        row, head, tile = self.row, self.head(index), self.tile(index)
+        tokens, store = self.tokens(head, tile), self.store(head)
+        v = tile.load_v(self.x.v, row.begin, head).astype(jnp.float32)
+        decay, beta = tokens.gate(logits)
         state, out = rule.update(
-            unpack(loaded), token, decay, beta, v, tokens.arithmetic
+            unpack(loaded), keys, decay, beta, v, tokens.arithmetic
         )
-        store.token(tile, np.int32(0), state, out, target, row.live)
+        step = np.int32(0)
+        store.token(tile, step, state, out, store.target(step), row.live)
         store.end(tile, state)
 
-    return visit
+    def walk_tokens(self, index: Array, loaded, logits: None) -> None:
+        head, tile = self.head(index), self.tile(index)
+        tokens = self.tokens(head, tile)
+        walk_tokens(self.x, tile, loaded, tokens, self.store(head))
 
 
 def _convolve(
     x: Any,
     ring: Ring,
     key: Array,
-    head: Array,
-    split: Array,
     options: Options,
-    config: LayerStepConfig,
     buffer_ref,
     rows: RuleInputs,
+    interpret: bool,
 ) -> None:
     """Into q, k and v of `rows`."""
     heads, row = options.heads, ring.row
-    columns, _ = heads.columns(key, head)
-    channels = heads.channels(key, head)
-    sizes = heads.K, heads.K, heads.V // config.splits
-    own = head * np.int32(config.splits) + split
-    firsts = np.int32(0), np.int32(0), split * np.int32(sizes[2])  # of the head's
-    parts = [
-        Part.load(x, ring, channel + first, column + first, size)
-        for channel, column, first, size in zip(
-            channels, columns, firsts, sizes, strict=True
-        )
-    ]
-    is_first = (head == key * np.int32(heads.group)) & (split == 0)
-    owned = is_first, is_first, True  # who keeps what several programs read
-    places = (rows.q, own), (rows.k, own), (rows.v, head)
-    back, columns_kept = x.weights.conv.shape[1] - 1, x.columns
+    value = key * np.int32(heads.group)
+    sizes = heads.K, heads.K, heads.group * heads.V
+    columns, _ = heads.columns(key, value)
+    places = zip(heads.channels(key, value), columns, sizes, strict=True)
+    parts = [Part.of(x, *place) for place in places]
+    known = _known_tokens(options)
+    ahead = [_load_tokens(x, row, parts, step) for step in range(known)]
+    windows = [part.load_history(x, ring) for part in parts]
+    if not interpret:
+        _triton.barrier()
+    if x.tables.num_accepted is not None:
+        # what the next step finds before its tokens, if one of these stands
+        for part, window in zip(parts, windows, strict=True):
+            for i, value in enumerate(window[1:]):
+                part.keep(buffer_ref, ring, i, value, True)
 
-    def take(step, window):
-        at = jnp.minimum(row.begin + step, np.int32(x.num_tokens - 1))
-        inputs = [part.load_token(x, at) for part in parts]
+    def take(step, windows):
+        at = _token_at(x, row, step)
+        inputs = ahead[step] if ahead else _load_tokens(x, row, parts, step)
         moved = []
-        for part, (ref, lead), first, new, old, keeps in zip(
-            parts, places, firsts, inputs, window, owned, strict=True
+        for i, (part, new, window) in enumerate(
+            zip(parts, inputs, windows, strict=True)
         ):
-            full = [*old, new.astype(jnp.float32)]
-            y = part.convolve(full).astype(ref.dtype)
-            place = first + indices(part.channel.size)
-            _triton.store(ref.at[at, lead, place], y, mask=part.mask)
-            kept = keeps & (step < columns_kept)
-            part.keep(buffer_ref, ring, back + step, new, kept)
-            moved.append(full[1:])
+            window = [*window, new.astype(jnp.float32)]
+            _store_channels(rows, i, key, heads, part, at, part.convolve(window))
+            if x.tables.num_accepted is not None:
+                behind = len(window) - 2 + step
+                part.keep(buffer_ref, ring, behind, new, step < x.columns)
+            moved.append(window[1:])
         return moved
 
-    if x.tables.has_state is not None:
-        for part, keeps in zip(parts, owned, strict=True):
-            part.forget(buffer_ref, ring, keeps)
-    _each_token(options, row, take, [part.history for part in parts])
+    windows = _each_token(options, row, take, windows)
+    if x.tables.num_accepted is None:
+        for part, window in zip(parts, windows, strict=True):
+            for i, value in enumerate(window):
+                part.keep(buffer_ref, ring, i, value, True)
 
 
-def _norm(
-    x: Any,
-    row: Rows,
-    key: Array,
-    head: Array,
-    options: Options,
-    out_ref,
-    normed_ref=None,
+def _load_tokens(x: Any, row: Rows, parts: list[Part], step) -> list[Array]:
+    at = _token_at(x, row, step)
+    return [part.load_token(x, at) for part in parts]
+
+
+def _token_at(x: Any, row: Rows, step) -> Array:
+    return jnp.minimum(row.begin + step, np.int32(x.num_tokens - 1))
+
+
+def _store_channels(
+    rows: RuleInputs, which: int, key: Array, heads: Any, part: Part, at, y: Array
 ) -> None:
-    """In place, or into `normed_ref`."""
-    normed_ref = out_ref if normed_ref is None else normed_ref
-    heads = options.heads
-    place = indices(pl.next_power_of_2(heads.V))
-    mask = inside(place, heads.V)
-    _, z_column = heads.columns(key, head)
-
-    def load(at):
-        other = None if mask is None else 0
-        return _triton.load(at, mask=mask, other=other).astype(jnp.float32)
-
-    weight = load(x.weights.norm.at[place])
-
-    def take(step, _):
-        at = jnp.minimum(row.begin + step, np.int32(x.num_tokens - 1))
-        z = load(x.projected.z.at[at, z_column + place])
-        out = load(out_ref.at[at, head, place])
-        mean = jnp.sum(out * out) / np.float32(heads.V)
-        gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
-        gate = z * gate if options.activation == "silu" else gate
-        y = out * lax.rsqrt(mean + np.float32(options.eps)) * weight * gate
-        y = jnp.where(row.live, y, 0.0).astype(normed_ref.dtype)
-        _triton.store(normed_ref.at[at, head, place], y, mask=mask)
-
-    _each_token(options, row, take, None)
+    ref: Any = (rows.q, rows.k, rows.v)[which]
+    size = (heads.K, heads.K, heads.V)[which]
+    first = key if which < 2 else key * np.int32(heads.group)
+    place, size = indices(y.size), np.int32(size)
+    to = ref.at[at, first + lax.div(place, size), lax.rem(place, size)]
+    _triton.store(to, y.astype(ref.dtype), mask=part.mask)
 
 
-def _each_token(options: Options, row: Rows, take: Any, carry: Any) -> Any:
-    if options.rule.tokens_per_row is None:
+class _Norm(NamedTuple):
+    """Of a key head's value heads, [G V]. `gates` are z of tokens that were loaded
+    beforehand, where it is known how many there are."""
+
+    head: Array
+    v: Array
+    mask: Array | None
+    column: Array
+    weight: Array
+    gates: list[Array]
+
+    @classmethod
+    def of(cls, x: Any, row: Rows, key: Array, options: Options) -> "_Norm":
+        heads = options.heads
+        member = indices(pl.next_power_of_2(heads.group))[:, None]
+        v = indices(pl.next_power_of_2(heads.V))[None, :]
+        in_group, in_v = inside(member[:, 0], heads.group), inside(v[0], heads.V)
+        mask = both(in_group, in_v, shape=(member.size, v.size))
+        first = key * np.int32(heads.group)
+        _, z = heads.columns(key, first)
+        column = z + member * np.int32(heads.V) + v
+        at = x.weights.norm.at[jnp.broadcast_to(v, column.shape)]
+        weight = _triton.load_where(at, mask)
+        norm = cls(first + member, v, mask, column, weight, [])
+        for step in range(_known_tokens(options)):
+            norm.gates.append(norm.load_gate(x, row, step))
+        return norm
+
+    def load_gate(self, x: Any, row: Rows, step) -> Array:
+        at = x.projected.z.at[_token_at(x, row, step), self.column]
+        return _triton.load_where(at, self.mask)
+
+    def normalise(self, x: Any, row: Rows, options: Options, out_ref) -> None:
+        """In place."""
+
+        def take(step, _):
+            z = self.gates[step] if self.gates else self.load_gate(x, row, step)
+            at = out_ref.at[_token_at(x, row, step), self.head, self.v]
+            out = _triton.load_where(at, self.mask).astype(jnp.float32)
+            mean = jnp.sum(out * out, axis=1) / np.float32(options.heads.V)
+            scale = lax.rsqrt(mean + np.float32(options.eps))
+            z = z.astype(jnp.float32)
+            gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
+            gate = z * gate if options.activation == "silu" else gate
+            y = out * scale[:, None] * self.weight.astype(jnp.float32) * gate
+            y = jnp.where(row.live, y, 0.0).astype(out_ref.dtype)
+            _triton.store(at, y, mask=self.mask)
+
+        _each_token(options, row, take, None)
+
+
+def _each_token(
+    options: Options, row: Rows, take: Callable[[Any, Any], Any], carry: Any
+) -> Any:
+    """`take(step, carry)`; steps are Python's where a few are known."""
+    if not _known_tokens(options):
         return lax.fori_loop(np.int32(0), row.length, take, carry)
-    for step in range(options.rule.tokens_per_row):
-        carry = take(np.int32(step), carry)
+    for step in range(_known_tokens(options)):
+        carry = take(step, carry)
     return carry
+
+
+def _known_tokens(options: Options) -> int:
+    """Of each row, so few that all may be loaded at once; otherwise 0."""
+    tokens = options.rule.tokens_per_row or 0
+    return tokens if tokens <= AT_ONCE else 0
 
 
 def triton(
     x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V]), both states in place."""
+    """(conv, recurrent, out [L HV V]), in one launch, both states in place."""
     heads, num_tokens = options.heads, x.num_tokens
-    keys = (num_tokens, heads.HV * config.splits, heads.K), options.rule.out_dtype
+    keys = (num_tokens, heads.H, heads.K), options.rule.out_dtype
     values = (num_tokens, heads.HV, heads.V), options.rule.out_dtype
-    written = x.conv.buffer, x.conv.start, x.recurrent
+    written = (x.conv.buffer, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
-    buffer, start, recurrent, _, _, out = _triton.launch(
+    buffer, recurrent, _, _, out = _triton.launch(
         functools.partial(
             layer_step_kernel, options=options, config=config, interpret=interpret
         ),
         x,
         (*((y.shape, y.dtype) for y in written), keys, keys, values),
-        grid=(config.splits, heads.HV, rows),
-        aliases={0: 0, 1: 1, 2: 2},  # the first leaves of Inputs
+        grid=(heads.H, rows),
+        aliases={0: 0, 2: 1},  # of Inputs' leaves: buffer, start, recurrent, ..
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    if config.splits > 1:
-        inputs = x._replace(conv=ConvState(buffer, start), recurrent=recurrent), out
-        [out] = _triton.launch(
-            functools.partial(norm_kernel, options=options),
-            inputs,
-            (values,),
-            grid=(heads.HV, x.num_rows),
-            aliases={len(jax.tree.leaves(inputs)) - 1: 0},
-            num_warps=1,
-            interpret=interpret,
-        )
-    return ConvState(buffer, start), recurrent, out
+    return ConvState(buffer, x.conv.start), recurrent, out

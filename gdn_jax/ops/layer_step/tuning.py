@@ -9,7 +9,6 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops import checks
 from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig
 
 
@@ -19,15 +18,13 @@ class LayerStepConfig:
 
     Attributes:
       block_v, lanes_v, num_warps: of a tile, as in `LaunchConfig`. A program walks over
-        tiles, the next of which is loaded while one is worked on.
-      splits: programs that share out a value head's V. With more than one the norm, for
-        which all of V is wanted, is a second launch, and each convolves q and k.
+        the tiles of a key head's value heads; the next one is loaded while one is
+        worked on.
     """
 
     block_v: int
     lanes_v: int
     num_warps: int
-    splits: int = 1
 
     def __post_init__(self):
         _triton.check_launch(self)
@@ -36,16 +33,6 @@ class LayerStepConfig:
     @property
     def tile(self) -> LaunchConfig:
         return LaunchConfig(self.block_v, self.lanes_v, 1, self.num_warps)
-
-    def tiles(self, V: int) -> int:
-        """That a program walks over."""
-        return pl.cdiv(V, self.block_v * self.splits)
-
-    def check(self, V: int) -> None:
-        if self.splits > 1 and V % (self.block_v * self.splits):
-            wanted = f"of which splits * block_v divide V = {V}, or splits = 1"
-            remedy = "Programs that share out a head have as many rows each."
-            checks.fail("config", self, wanted, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +60,9 @@ class Step:
         """Why the kernel cannot take the call, on any device; None where it can."""
         if 0 in (self.rows, self.tokens, self.HV, self.K, self.V):
             return "it has no rows or no tokens"
-        if max(self.K, self.V) > MAX_HEAD_DIM:
-            return f"K = {self.K}, V = {self.V}, of which it has registers for 256"
-        if self.tokens is None and not self.verifies:
-            return "rows of any number of tokens, by cu_seqlens without num_accepted"
-        if self.tokens is not None and self.tokens > self.columns:
-            return f"{self.tokens} tokens a row, of which its ring holds {self.columns}"
-        return None
+        if max(self.K, self.V) <= MAX_HEAD_DIM:
+            return None
+        return f"K = {self.K}, V = {self.V}, of which it has registers for 256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +112,11 @@ def find_tuned(device_kind: str, step: Step) -> Tuned | None:
 
 
 def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
-    """Whether a layer takes the kernel: it can, and was measured to be faster."""
+    """Whether a layer takes the kernel: it can, and was measured to be faster. Rows of
+    any length may be prompts, which were not."""
     if implementation in ("xla", "reference") or step.why_not() is not None:
+        return False
+    if step.tokens is None and not step.verifies:
         return False
     try:
         device_kind = _triton.device_kind(arrays)
