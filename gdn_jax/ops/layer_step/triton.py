@@ -55,18 +55,19 @@ def layer_step_kernel(
         each._replace(live=each.live & is_row, length=jnp.where(is_row, each.length, 0))
         for each in find_rows(x, options, number)
     )
-    gates = GateLogits(x.weights.A_log, x.projected.a, x.projected.b, x.weights.dt_bias)
-    rows = RuleInputs(x.recurrent, q_ref, k_ref, out_ref, gates, *x.tables)
+    logits = x.weights.A_log, x.projected.a, x.projected.b, x.weights.dt_bias
+    tokens = q_ref, k_ref, out_ref, GateLogits(*logits)
+    rows = RuleInputs(x.recurrent, *tokens, *x.tables)
     multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
     walk = _Walk(rows, new_ref, row, key, options, config, multiply_add)
     norm = _Norm.of(x, row, key, options)
 
     # What takes longest is on its way while the channels are convolved.
-    first = walk.load(jnp.int32(0))
+    first, gates = walk.load(jnp.int32(0)), walk.find_gates()
     _convolve(x, Ring.of(x, conv_row), key, options, buffer_ref, rows, interpret)
     if not interpret:
         _triton.barrier()
-    walk.states(first)
+    walk.states(first, gates)
     if not interpret:
         _triton.barrier()
     norm.normalise(x, row, options, out_ref)
@@ -93,47 +94,52 @@ class _Walk:
         self.x, self.row, self.options, self.config = x, row, options.rule, config.tile
         self.new_ref, self.multiply_add = new_ref, multiply_add
         self.heads, self.key = options.heads, key
+        self.first = key * np.int32(self.heads.group)
         self.tiles = pl.cdiv(self.heads.V, config.block_v)
 
     def head(self, index: Array) -> Array:
-        first = self.key * np.int32(self.heads.group)
-        return first + lax.div(index, np.int32(self.tiles))
+        return self.first + lax.div(index, np.int32(self.tiles))
 
     def tile(self, index: Array) -> Tile:
         number = lax.rem(index, np.int32(self.tiles))
         return Tile.of(self.x.state, number, self.config)
 
     def load(self, index: Array) -> Any:
-        """The last one again behind it. Of one token a row its gates' logits too."""
-        last = np.int32(self.heads.group * self.tiles - 1)
-        index = jnp.minimum(index, last)
-        row, head, tile = self.row, self.head(index), self.tile(index)
+        """The last one again behind it."""
+        index = jnp.minimum(index, np.int32(self.heads.group * self.tiles - 1))
+        row, head = self.row, self.head(index)
         reads = row.live & row.keeps_state
-        state = tile.load_state(self.x.state, reads, row.read, head)
-        if self.options.tokens_per_row != 1:
-            return state, None
-        return state, self.tokens(head, tile).load_gates(row.begin)
+        return self.tile(index).load_state(self.x.state, reads, row.read, head)
 
     def tokens(self, head: Array, tile: Tile) -> Tokens:
         arithmetic = rule.Arithmetic(tile.sum_k, self.multiply_add)
         b, a = self.heads.gates(self.key, head)
         return Tokens.of(self.x, head, tile, self.options, arithmetic, columns=(a, b))
 
-    def states(self, first: Any) -> None:
+    def find_gates(self) -> Any:
+        """Of the one token of a row: [G] decays and betas of the value heads."""
+        if self.options.tokens_per_row != 1:
+            return None
+        member = indices(pl.next_power_of_2(self.heads.group))
+        head = jnp.minimum(self.first + member, np.int32(self.heads.HV - 1))
+        tokens = self.tokens(head, self.tile(jnp.int32(0)))
+        return tokens.gate(tokens.load_gates(self.row.begin))
+
+    def states(self, first: Any, gates: Any) -> None:
+        """`first` is the first tile, `gates` what `find_gates` found."""
         visit = self.walk_tokens
-        if self.options.tokens_per_row == 1:
-            head, tile = self.head(jnp.int32(0)), self.tile(jnp.int32(0))
-            tokens = self.tokens(head, tile)
+        if gates is not None:
+            tokens = self.tokens(self.first, self.tile(jnp.int32(0)))
             keys = tokens.prepare(tokens.load_keys(self.row.begin))
-            visit = functools.partial(self.take_one_token, keys)
+            visit = functools.partial(self.take_one_token, keys, gates)
         count = self.heads.group * self.tiles
         if count == 1:
-            visit(jnp.int32(0), *first)
+            visit(jnp.int32(0), first)
             return
 
         def step(index, loaded):
             following = self.load(index + 1)
-            visit(index, *loaded)
+            visit(index, loaded)
             return following
 
         lax.fori_loop(np.int32(0), np.int32(count), step, first)
@@ -141,20 +147,19 @@ class _Walk:
     def store(self, head: Array) -> Store:
         return Store(self.x, self.new_ref, self.x.v, head, self.row, self.options)
 
-    def take_one_token(self, keys: rule.Token, index: Array, loaded, logits) -> None:
+    def take_one_token(self, keys: rule.Token, gates, index: Array, loaded) -> None:
         """`keys` are the same of all heads and tiles."""
         row, head, tile = self.row, self.head(index), self.tile(index)
-        tokens, store = self.tokens(head, tile), self.store(head)
+        is_it = indices(gates[0].size) == head - self.first
+        decay, beta = (jnp.sum(jnp.where(is_it, each, 0.0)) for each in gates)
         v = tile.load_v(self.x.v, row.begin, head).astype(jnp.float32)
-        decay, beta = tokens.gate(logits)
-        state, out = rule.update(
-            unpack(loaded), keys, decay, beta, v, tokens.arithmetic
-        )
-        step = np.int32(0)
+        arithmetic = rule.Arithmetic(tile.sum_k, self.multiply_add)
+        state, out = rule.update(unpack(loaded), keys, decay, beta, v, arithmetic)
+        store, step = self.store(head), np.int32(0)
         store.token(tile, step, state, out, store.target(step), row.live)
         store.end(tile, state)
 
-    def walk_tokens(self, index: Array, loaded, logits: None) -> None:
+    def walk_tokens(self, index: Array, loaded) -> None:
         head, tile = self.head(index), self.tile(index)
         tokens = self.tokens(head, tile)
         walk_tokens(self.x, tile, loaded, tokens, self.store(head))
