@@ -177,6 +177,28 @@ def header(inputs: str, repeats: int = REPEATS) -> dict[str, Any]:
     }
 
 
+def commit_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a row says where a file's rows were not all measured at once."""
+    return {"commit": result["commit"], "date": result["date"]}
+
+
+def rows_besides(
+    measured: list[dict[str, Any]], *paths: pathlib.Path
+) -> list[dict[str, Any]]:
+    """The rows of the first results file there is, each with the commit and the date
+    that it is of, but for those that say what one of `measured` says."""
+    path = next(filter(pathlib.Path.is_file, paths), None)
+    if path is None:
+        return []
+    old = json.loads(path.read_text())
+    rows = [commit_of(old) | row for row in old["rows"]]
+    return [
+        row
+        for row in rows
+        if all({key: row.get(key) for key in found} != found for found in measured)
+    ]
+
+
 def need_gpu() -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit(

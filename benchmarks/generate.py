@@ -20,7 +20,7 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import typer
-from common import RESULTS, console, header, need_gpu
+from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
 from geometries import (
     CONTEXT,
     MODELS,
@@ -198,17 +198,6 @@ def points(model: str, quick: bool, batches: Iterable[int]) -> list[Point]:
     ]
 
 
-def others_of(path: pathlib.Path, measured: list[Point]) -> list[dict[str, Any]]:
-    """The rows of a results file of which no point is measured now, each with the
-    commit and the date that it is of."""
-    old = json.loads(path.read_text())
-    of = {"commit": old["commit"], "date": old["date"]}
-    fields = [field.name for field in dataclasses.fields(Point)]
-    points = [dataclasses.asdict(point) for point in measured]
-    rows = [of | row for row in old["rows"]]
-    return [row for row in rows if {x: row.get(x) for x in fields} not in points]
-
-
 def run_model(
     needed: dict[Point, tuple[int, int]], result: dict[str, Any], path: pathlib.Path
 ):
@@ -235,8 +224,7 @@ def run_model(
         else:
             rows = absent(point, reason)
         console.print(table(rows))
-        of = {"commit": result["commit"], "date": result["date"]}
-        result["rows"] += [of | row for row in rows]
+        result["rows"] += [commit_of(result) | row for row in rows]
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -258,10 +246,8 @@ def main(
     for name in model:
         file = f"generate_{name.split(',')[0].lower()}.json"
         needed = {point: memory(point) for point in points(name, quick, rows)}
-        before = next(
-            filter(pathlib.Path.is_file, (folder / file, committed / file)), None
-        )
-        others = others_of(before, list(needed)) if before else []
+        measured = [dataclasses.asdict(point) for point in needed]
+        others = rows_besides(measured, folder / file, committed / file)
         run_model(needed, result | {"rows": others}, folder / file)
 
 

@@ -1,4 +1,4 @@
-"""Replay, beside states that are written: python benchmarks/replay.py [--tune meet]
+"""Replay, beside states that are written: python benchmarks/replay.py [--tokens 4]
 
 Steps of `replay_update` one after another, each row at its own place of its ring: what
 is told is the mean of a step, folds included. Beside it peers that do the same, and
@@ -25,10 +25,12 @@ import typer
 import update
 from common import (
     RESULTS,
+    commit_of,
     console,
     header,
     need_gpu,
     passed,
+    rows_besides,
     time_contender,
     wait,
 )
@@ -60,7 +62,8 @@ INPUTS = (
     "all, or one; rings begin anywhere (the peers' at their first column), with 0 to "
     "R - T records that are committed, and T pending"
 )
-CROSSOVER_TOKENS = 1, 2, 4
+ACCEPTS_TOKENS = 4  # the problem that is measured with every way of accepting
+ROWS_PLAIN, ROWS_VERIFY = (8, 64, 256), (8, 64, 128)
 CROSSOVER_ROWS = 1, 2, 4, 8, 16, 32, 64
 TUNED = {
     "meet": [
@@ -244,42 +247,47 @@ def others(problem: Problem, alone: bool) -> list[dict[str, Any]]:
     ]
 
 
+def problems_of(
+    state_dtypes: list[str], tokens: list[int], quick: bool, crossover: bool
+) -> list[Problem]:
+    if crossover:
+        sizes = itertools.product(state_dtypes, tokens, CROSSOVER_ROWS)
+        return [Problem(N, T, dtype) for dtype, T, N in sizes]
+    problems = []
+    for dtype, T in itertools.product(state_dtypes, tokens):
+        rows = ROWS_PLAIN if T == 1 else ROWS_VERIFY
+        problems += [Problem(N, T, dtype) for N in (rows[-1:] if quick else rows)]
+        if T == ACCEPTS_TOKENS and not quick:
+            problems += [Problem(rows[-1], T, dtype, how) for how in ACCEPTS[1:]]
+    return problems
+
+
 def main(
+    state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
+    tokens: list[int] = typer.Option([1, 4, 8]),  # noqa: B008
     tune: Kernel | None = None,
     crossover: bool = False,
     quick: bool = False,
     alone: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """tune: a kernel's launches in TUNED. crossover: few rows, beside `fused_update`
-    alone. quick: the largest N. alone: no peers."""
+    """state_dtype, tokens: what is measured; the results file keeps other rows. tune: a
+    kernel's launches in TUNED. crossover: few rows, beside `fused_update` alone. quick:
+    the largest N. alone: no peers."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
-    result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
+    result["copy_tb_per_s"] = timing.copy_bandwidth()
+    committed = RESULTS / result["device"].lower().replace(" ", "_")
+    folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
     modes = {f"_tune_{tune}": tune, "_crossover": crossover, "_quick": quick, "": True}
-    mode = next(mode for mode, wanted in modes.items() if wanted)
-    path = folder / f"replay{mode}.json"
-    verify = [(N, T) for T in (4, 8) for N in ((128,) if quick else (8, 64, 128))]
-    plain = [(N, 1) for N in ((256,) if quick else (8, 64, 256))]
-    problems = [
-        Problem(N, T, dtype)
-        for dtype in ("float32", "bfloat16")
-        for N, T in (*verify, *plain)
-    ]
-    if crossover:
-        sizes = itertools.product(
-            ("float32", "bfloat16"), CROSSOVER_TOKENS, CROSSOVER_ROWS
-        )
-        problems = [Problem(N, T, dtype) for dtype, T, N in sizes]
-    elif not quick:
-        problems += [
-            Problem(128, 4, dtype, accepts)
-            for dtype in ("float32", "bfloat16")
-            for accepts in ACCEPTS[1:]
-        ]
+    file = f"replay{next(mode for mode, wanted in modes.items() if wanted)}.json"
+    path = folder / file
+    parts = itertools.product(state_dtype, tokens)
+    measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]
+    result["rows"] = rows_besides(measured, path, committed / file)
+    problems = problems_of(state_dtype, tokens, quick, crossover)
     configs = tune.configs() if tune else [None]
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = begin_compiling(problems, configs, pool)
@@ -293,7 +301,7 @@ def main(
             if problem.accepts == "uniform":
                 rows += others(problem, alone=False)
         console.print(table(problem, rows))
-        result["rows"] += rows
+        result["rows"] += [commit_of(result) | row for row in rows]
         path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {path}")
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import gdn_jax
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
@@ -237,6 +238,7 @@ def test_plain_and_speculative_steps_follow_each_other(kernel):
         (dict(conv_weight=(100, 4)), r"weight must be .*; got \(100, 4\)"),
         (dict(eps=0.0), "eps must be > 0; got 0.0"),
         (dict(activation="tanh"), "activation must be one of silu, sigmoid"),
+        (dict(slots=(3, 2)), r"slots must be \[N, S\] of at most its S"),
         (dict(slots=(2,)), r"slots must be \[N\] or \[N, S\] with N = 3"),
         (dict(channels=100), r"state\[0\].buffer must be \[P, C, R\] with C = 2 H K"),
         (dict(pool=(4, 32, 32)), r"state\[1\] must be \[P or N, HV, V, K\]"),
@@ -349,12 +351,72 @@ def test_a_layer_takes_it_where_it_pays(layout, drafts, kernel, monkeypatch):
         assert testing.relative_error(got, want) < testing.TOLERANCE["out", "float32"]
 
 
-def test_no_rows_are_no_work():
+@pytest.mark.parametrize("empty", ["rows", "tokens", "packed"])
+def test_an_empty_call_gives_the_state_back(empty, path):
     state, step = make(Case("plain"))
     (qkvz, ba), options = step(0)
-    options["slots"] = options["slots"][:0]
-    new, out = fused_layer_step(state, qkvz[:0], ba[:0], **options)
-    assert out.shape == (0, 1, 128) and new[1] is not None
+    if empty == "rows":
+        options["slots"], tokens = options["slots"][:0], (qkvz[:0], ba[:0])
+    elif empty == "tokens":
+        tokens = qkvz[:, :0], ba[:, :0]
+    else:
+        tokens = qkvz[:0, 0], ba[:0, 0]
+        options["cu_seqlens"] = jnp.zeros(4, jnp.int32)
+    new, out = fused_layer_step(state, *tokens, implementation=path, **options)
+    assert out.shape == (*tokens[0].shape[:-1], 128)
+    for old, kept in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+        assert np.array_equal(old, kept, equal_nan=True)
+
+
+def test_it_runs_where_jax_counts_in_64_bits():
+    case = Case("tiles", config=LayerStepConfig(8, 2, 2))
+    state, step = make(case)
+    tokens, options = step(0)
+    call = options | dict(implementation="interpret", config=case.config)
+    (_, want), out_want = fused_layer_step(state, *tokens, **call)
+    with jax.enable_x64(True):
+        (_, got), out = fused_layer_step(state, *tokens, **call)
+    assert np.array_equal(got, want, equal_nan=True) and np.array_equal(out, out_want)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_heads_shard(implementation):
+    """`start` is the same on all devices, and is said to be."""
+    H, HV, K, V, N = 2, 4, 16, 16, 2
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    sizes = H * K, H * K, HV * V, HV * V
+    keys = iter(jax.random.split(jax.random.key(0), 12))
+    *qkv, z = (jax.random.normal(next(keys), (N, 1, size)) for size in sizes)
+    b, a = (jax.random.normal(next(keys), (N, 1, HV)) for _ in "ba")
+    weight = [jax.random.normal(next(keys), (size, 4)) for size in sizes[:3]]
+    heads, channels, last = P("heads"), P(None, "heads"), P(None, None, "heads")
+
+    def run(start, buffer, pool, qkv, z, b, a, weight, A_log):
+        state = ConvState(jnp.concatenate(buffer, 1), start), pool
+        (conv, pool), out = fused_layer_step(
+            state,
+            (jnp.concatenate(qkv, -1), z),
+            (b, a),
+            layout="flat",
+            conv_weight=jnp.concatenate(weight),
+            A_log=A_log,
+            dt_bias=A_log,
+            norm_weight=jnp.ones(V),
+            implementation=implementation,
+        )
+        return conv.start, pool, out
+
+    buffer = [jnp.ones((N, size, 4)) for size in sizes[:3]]
+    start, pool = jnp.zeros(N, jnp.int32), jnp.ones((N, HV, V, K))
+    call = start, buffer, pool, qkv, z, b, a, weight, jnp.zeros(HV)
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(P(), channels, channels, last, last, last, last, heads, heads),
+        out_specs=(P(), channels, last),
+    )
+    for got, want in zip(jax.jit(sharded)(*call), run(*call), strict=True):
+        assert testing.relative_error(got, want) < testing.TOLERANCE["out", "float32"]
 
 
 def test_the_names_are_public():

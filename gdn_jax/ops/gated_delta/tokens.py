@@ -32,12 +32,10 @@ class Tokens(NamedTuple):
         options: Options,
         arithmetic: rule.Arithmetic,
         *,
-        key_head: Array | None = None,
         columns: tuple[Array, Array] | None = None,
     ) -> "Tokens":
-        """`key_head` and `columns`, of a and b, where they are not what `head` says."""
-        if key_head is None:
-            key_head = head // (x.v.shape[1] // x.k.shape[1])
+        """`columns` are those of a and b, where they are not what `head` says."""
+        key_head = head // (x.v.shape[1] // x.k.shape[1])
         in_a, in_b = (head, head) if columns is None else columns
         per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
 

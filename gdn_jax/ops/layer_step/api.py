@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -176,6 +177,10 @@ def _paths(
     x: Inputs, options: Options, config: LayerStepConfig | None
 ) -> dict[str, Callable[[], tuple[ConvState, Array, Array]]]:
     heads = options.heads
+    if 0 in (x.num_tokens, x.num_rows, x.recurrent.shape[0], x.conv.start.shape[0]):
+        out = jnp.zeros((x.num_tokens, heads.HV, heads.V), options.rule.out_dtype)
+        nothing = x.conv, x.recurrent, out  # every row is null
+        return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
 
     def run_kernel(interpret: bool) -> tuple[ConvState, Array, Array]:
         step = _step(x, options)
@@ -297,6 +302,11 @@ def _pack(
 ) -> tuple[Inputs, Options]:
     lead = projected.z.shape[:-1]
     _, tokens, _ = checks.rows_of(lead, given.cu_seqlens)
+    columns = conv.buffer.shape[2] - weights.conv.shape[-1] + 1
+    if given.slots is not None and given.slots.shape[1:] > (columns,):
+        got = f"{given.slots.shape} for a ring with room for S = {columns}"
+        remedy = "Make the ConvState with columns=S."
+        checks.fail("slots", got, "[N, S] of at most its S", remedy)
     pools = Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
     jax.eval_shape(lambda: find_tables(given, conv_slots, lead, pools).rows)  # checks
     options = RuleOptions(
@@ -312,6 +322,9 @@ def _pack(
     packed = jax.tree.map(lambda x: x.reshape(L, x.shape[-1]), projected)
     own = None if conv_slots is None else checks.integers("conv_slots", conv_slots)
     x = Inputs(conv, recurrent, packed, weights, given, own)
-    varying = jax.tree.map(lambda y: _triton.varying_like(y, x), (conv, recurrent))
-    x = x._replace(conv=varying[0], recurrent=varying[1])
+    varying = ConvState(
+        _triton.varying_like(conv.buffer, x),
+        _triton.varying_like(conv.start, (conv.start, given, own)),
+    )
+    x = x._replace(conv=varying, recurrent=_triton.varying_like(recurrent, x))
     return x, Options(options, heads, eps, activation)

@@ -37,7 +37,8 @@ class Ring(NamedTuple):
 
     @classmethod
     def of(cls, x: Inputs, row: Rows) -> "Ring":
-        size, start = x.conv.buffer.shape[2], x.conv.start[row.read]
+        size = x.conv.buffer.shape[2]
+        start = jnp.remainder(x.conv.start[row.read], np.int32(size))
         first = start
         if x.tables.num_accepted is not None:
             first = start + x.tables.num_accepted[row.number] - 1

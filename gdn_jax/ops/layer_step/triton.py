@@ -138,6 +138,7 @@ class _Walk:
             return
 
         def step(index, loaded):
+            index = jnp.asarray(index, jnp.int32)  # in x64 a loop counts in 64 bits
             following = self.load(index + 1)
             visit(index, loaded)
             return following

@@ -58,8 +58,6 @@ class Step:
 
     def why_not(self) -> str | None:
         """Why the kernel cannot take the call, on any device; None where it can."""
-        if 0 in (self.rows, self.tokens, self.HV, self.K, self.V):
-            return "it has no rows or no tokens"
         if max(self.K, self.V) <= MAX_HEAD_DIM:
             return None
         return f"K = {self.K}, V = {self.V}, of which it has registers for 256"
