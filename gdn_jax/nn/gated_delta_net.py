@@ -267,9 +267,9 @@ class GatedDeltaNet(nn.Module):
         rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
         columns = state.conv.buffer.shape[2] - self.conv_width + 1
         verifies = given.num_accepted is not None
-        HV, K, V = self.heads.HV, self.heads.K, self.heads.V
+        sizes = self.heads.H, self.heads.HV, self.heads.K, self.heads.V
         dtype = jnp.asarray(state.recurrent).dtype.name
-        step = Step(rows, tokens, columns, verifies, HV, K, V, dtype)
+        step = Step(rows, tokens, columns, verifies, *sizes, dtype)
         return pays(implementation, x, step)
 
     def _step(

@@ -25,10 +25,9 @@ from gdn_jax.ops.gated_delta.tuning import (
     GROUP,
     MAX_HEAD_DIM,
     LaunchConfig,
+    check_registers,
     find_walk,
 )
-
-MAX_VALUES_IN_A_LANE = 128  # beyond, registers spill and compiling takes minutes
 
 
 def fused_update_kernel(
@@ -252,15 +251,8 @@ def triton(
     if straight is None:
         straight = options.tokens_per_row == 1 and not interpret
     V, K = x.state.shape[2:]
-    values = (
-        config.block_v * pl.next_power_of_2(K) // (_triton.LANES * config.num_warps)
-    )
-    if not interpret and values > MAX_VALUES_IN_A_LANE:
-        raise ValueError(
-            f"config must leave at most {MAX_VALUES_IN_A_LANE} values of state to a "
-            f"lane; got {config}, {values} at {K=}. Take a smaller block_v, or more "
-            f"warps."
-        )
+    if not interpret:
+        check_registers(config, K)
     if max(K, V) > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"head dims up to {MAX_HEAD_DIM} fit a program's registers; got {K=}, "

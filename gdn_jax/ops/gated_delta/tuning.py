@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from gdn_jax import _triton
 from gdn_jax._triton import check_launch
 from gdn_jax.ops.blocks import padded
 
 MAX_HEAD_DIM = 256  # of K and V: what fits a program
+MAX_VALUES_IN_A_LANE = 128  # beyond, registers spill and compiling takes minutes
 GROUP = 4  # tokens whose gates are found at once: those that verify three drafts
 
 
@@ -38,11 +40,27 @@ class LaunchConfig:
 
     def __post_init__(self):
         check_launch(self, "tiles")
-        if self.lanes_v > 32 or self.lanes_v * self.num_warps > self.block_v:
-            raise ValueError(
-                f"every warp has lanes_v <= 32 rows of block_v; got {self}. Take "
-                f"block_v >= lanes_v * num_warps."
-            )
+        check_tile(self)
+
+
+def check_tile(config: Any) -> None:
+    if config.lanes_v > 32 or config.lanes_v * config.num_warps > config.block_v:
+        raise ValueError(
+            f"every warp has lanes_v <= 32 rows of block_v; got {config}. Take "
+            f"block_v >= lanes_v * num_warps."
+        )
+
+
+def check_registers(config: Any, K: int, tiles: int = 1) -> None:
+    """Whether a lane can hold its values of so many tiles."""
+    lanes = _triton.LANES * config.num_warps
+    values = tiles * config.block_v * pl.next_power_of_2(K) // lanes
+    if values > MAX_VALUES_IN_A_LANE:
+        raise ValueError(
+            f"config must leave at most {MAX_VALUES_IN_A_LANE} values of state to a "
+            f"lane; got {config}, {values} at {K=}. Take a smaller block_v, or more "
+            f"warps."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -218,7 +218,7 @@ KERNELS = vjp.kernel_paths(triton, vjp.backward_of(_as_launched))
 
 def _step(x: Inputs, options: Options) -> Step:
     heads = options.heads
-    sizes = heads.HV, heads.K, heads.V, x.recurrent.dtype.name
+    sizes = heads.H, heads.HV, heads.K, heads.V, x.recurrent.dtype.name
     verifies = x.tables.num_accepted is not None
     tokens = options.rule.tokens_per_row
     return Step(x.num_rows, tokens, x.columns, verifies, *sizes)

@@ -27,6 +27,7 @@ from gdn_jax.ops.gated_delta.clearing import clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
 from gdn_jax.ops.gated_delta.tokens import Tokens
 from gdn_jax.ops.gated_delta.triton import Store, walk_tokens
+from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
 from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Part, Ring
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
@@ -308,6 +309,8 @@ def triton(
 ) -> tuple[ConvState, Array, Array]:
     """(conv, recurrent, out [L HV V]), in one launch, both states in place."""
     heads, num_tokens = options.heads, x.num_tokens
+    if not interpret:
+        check_registers(config, heads.K, tiles=2)
     keys = (num_tokens, heads.H, heads.K), options.rule.out_dtype
     values = (num_tokens, heads.HV, heads.V), options.rule.out_dtype
     written = (x.conv.buffer, x.recurrent)

@@ -9,7 +9,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerStepConfig:
 
     def __post_init__(self):
         _triton.check_launch(self)
-        _ = self.tile
+        check_tile(self)
 
     @property
     def tile(self) -> LaunchConfig:
@@ -44,13 +44,14 @@ class Step:
       tokens: of each row; None where `cu_seqlens` says.
       columns: S, the tokens that the ring has room for.
       verifies: whether there is `num_accepted`.
-      HV, K, V, state_dtype: of the pool.
+      H, HV, K, V, state_dtype: of the state.
     """
 
     rows: int
     tokens: int | None
     columns: int
     verifies: bool
+    H: int
     HV: int
     K: int
     V: int
@@ -65,15 +66,23 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A measured row, of calls of at most so many tokens a row and `heads` rows times
-    value heads. Without a config the ops one after another were faster."""
+    """A measured row, of calls of at most so many tokens a row (where there are more
+    than one they verify) and `programs` rows times key heads.
+
+    Attributes:
+      group: value heads of a key head, which a program walks over.
+      config: the fastest launch.
+      pays: whether it was faster than the ops one after another.
+    """
 
     K: int
     V: int
     state_dtype: str
+    group: int
     tokens: int
-    heads: int
-    config: LayerStepConfig | None
+    programs: int
+    config: LayerStepConfig
+    pays: bool
     reason: str
 
 
@@ -86,49 +95,51 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     if not file.is_file():
         return ()
     return tuple(
-        Tuned(**row | {"config": row["config"] and LayerStepConfig(**row["config"])})
+        Tuned(**row | {"config": LayerStepConfig(**row["config"])})
         for row in json.loads(file.read_text())["rows"]
     )
 
 
 def find_tuned(device_kind: str, step: Step) -> Tuned | None:
-    """The row of the fewest tokens and the fewest heads that are as many, or of the
-    most there are; None where the sizes were not measured."""
+    """The row of the fewest tokens that are as many, and of those the one of the fewest
+    programs that are as many, or of the most there are. None where its sizes, or rows
+    of so many tokens, were not measured."""
     dtype = "bfloat16" if step.state_dtype == "float16" else step.state_dtype
-    sizes = (step.K, step.V, dtype)
+    sizes = step.K, step.V, dtype, step.HV // step.H
+    tokens = step.tokens or step.columns
     rows = [
-        row for row in table(device_kind) if (row.K, row.V, row.state_dtype) == sizes
+        row
+        for row in table(device_kind)
+        if (row.K, row.V, row.state_dtype, row.group) == sizes and row.tokens >= tokens
     ]
     if not rows:
         return None
-    wanted = dict(tokens=step.tokens or step.columns, heads=step.rows * step.HV)
-    for name, least in wanted.items():
-        given = sorted({getattr(row, name) for row in rows})
-        chosen = next((n for n in given if n >= least), given[-1])
-        rows = [row for row in rows if getattr(row, name) == chosen]
-    return rows[0]
+    fewest = min(row.tokens for row in rows)
+    rows = sorted(
+        (row for row in rows if row.tokens == fewest), key=lambda row: row.programs
+    )
+    programs = step.rows * step.H
+    return next((row for row in rows if programs <= row.programs), rows[-1])
 
 
 def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
     """Whether a layer takes the kernel: it can, and was measured to be faster. Rows of
-    any length may be prompts, which were not."""
+    more than one token that do not verify are prompts, which were not measured."""
     if implementation in ("xla", "reference") or step.why_not() is not None:
         return False
-    if step.tokens is None and not step.verifies:
+    if step.tokens != 1 and not step.verifies:
         return False
     try:
         device_kind = _triton.device_kind(arrays)
     except NotImplementedError:
         return False
     tuned = find_tuned(device_kind, step)
-    return tuned is not None and tuned.config is not None
+    return tuned is not None and tuned.pays
 
 
 def find_config(device_kind: str, step: Step) -> LayerStepConfig:
     tuned = find_tuned(device_kind, step)
-    if tuned is None or tuned.config is None:
-        return heuristic(step.K, step.V)
-    return tuned.config
+    return heuristic(step.K, step.V) if tuned is None else tuned.config
 
 
 def heuristic(K: int, V: int) -> LayerStepConfig:
