@@ -64,7 +64,6 @@ INPUTS = (
 )
 ACCEPTS_TOKENS = 4  # the problem that is measured with every way of accepting
 ROWS_PLAIN, ROWS_VERIFY = (8, 64, 256), (8, 64, 128)
-CROSSOVER_ROWS = 1, 2, 4, 8, 16, 32, 64
 TUNED = {
     "meet": [
         *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
@@ -248,11 +247,8 @@ def others(problem: Problem, alone: bool) -> list[dict[str, Any]]:
 
 
 def problems_of(
-    state_dtypes: list[str], tokens: list[int], quick: bool, crossover: bool
+    state_dtypes: list[str], tokens: list[int], quick: bool
 ) -> list[Problem]:
-    if crossover:
-        sizes = itertools.product(state_dtypes, tokens, CROSSOVER_ROWS)
-        return [Problem(N, T, dtype) for dtype, T, N in sizes]
     problems = []
     for dtype, T in itertools.product(state_dtypes, tokens):
         rows = ROWS_PLAIN if T == 1 else ROWS_VERIFY
@@ -266,14 +262,12 @@ def main(
     state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
     tokens: list[int] = typer.Option([1, 4, 8]),  # noqa: B008
     tune: Kernel | None = None,
-    crossover: bool = False,
     quick: bool = False,
     alone: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
     """state_dtype, tokens: what is measured; the results file keeps other rows. tune: a
-    kernel's launches in TUNED. crossover: few rows, beside `fused_update` alone. quick:
-    the largest N. alone: no peers."""
+    kernel's launches in TUNED. quick: the largest N. alone: no peers."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
@@ -281,21 +275,19 @@ def main(
     committed = RESULTS / result["device"].lower().replace(" ", "_")
     folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
-    modes = {f"_tune_{tune}": tune, "_crossover": crossover, "_quick": quick, "": True}
+    modes = {f"_tune_{tune}": tune, "_quick": quick, "": True}
     file = f"replay{next(mode for mode, wanted in modes.items() if wanted)}.json"
     path = folder / file
     parts = itertools.product(state_dtype, tokens)
     measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]
     result["rows"] = rows_besides(measured, path, committed / file)
-    problems = problems_of(state_dtype, tokens, quick, crossover)
+    problems = problems_of(state_dtype, tokens, quick)
     configs = tune.configs() if tune else [None]
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = begin_compiling(problems, configs, pool)
     for problem in track(problems, description="replay", console=console):
         rows = [measure(problem, config, compiled) for config in configs]
-        if crossover:
-            rows += others(problem, alone=True)
-        elif not (tune or alone):
+        if not (tune or alone):
             same = replay_peers.DECODE if problem.T == 1 else replay_peers.VERIFY
             rows += [measure_peer(problem, *peer) for peer in same.items()]
             if problem.accepts == "uniform":

@@ -361,7 +361,7 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch):
             found = layer_step.check(problem, inputs, layer_step.program_of(step))
             assert found["conv"] == 0.0 and set(found) == {"state", "conv", "out"}
             for what, error in found.items():
-                assert error <= layer_step.tolerance(problem, what)
+                assert error <= layer_step.tolerance(what)
     row = layer_step.measure_peer(problem, inputs)
     assert "PYTHONPATH" in row["absent"]
     launch = dict(block_v=8, lanes_v=1, num_warps=1)
@@ -371,6 +371,10 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch):
     rows = [
         dict(contender=name, config=config, span_us=us) for name, config, us in times
     ]
-    assert layer_step.tuned_row(problem, rows)["config"] == launch
+    found = layer_step.tuned_row(problem, rows)
+    assert found["config"] == launch and found["pays"]
     rows[2]["span_us"] = 4.0
-    assert layer_step.tuned_row(problem, rows)["config"] is None
+    found = layer_step.tuned_row(problem, rows)
+    assert found["config"] == launch and not found["pays"]
+    with pytest.raises(RuntimeError, match="could be timed"):
+        layer_step.tuned_row(problem, rows[:2])

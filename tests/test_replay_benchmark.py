@@ -154,3 +154,23 @@ def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
     assert "| token by token in place | 1.0e-06 | 1.0e-02 |" in text
     assert "| replay, three parts | 1.0e-06 | - |" in text
     assert (tmp_path / "nvidia_h200" / "drift.png").is_file()
+
+
+def test_a_crossover_is_where_replay_stays_faster(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    crossover = importlib.import_module("crossover")
+
+    def rows(**us):
+        of = dict(T=2, state_dtype="float32", HV=8)
+        for contender, name in crossover.CONTENDERS.items():
+            for N, value in zip((1, 2, 4, 8), us[contender], strict=True):
+                yield of | {"contender": contender, "N": N, name: value}
+
+    found = crossover.crossover_of(
+        list(rows(replay=(1, 9, 9, 9), triton=(2, 2, 10, 20)))
+    )
+    assert found.pop("reason").startswith(
+        "us of replay / every state: 9.0 / 2.0 at N=2"
+    )
+    assert found == dict(tokens=2, state_dtype="float32", heads=4 * 8)
+    assert crossover.crossover_of(list(rows(replay=[9] * 4, triton=[8] * 4))) is None

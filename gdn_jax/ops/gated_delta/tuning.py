@@ -249,7 +249,7 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
 
 @functools.cache
 def crossovers(device_kind: str) -> tuple[Crossover, ...]:
-    """What benchmarks/replay.py --crossover measured."""
+    """What benchmarks/crossover.py measured."""
     return tuple(
         Crossover(**row) for row in _read(device_kind).get("replay", {}).get("rows", ())
     )

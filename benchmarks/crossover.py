@@ -1,0 +1,99 @@
+"""From how many rows on replay is faster than writing every state:
+python benchmarks/crossover.py
+
+`replay_update` beside `fused_update` with few rows, in place or from a checkpoint a
+token. What it finds it writes for the package, which chooses by it.
+"""
+
+import itertools
+import json
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import typer
+from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
+from replay import INPUTS, begin_compiling, measure, others, table
+from replay_steps import STEPS, Problem
+from rich.progress import track
+from tune import FOLDER
+
+from gdn_jax import timing
+
+ROWS = 1, 2, 4, 8, 16, 32, 64
+TOKENS = 1, 2, 4
+STATE_DTYPES = "float32", "bfloat16"
+CONTENDERS = {"replay": "mean_us", "triton": "median_us"}
+
+
+def crossover_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of one number of tokens and dtype: the fewest rows from which on replay always
+    was faster; None where it was not with the most."""
+    us: dict[int, dict[str, float]] = {}
+    for row in rows:
+        name = row["contender"]
+        us.setdefault(row["N"], {})[name] = row[CONTENDERS[name]]
+    faster = itertools.takewhile(
+        lambda N: us[N]["replay"] < us[N]["triton"], sorted(us, reverse=True)
+    )
+    least = min(faster, default=None)
+    if least is None:
+        return None
+    first = next(row for row in rows if row["N"] == least)
+    told = [N for N in sorted(us) if least / 2 <= N <= 2 * least]
+    times = (f"{us[N]['replay']:.1f} / {us[N]['triton']:.1f} at N={N}" for N in told)
+    return dict(
+        tokens=first["T"],
+        state_dtype=first["state_dtype"],
+        heads=least * first["HV"],
+        reason=f"us of replay / every state: {', '.join(times)}",
+    )
+
+
+def main(
+    state_dtype: list[str] = typer.Option(list(STATE_DTYPES)),  # noqa: B008
+    tokens: list[int] = typer.Option(list(TOKENS)),  # noqa: B008
+    out: pathlib.Path | None = None,
+) -> None:
+    """state_dtype, tokens: what is measured; the files keep other rows."""
+    need_gpu()
+    result = header(INPUTS)
+    result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
+    result["copy_tb_per_s"] = timing.copy_bandwidth()
+    device = result["device"].lower().replace(" ", "_")
+    committed, file = RESULTS / device, "replay_crossover.json"
+    folder = out or committed
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = list(itertools.product(state_dtype, tokens))
+    measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]
+    result["rows"] = rows_besides(measured, folder / file, committed / file)
+    problems = [Problem(N, T, dtype) for dtype, T in parts for N in ROWS]
+    with ThreadPoolExecutor() as pool:
+        compiled = begin_compiling(problems, [None], pool)
+    for problem in track(problems, description="crossover", console=console):
+        rows = [measure(problem, None, compiled), *others(problem, alone=True)]
+        console.print(table(problem, rows))
+        result["rows"] += [commit_of(result) | row for row in rows]
+        (folder / file).write_text(json.dumps(result, indent=1) + "\n")
+    write_table(result, FOLDER / f"{device}.json", out)
+
+
+def write_table(
+    result: dict[str, Any], package: pathlib.Path, out: pathlib.Path | None
+) -> None:
+    rows = [
+        crossover_of(
+            [x for x in result["rows"] if (x["state_dtype"], x["T"]) == (dtype, T)]
+        )
+        for dtype, T in itertools.product(STATE_DTYPES, TOKENS)
+    ]
+    kept = json.loads(package.read_text()) if package.is_file() else {"runs": []}
+    about = {key: result[key] for key in ("date", "commit", "versions", "inputs")}
+    kept["replay"] = about | {"rows": [row for row in rows if row]}
+    path = package if out is None else out / package.name
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
