@@ -368,7 +368,7 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
         state_dtype=problem.state_dtype,
         group=problem.HV // problem.H,
         tokens=problem.T,
-        programs=problem.N * problem.H,
+        programs=problem.N * problem.HV,
         config=best["config"],
         pays=best["span_us"] < in_turn * (1 - NOISE),
         reason=(

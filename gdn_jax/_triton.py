@@ -21,6 +21,7 @@ load = pltriton.load
 store = pltriton.store
 dot = pltriton.dot
 barrier = pltriton.debug_barrier
+atomic_add = pltriton.atomic_add
 
 LANES = 32  # of a warp
 MAX_WARPS = 32  # of a program: CUDA's limit of a block

@@ -13,8 +13,8 @@ from gdn_jax.ops.batch import Batch, Rows
 
 class Pools(NamedTuple):
     """How many slots the layer's two states have, and which one the caller reserves in
-    `slots`. Of replay also S, the tokens of the longest row, and [P] how many tokens of
-    each slot are pending."""
+    `slots`; the tokens of the longest row that is not null, and S. Of replay also [P]
+    how many tokens of each slot are pending."""
 
     conv: int
     recurrent: int
@@ -50,7 +50,8 @@ def find_tables(
     checks.check_per_row(given, num_rows, source)
     _check_slots(given.slots, conv_slots, num_rows, source)
     is_replay = pools.pending is not None
-    if is_replay and given.slots is None:
+    nulls = is_replay or (pools.longest is not None and given.cu_seqlens is not None)
+    if nulls and given.slots is None:
         given = given._replace(slots=_every_slot(num_rows, pools, source))
     if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
         checks.fail(
@@ -63,9 +64,9 @@ def find_tables(
     keywords = given._asdict() | dict(null_slot=pools.null_slot)
     conv = recurrent = keywords
     slots = given.slots
-    if is_replay:
+    if nulls:
         rows = rows._replace(live=rows.live & _can_stand(given, rows, pools))
-    if slots is not None and (is_replay or not _is_one_table(slots, conv_slots, pools)):
+    if slots is not None and (nulls or not _is_one_table(slots, conv_slots, pools)):
         in_conv, conv_slots = _find_conv_slots(slots, conv_slots, pools)
         rows = rows._replace(live=rows.live & in_conv)
         live = rows.live if slots.ndim == 1 else rows.live[:, None]
@@ -92,11 +93,10 @@ def _every_slot(num_rows: int, pools: Pools, source: str) -> Array:
 
 
 def _can_stand(given: Batch, rows: Rows, pools: Pools) -> Array:
-    """Replay's own conditions: no more tokens than it has records for, and of those
-    that are pending no more stand than there are."""
-    assert pools.pending is not None
+    """No more tokens than a step has room for, and of those that are pending no more
+    stand than there are."""
     short = rows.live if pools.longest is None else rows.length <= pools.longest
-    if given.num_accepted is None:
+    if pools.pending is None or given.num_accepted is None:
         return short
     pending = jnp.where(rows.keeps_state, pools.pending[rows.read], 0)
     return short & (given.num_accepted <= jnp.maximum(pending, 1))

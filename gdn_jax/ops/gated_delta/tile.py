@@ -37,9 +37,11 @@ LOAD_BYTES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    v: Array  # [R W LV LK 1], row numbers
+    row: Array  # [R W LV 1 1], row numbers
+    v: Array  # [R W LV LK 1], the same for each lane that holds some of a row
     k: Chunks  # [1 1 1 LK E], column numbers
-    in_v: Array | None  # None where no row is out of range
+    in_row: Array | None  # None where no row is out of range
+    in_v: Array | None
     in_k: Chunks | None
 
     @classmethod
@@ -59,13 +61,16 @@ class Tile:
             )
             for i, n in enumerate((rows, warps, lanes_v, lanes_k, vector))
         )
-        v = index * config.block_v + (w * lanes_v + lv) * rows + r
-        v = jnp.broadcast_to(v, (*v.shape[:3], lanes_k, 1))
+        row = index * config.block_v + (w * lanes_v + lv) * rows + r
+        v = jnp.broadcast_to(row, (*row.shape[:3], lanes_k, 1))
+        fills = V % (config.block_v * config.tiles) == 0
         k = tuple(lk * vector + e + first for first in range(0, K, chunk))
         return cls(
+            row,
             v,
             k,
-            None if V % (config.block_v * config.tiles) == 0 else v < V,
+            None if fills else row < V,
+            None if fills else v < V,
             None if K % chunk == 0 else tuple(columns < K for columns in k),
         )
 

@@ -31,12 +31,8 @@ class Tokens(NamedTuple):
         tile: Tile,
         options: Options,
         arithmetic: rule.Arithmetic,
-        *,
-        columns: tuple[Array, Array] | None = None,
     ) -> "Tokens":
-        """`columns` are those of a and b, where they are not what `head` says."""
         key_head = head // (x.v.shape[1] // x.k.shape[1])
-        in_a, in_b = (head, head) if columns is None else columns
         per_k = len(x.gates.per_token[0].shape) == 3  # KDA: one decay for each of K
 
         def load_decay(ref, *index) -> rule.Chunks:
@@ -54,7 +50,7 @@ class Tokens(NamedTuple):
 
         def load_gates(at: Array) -> Any:
             a, b = x.gates.per_token
-            return load_decay(a, at, in_a), b[at, in_b]
+            return load_decay(a, at, head), b[at, head]
 
         def prepare(keys) -> rule.Token:
             q, k = keys

@@ -214,6 +214,10 @@ class Store(NamedTuple):
         """After one token: its out, and its state where each token's is stored."""
         at = self.row.begin + step
         tile.store_v(self.out_ref, out, at, self.head)
+        self.keep(tile, step, state, target, live)
+
+    def keep(self, tile: Tile, step, state, target: Array | None, live) -> None:
+        at = self.row.begin + step
         if self.options.per_token_states:
             tile.store_state(self.new_ref, state, True, at, self.head)
         elif target is not None:

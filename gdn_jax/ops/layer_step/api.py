@@ -34,7 +34,7 @@ from gdn_jax.ops.layer_step.tuning import (
     find_config,
     interpreter,
 )
-from gdn_jax.ops.tables import Pools, find_tables
+from gdn_jax.ops.tables import find_tables
 
 Projections = ArrayLike | tuple[ArrayLike, ArrayLike]
 
@@ -73,8 +73,9 @@ def fused_layer_step(
         out = gated delta rule(q, k, v, a, b)                   (`fused_update`)
         out = RMS norm(out) * activation(z)                     (`gated_rms_norm`)
 
-    For decoding and for verifying drafts; prompts are faster by `chunk_update`. The
-    projections are read where they lie: no split, copy or transpose is made of them.
+    For decoding and for verifying drafts, of at most as many tokens a row as the ring
+    of `state[0]` has room for, S; prompts are for `chunk_update`. The projections are
+    read where they lie: no split, copy or transpose is made of them.
 
     Args:
       state: (`ConvState` of C = 2 H K + HV V channels, [P or N, HV, V, K]). Donate it
@@ -99,7 +100,7 @@ def fused_layer_step(
       config: the kernel's launch.
 
     Null rule: as in `fused_update`, for both states; a row is null also where its
-    convolution's slot is.
+    convolution's slot is, or where it has more than S tokens.
 
     Returns:
       state: the pair, behind this call's tokens.
@@ -207,13 +208,9 @@ def _paths(
 _chain = jax.jit(chain, static_argnums=(1, 2))
 
 
-def _as_launched(x: Inputs, options: Options) -> tuple[ConvState, Array, Array]:
-    """What the kernel's results are, for its gradient."""
-    conv, recurrent, out = chain(x, options, "xla")
-    return conv.turned(x.conv.start), recurrent, out
-
-
-KERNELS = vjp.kernel_paths(triton, vjp.backward_of(_as_launched))
+KERNELS = vjp.kernel_paths(
+    triton, vjp.backward_of(lambda x, options: chain(x, options, "xla"))
+)
 
 
 def _step(x: Inputs, options: Options) -> Step:
@@ -302,13 +299,19 @@ def _pack(
 ) -> tuple[Inputs, Options]:
     lead = projected.z.shape[:-1]
     _, tokens, _ = checks.rows_of(lead, given.cu_seqlens)
-    columns = conv.buffer.shape[2] - weights.conv.shape[-1] + 1
-    if given.slots is not None and given.slots.shape[1:] > (columns,):
-        got = f"{given.slots.shape} for a ring with room for S = {columns}"
-        remedy = "Make the ConvState with columns=S."
+    own = None if conv_slots is None else checks.integers("conv_slots", conv_slots)
+    L = math.prod(lead)
+    packed = jax.tree.map(lambda x: x.reshape(L, x.shape[-1]), projected)
+    x = Inputs(conv, recurrent, packed, weights, given, own)
+    room = f"room for S = {x.columns} tokens in state[0]"
+    if tokens is not None and tokens > x.columns:
+        remedy = "Make the ConvState with columns=S, or use the ops for prompts."
+        checks.fail("qkvz", f"T = {tokens} with {room}", "[N, T, ..], T <= S", remedy)
+    if given.slots is not None and given.slots.shape[1:] > (x.columns,):
+        got, remedy = f"{given.slots.shape} with {room}", "Make it with columns=S."
         checks.fail("slots", got, "[N, S] of at most its S", remedy)
-    pools = Pools(conv.buffer.shape[0], recurrent.shape[0], null_slot)
-    jax.eval_shape(lambda: find_tables(given, conv_slots, lead, pools).rows)  # checks
+    pools = x.pools(null_slot)
+    jax.eval_shape(lambda: find_tables(given, own, lead, pools).rows)  # checks
     options = RuleOptions(
         tokens_per_row=tokens,
         scale=heads.K**-0.5 if scale is None else checks.number("scale", scale),
@@ -318,10 +321,6 @@ def _pack(
         out_dtype=projected.z.dtype,
         gating=gating,
     )
-    L = math.prod(lead)
-    packed = jax.tree.map(lambda x: x.reshape(L, x.shape[-1]), projected)
-    own = None if conv_slots is None else checks.integers("conv_slots", conv_slots)
-    x = Inputs(conv, recurrent, packed, weights, given, own)
     varying = ConvState(
         _triton.varying_like(conv.buffer, x),
         _triton.varying_like(conv.start, (conv.start, given, own)),

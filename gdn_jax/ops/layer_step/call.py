@@ -14,6 +14,7 @@ from gdn_jax.ops import batch
 from gdn_jax.ops.batch import Batch, Rows
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
+from gdn_jax.ops.tables import Pools
 
 LAYOUTS = "interleaved", "flat"
 
@@ -55,6 +56,10 @@ class Inputs(NamedTuple):
         """S, the tokens of a step that the ring has room for."""
         return self.conv.buffer.shape[2] - self.weights.conv.shape[1] + 1
 
+    def pools(self, null_slot: int | None) -> Pools:
+        slots = self.conv.buffer.shape[0], self.recurrent.shape[0]
+        return Pools(*slots, null_slot, longest=self.columns)
+
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -81,27 +86,31 @@ class Heads:
         """Channels of q, k and v."""
         return self.H * self.K, self.H * self.K, self.HV * self.V
 
-    def channels(self, key: Any, value: Any) -> tuple[Any, Any, Any]:
-        """The first of q, k and v in the convolution's state."""
-        q = key * self.K
-        return q, self.H * self.K + q, 2 * self.H * self.K + value * self.V
+    def is_first(self, head: Any) -> Any:
+        """Of the value heads that read its key head."""
+        return head % self.group == 0
 
-    def columns(self, key: Any, value: Any) -> tuple[tuple[Any, Any, Any], Any]:
-        """The first of q, k and v in `qkv`, and of z in `z`."""
+    def channels(self, head: Any) -> tuple[Any, Any, Any]:
+        """The first of a value head's q, k and v in the convolution's state."""
+        q = head // self.group * self.K
+        return q, self.H * self.K + q, 2 * self.H * self.K + head * self.V
+
+    def columns(self, head: Any) -> tuple[tuple[Any, Any, Any], Any]:
+        """The first of its q, k and v in `qkv`, and of z in `z`."""
         if not self.interleaved:
-            z = value * self.V
-            return self.channels(key, value), z if self.apart else sum(self.split) + z
-        member, each = value - key * self.group, self.group * self.V
+            z = head * self.V
+            return self.channels(head), z if self.apart else sum(self.split) + z
+        key, each = head // self.group, self.group * self.V
         q = key * (2 * self.K + 2 * each)
-        v = q + 2 * self.K + member * self.V
+        v = q + 2 * self.K + (head - key * self.group) * self.V
         return (q, q + self.K, v), v + each
 
-    def gates(self, key: Any, value: Any) -> tuple[Any, Any]:
+    def gates(self, head: Any) -> tuple[Any, Any]:
         """Of b and of a."""
         if self.interleaved:
-            b = key * self.group + value
+            b = head // self.group * self.group + head
             return b, b + self.group
-        return value, value if self.apart else self.HV + value
+        return head, head if self.apart else self.HV + head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +121,10 @@ class Options:
     heads: Heads
     eps: float
     activation: str
+
+    def steps(self, x: Inputs) -> int:
+        """Tokens of a row, at the most."""
+        return self.rule.tokens_per_row or x.columns
 
 
 def find_rows(
@@ -142,6 +155,7 @@ def find_rows(
         own = slots[number, 0] if table else slots[number]
     num_slots = x.conv.start.shape[0]
     live = rows.live & batch.is_live_slot(own, num_slots, null_slot)
+    live &= rows.length <= x.columns
     if x.tables.num_accepted is not None:
         live &= x.tables.num_accepted[number] <= x.columns
     rows = rows._replace(live=live, keeps_state=rows.keeps_state & live)

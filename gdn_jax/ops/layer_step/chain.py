@@ -10,7 +10,7 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.ops.layer_step.call import Heads, Inputs, Options, Projected
-from gdn_jax.ops.tables import Pools, find_tables
+from gdn_jax.ops.tables import find_tables
 
 
 def chain(
@@ -23,8 +23,7 @@ def chain(
         lead = x.num_rows, rule.tokens_per_row
     dense = [y.reshape(*lead, y.shape[-1]) for y in x.projected]
     channels, z, b, a = apart(Projected(*dense), heads)
-    pools = Pools(x.conv.buffer.shape[0], x.recurrent.shape[0], rule.null_slot)
-    tables = find_tables(x.tables, x.conv_slots, lead, pools)
+    tables = find_tables(x.tables, x.conv_slots, lead, x.pools(rule.null_slot))
     if tables.live is not None:  # out of a dead token is 0, whatever its gate
         z = jnp.where(tables.live[..., None, None], z, 0)
     conv, qkv = causal_conv1d(

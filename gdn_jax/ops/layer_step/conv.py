@@ -1,98 +1,152 @@
-"""The convolution of a key head's channels, as a program of the fused step does it.
+"""The convolution of a row's channels, as programs of the fused step do it.
 
-No reader meets a writer: a program has all value heads of its key head, so that nobody
-else reads or writes what the state holds of its channels; all of its warps, of which
-several may have a channel, load that before one stores. `start` is read by all
-programs of a row, and none can tell when the last one has. So it stays, and the inputs
-move under it: the oldest one that the next step needs is put where `start` says.
+The value heads that read a key head are programs of their own, and each convolves its
+channels of q and k. No reader meets a writer: new inputs go to columns of the ring that
+hold no history, so that a program may come late; and where the ring begins is told
+apart from where it will begin until the last program of the row has read it (`Ring`).
 """
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.blocks import indices, inside
 from gdn_jax.ops.layer_step.call import Inputs
 
 MINUS_LOG2_E = -math.log2(math.e)
+ADDED = 2**20  # by a program of a row but one; more than a ring has columns
 
-Index: TypeAlias = Array | np.integer | int
-Window: TypeAlias = list[Array]  # of some inputs, oldest first
+Window = list[Array]  # of some inputs, oldest first
 
 
 class Ring(NamedTuple):
-    """A row's own. `first` is the column of the oldest input, once the tokens of the
-    last step that do not stand are forgotten."""
+    """A row's own, as one of its programs finds it.
+
+    `start` is read by all programs of a row, which add something to it when they have:
+    all but one the same large number, that one what it moves by less all of those. So
+    until a program has added its own, what others have says itself what was there: a
+    few large numbers more, or, negative, what will be. When all have, it has moved.
+
+    Attributes:
+      found: what `start` said.
+      first: the column of the oldest input, once the tokens of the last step that do
+        not stand are forgotten.
+      left: where the ring begins behind this step.
+    """
 
     row: Rows
     size: int
-    start: Array
+    found: Array
     first: Array
+    left: Array
 
     @classmethod
     def of(cls, x: Inputs, row: Rows) -> "Ring":
-        size = x.conv.buffer.shape[2]
-        start = jnp.remainder(x.conv.start[row.read], np.int32(size))
-        first = start
+        size, found = np.int32(x.conv.buffer.shape[2]), x.conv.start[row.read]
+        forgotten, moved = np.int32(0), row.length
         if x.tables.num_accepted is not None:
-            first = start + x.tables.num_accepted[row.number] - 1
-        return cls(row, size, start, first)
+            forgotten, moved = x.tables.num_accepted[row.number] - 1, np.int32(1)
+        known = jnp.remainder(found, np.int32(ADDED))
+        start = jnp.where(found < 0, known - moved - forgotten, known)
+        first = jnp.where(row.keeps_state, jnp.remainder(start + forgotten, size), 0)
+        return cls(row, int(size), found, first, jnp.remainder(first + moved, size))
 
-    def column(self, place: Array) -> Array:
-        return jnp.remainder(place, np.int32(self.size))
+    def column(self, place: Array | int) -> Array:
+        """So many columns behind the oldest input."""
+        return jnp.remainder(self.first + place, np.int32(self.size))
+
+    def move(self, start_ref: Any, program: Array, programs: int) -> None:
+        """When all of this program has read `start`."""
+        last = (
+            self.left - self.found % np.int32(ADDED) - np.int32((programs - 1) * ADDED)
+        )
+        added = jnp.where(program == 0, last, np.int32(ADDED))
+        added = jnp.where(self.row.live, added, 0)
+        _triton.atomic_add(start_ref, (self.row.read,), added)
 
 
-class Part(NamedTuple):
-    """Some neighbouring channels, q's, k's or v's; a lane has one or more. `column` is
-    where they lie in a token's projections."""
+class Channels(NamedTuple):
+    """Of a row's program, of any shape; `column` is where they lie in a token's
+    projections. Of those that others have too, `mine` are kept by this one."""
 
     channel: Array
     column: Array
-    mask: Array | None
-    weight: Window
+    mask: Array
+    mine: Array
+
+
+class Convolution(NamedTuple):
+    """Of some channels: all that it needs, on its way."""
+
+    channels: Channels
+    weights: Window
+    columns: list[Array]  # of the ring, in the order they have in memory
+    tokens: list[Array]
 
     @classmethod
-    def of(cls, x: Inputs, channel: Array, column: Array, size: int) -> "Part":
-        place = indices(pl.next_power_of_2(size))
-        part = cls(channel + place, column + place, inside(place, size), [])
-        for i in range(x.weights.conv.shape[1]):
-            at = x.weights.conv.at[part.channel, np.int32(i)]
-            part.weight.append(_triton.load_where(at, part.mask))
-        return part
+    def load(
+        cls, x: Inputs, row: Rows, channels: Channels, tokens: list[Array]
+    ) -> "Convolution":
+        """Without waiting for where the ring begins."""
 
-    def load_token(self, x: Inputs, token: Array) -> Array:
-        return _triton.load_where(x.projected.qkv.at[token, self.column], self.mask)
+        def load(ref: Any, *index: Any) -> Array:
+            return _triton.load_where(ref.at[index], channels.mask)
 
-    def load_history(self, x: Inputs, ring: Ring) -> Window:
+        weight, buffer, channel = x.weights.conv, x.conv.buffer, channels.channel
+        places = [
+            [np.int32(i) for i in range(ref.shape[-1])] for ref in (weight, buffer)
+        ]
+        return cls(
+            channels,
+            [load(weight, channel, i) for i in places[0]],
+            [load(buffer, row.read, channel, i) for i in places[1]],
+            [load(x.projected.qkv, at, channels.column) for at in tokens],
+        )
+
+    def history(self, ring: Ring) -> Window:
         """The W - 1 inputs before the row's first token."""
-        history, slot = [], ring.row.read
-        for i in range(len(self.weight) - 1):
-            at = x.conv.buffer.at[slot, self.channel, ring.column(ring.first + i)]
-            value = _triton.load_where(at, self.mask).astype(jnp.float32)
-            history.append(jnp.where(ring.row.keeps_state, value, 0.0))
-        return history
+        window = []
+        for i in range(len(self.weights) - 1):
+            found, wanted = jnp.zeros(self.channels.channel.shape), ring.column(i)
+            for column, value in enumerate(self.columns):
+                is_it = ring.row.keeps_state & (wanted == column)
+                found = jnp.where(is_it, value.astype(jnp.float32), found)
+            window.append(found)
+        return window
 
-    def convolve(self, window: Window) -> Array:
-        """silu of it, of the last W inputs."""
-        y = jnp.zeros(self.channel.shape, jnp.float32)
-        for weight, value in zip(self.weight, window, strict=True):
-            y += weight.astype(jnp.float32) * value
-        return y / (1.0 + jnp.exp2(y * MINUS_LOG2_E))
+    def run(self, ring: Ring, dtype: Any, multiply_add: Any) -> list[Array]:
+        """silu of it, for each token."""
+        inputs = [*self.history(ring), *(x.astype(jnp.float32) for x in self.tokens)]
+        outs = []
+        for step in range(len(self.tokens)):
+            y = jnp.zeros(self.channels.channel.shape, jnp.float32)
+            for weight, value in zip(self.weights, inputs[step:], strict=False):
+                y = multiply_add(weight.astype(jnp.float32), value, y)
+            outs.append((y / (1.0 + jnp.exp2(y * MINUS_LOG2_E))).astype(dtype))
+        return outs
 
-    def keep(
-        self, buffer_ref: Any, ring: Ring, place: Index, value: Array, wanted: Any
+    def keep(self, buffer_ref: Any, ring: Ring) -> None:
+        """What the next step needs: the tokens, behind a history of zeros where the row
+        starts afresh."""
+        past, row = len(self.weights) - 1, ring.row
+        for i in range(past):
+            afresh = row.live & ~row.keeps_state
+            zeros = jnp.zeros(self.channels.channel.shape)
+            self._store(buffer_ref, ring, i, zeros, afresh)
+        for step, value in enumerate(self.tokens):
+            kept = row.live & (step < row.length)
+            self._store(buffer_ref, ring, past + step, value, kept)
+
+    def _store(
+        self, buffer_ref: Any, ring: Ring, place: int, value: Array, wanted: Any
     ) -> None:
-        """`place` columns behind `start`."""
-        mask = jnp.broadcast_to(wanted & ring.row.live, self.channel.shape)
-        mask = mask if self.mask is None else mask & self.mask
+        channel, mask = self.channels.channel, self.channels.mine & wanted
         # Pallas' interpreter writes back what a mask spares: out of the ring, where
         # nobody else writes
-        column = jnp.where(mask, ring.column(ring.start + place), ring.size)
-        at = buffer_ref.at[ring.row.read, self.channel, column]
+        column = jnp.where(mask, ring.column(place), np.int32(ring.size))
+        at = buffer_ref.at[ring.row.read, channel, column]
         _triton.store(at, value.astype(buffer_ref.dtype), mask=mask)

@@ -1,14 +1,15 @@
 """A layer's step as one Pallas kernel (Triton lowering), and its launch.
 
-A program owns a key head of a row and the value heads that read it. It convolves their
-channels, walks their tokens with tile after tile of the states as `fused_update`'s
-does, and normalises what came out. q, k, v and out pass from one to the next through
-memory that no other program touches, and that is in a cache still: what is written
-along channels is read in a tile's layout.
+A program owns a value head of a row. It convolves the head's channels and those of the
+key head that it reads, walks the head's state tile by tile as `fused_update`'s programs
+do, and normalises what came out: nothing but states and the result leaves registers.
+
+A channel is convolved by one lane, while a value of q or k meets the state in many. So
+the two have shapes of their own, and Triton brings values from one to the other through
+shared memory.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,312 +19,267 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.blocks import both, indices, inside
+from gdn_jax.ops.blocks import indices
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta import rule
-from gdn_jax.ops.gated_delta.call import GateLogits
 from gdn_jax.ops.gated_delta.call import Inputs as RuleInputs
-from gdn_jax.ops.gated_delta.clearing import clear_unowned
+from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
-from gdn_jax.ops.gated_delta.tokens import Tokens
-from gdn_jax.ops.gated_delta.triton import Store, walk_tokens
+from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
-from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Part, Ring
+from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Channels, Convolution, Ring
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
-
-AT_ONCE = 9  # tokens of a step with eight drafts
 
 
 def layer_step_kernel(
     x: Any,
     buffer_ref,
+    start_ref,
     new_ref,
-    q_ref,
-    k_ref,
     out_ref,
     *,
     options: Options,
     config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (key heads, rows); with `cu_seqlens` one row
-    more, whose programs clear the tokens that belong to no row."""
-    key, number = pl.program_id(0), pl.program_id(1)
+    """`x` is `Inputs` of references. Grid: (value heads, rows); with `cu_seqlens` one
+    row more, whose programs clear the tokens that belong to no row."""
+    head, number = pl.program_id(0), pl.program_id(1)
     heads, is_row = options.heads, number < x.num_rows
     number = jnp.minimum(number, np.int32(x.num_rows - 1))
     row, conv_row = (
         each._replace(live=each.live & is_row, length=jnp.where(is_row, each.length, 0))
         for each in find_rows(x, options, number)
     )
-    logits = x.weights.A_log, x.projected.a, x.projected.b, x.weights.dt_bias
-    tokens = q_ref, k_ref, out_ref, GateLogits(*logits)
-    rows = RuleInputs(x.recurrent, *tokens, *x.tables)
     multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
-    walk = _Walk(rows, new_ref, row, key, options, config, multiply_add)
-    norm = _Norm.of(x, row, key, options)
+    tiles = [
+        Tile.of(x.recurrent, jnp.int32(i), config.tile)
+        for i in range(pl.cdiv(heads.V, config.block_v))
+    ]
+    steps = [row.begin + step for step in range(options.steps(x))]
+    steps = [jnp.minimum(at, np.int32(x.num_tokens - 1)) for at in steps]
 
-    # What takes longest is on its way while the channels are convolved.
-    first, gates = walk.load(jnp.int32(0)), walk.find_gates()
-    _convolve(x, Ring.of(x, conv_row), key, options, buffer_ref, rows, interpret)
+    # All loads before any work, what takes longest first.
+    reads = row.live & row.keeps_state
+    following = tiles[0].load_state(x.recurrent, reads, row.read, head)
+    load = functools.partial(Convolution.load, x, conv_row, tokens=steps)
+    pieces = Pieces.of(heads.K, heads.V)
+    convolution = load(pieces.channels(heads, head))
+    norms = [_Norm.load(x, tile, heads.columns(head)[1], steps) for tile in tiles]
+    gates = _Gates.of(x, head, steps, options, row)
+
+    ring, dtype = Ring.of(x, conv_row), options.rule.out_dtype
+    qkv = convolution.run(ring, dtype, multiply_add)
     if not interpret:
-        _triton.barrier()
-    walk.states(first, gates)
-    if not interpret:
-        _triton.barrier()
-    norm.normalise(x, row, options, out_ref)
+        _triton.barrier()  # all warps have read `start`
+    ring.move(start_ref, head, heads.HV)
+    convolution.keep(buffer_ref, ring)
 
-    if x.tables.cu_seqlens is not None:
-        of_call = key, heads.H, config.tile, options.rule
-        pl.when(~is_row)(lambda: clear_unowned(rows, new_ref, out_ref, *of_call))
-
-
-class _Walk:
-    """Over the states of a key head's value heads, tile after tile, the next of which
-    is loaded before one is worked on."""
-
-    def __init__(
-        self,
-        x: Any,
-        new_ref: Any,
-        row: Rows,
-        key: Array,
-        options: Options,
-        config: LayerStepConfig,
-        multiply_add: Any,
-    ):
-        self.x, self.row, self.options, self.config = x, row, options.rule, config.tile
-        self.new_ref, self.multiply_add = new_ref, multiply_add
-        self.heads, self.key = options.heads, key
-        self.first = key * np.int32(self.heads.group)
-        self.tiles = pl.cdiv(self.heads.V, config.block_v)
-
-    def head(self, index: Array) -> Array:
-        return self.first + lax.div(index, np.int32(self.tiles))
-
-    def tile(self, index: Array) -> Tile:
-        number = lax.rem(index, np.int32(self.tiles))
-        return Tile.of(self.x.state, number, self.config)
-
-    def load(self, index: Array) -> Any:
-        """The last one again behind it."""
-        index = jnp.minimum(index, np.int32(self.heads.group * self.tiles - 1))
-        row, head = self.row, self.head(index)
-        reads = row.live & row.keeps_state
-        return self.tile(index).load_state(self.x.state, reads, row.read, head)
-
-    def tokens(self, head: Array, tile: Tile) -> Tokens:
-        arithmetic = rule.Arithmetic(tile.sum_k, self.multiply_add)
-        b, a = self.heads.gates(self.key, head)
-        return Tokens.of(self.x, head, tile, self.options, arithmetic, columns=(a, b))
-
-    def find_gates(self) -> Any:
-        """Of the one token of a row: [G] decays and betas of the value heads."""
-        if self.options.tokens_per_row != 1:
-            return None
-        member = indices(pl.next_power_of_2(self.heads.group))
-        head = jnp.minimum(self.first + member, np.int32(self.heads.HV - 1))
-        tokens = self.tokens(head, self.tile(jnp.int32(0)))
-        return tokens.gate(tokens.load_gates(self.row.begin))
-
-    def states(self, first: Any, gates: Any) -> None:
-        """`first` is the first tile, `gates` what `find_gates` found."""
-        visit = self.walk_tokens
-        if gates is not None:
-            tokens = self.tokens(self.first, self.tile(jnp.int32(0)))
-            keys = tokens.prepare(tokens.load_keys(self.row.begin))
-            visit = functools.partial(self.take_one_token, keys, gates)
-        count = self.heads.group * self.tiles
-        if count == 1:
-            visit(jnp.int32(0), first)
-            return
-
-        def step(index, loaded):
-            index = jnp.asarray(index, jnp.int32)  # in x64 a loop counts in 64 bits
-            following = self.load(index + 1)
-            visit(index, loaded)
-            return following
-
-        lax.fori_loop(np.int32(0), np.int32(count), step, first)
-
-    def store(self, head: Array) -> Store:
-        return Store(self.x, self.new_ref, self.x.v, head, self.row, self.options)
-
-    def take_one_token(self, keys: rule.Token, gates, index: Array, loaded) -> None:
-        """`keys` are the same of all heads and tiles."""
-        row, head, tile = self.row, self.head(index), self.tile(index)
-        is_it = indices(gates[0].size) == head - self.first
-        decay, beta = (jnp.sum(jnp.where(is_it, each, 0.0)) for each in gates)
-        v = tile.load_v(self.x.v, row.begin, head).astype(jnp.float32)
-        arithmetic = rule.Arithmetic(tile.sum_k, self.multiply_add)
-        state, out = rule.update(unpack(loaded), keys, decay, beta, v, arithmetic)
-        store, step = self.store(head), np.int32(0)
-        store.token(tile, step, state, out, store.target(step), row.live)
+    arithmetic = rule.Arithmetic(tiles[0].sum_k, multiply_add)
+    # of the rule's inputs it needs those that say where states are
+    none: Any = None
+    states = RuleInputs(x.recurrent, none, none, out_ref, none, *x.tables)
+    store = Store(states, new_ref, out_ref, head, row, options.rule)
+    outs: list[list[Array]] = [[] for _ in steps]
+    for i, tile in enumerate(tiles):
+        state = unpack(following)
+        if i + 1 < len(tiles):
+            following = tiles[i + 1].load_state(x.recurrent, reads, row.read, head)
+        for step in range(len(steps)):
+            q, k, v = pieces.take(qkv[step])
+            token = _prepare(q, k, tile, arithmetic, options)
+            now = _in_tiles(v, tile, len(tiles))[i]
+            now = jnp.broadcast_to(now, tile.v.shape).astype(jnp.float32)
+            decay, beta = gates.of_step(step)
+            state, out = rule.update(state, token, decay, beta, now, arithmetic)
+            outs[step].append(out.astype(dtype).astype(jnp.float32))
+            has = row.live & (step < row.length)
+            store.keep(tile, step, state, store.target(np.int32(step)), has)
         store.end(tile, state)
 
-    def walk_tokens(self, index: Array, loaded) -> None:
-        head, tile = self.head(index), self.tile(index)
-        tokens = self.tokens(head, tile)
-        walk_tokens(self.x, tile, loaded, tokens, self.store(head))
+    for step, parts in enumerate(outs):
+        # lanes that hold some of a row all have its out: as many as a power of two
+        squares = jnp.zeros(parts[0].shape[1:])
+        for part in parts:
+            squares += jnp.sum(part * part, axis=0)
+        count = np.float32(heads.V * tiles[0].v.shape[3])
+        scale = lax.rsqrt(jnp.sum(squares.ravel()) / count + np.float32(options.eps))
+        for norm, part in zip(norms, parts, strict=True):
+            norm.store(out_ref, part * scale, step, head, row, options)
+
+    if x.tables.cu_seqlens is not None:
+        known = np.int32(len(steps))  # rows that are longer are null
+        rest = jnp.maximum(row.length - known, 0)
+        for tile in tiles:
+            begin = row.begin + known
+            clear(new_ref, out_ref, begin, rest, head, tile, options.rule)
+        of_call = head, heads.HV, config.tile, options.rule
+        pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *of_call))
 
 
-def _convolve(
-    x: Any,
-    ring: Ring,
-    key: Array,
-    options: Options,
-    buffer_ref,
-    rows: RuleInputs,
-    interpret: bool,
-) -> None:
-    """Into q, k and v of `rows`."""
-    heads, row = options.heads, ring.row
-    value = key * np.int32(heads.group)
-    sizes = heads.K, heads.K, heads.group * heads.V
-    columns, _ = heads.columns(key, value)
-    places = zip(heads.channels(key, value), columns, sizes, strict=True)
-    parts = [Part.of(x, *place) for place in places]
-    known = _known_tokens(options)
-    ahead = [_load_tokens(x, row, parts, step) for step in range(known)]
-    windows = [part.load_history(x, ring) for part in parts]
-    if not interpret:
-        _triton.barrier()
-    if x.tables.num_accepted is not None:
-        # what the next step finds before its tokens, if one of these stands
-        for part, window in zip(parts, windows, strict=True):
-            for i, value in enumerate(window[1:]):
-                part.keep(buffer_ref, ring, i, value, True)
+class Pieces(NamedTuple):
+    """How channels of q, k and v share an array [J M]: as `count` pieces each."""
 
-    def take(step, windows):
-        at = _token_at(x, row, step)
-        inputs = ahead[step] if ahead else _load_tokens(x, row, parts, step)
-        moved = []
-        for i, (part, new, window) in enumerate(
-            zip(parts, inputs, windows, strict=True)
-        ):
-            window = [*window, new.astype(jnp.float32)]
-            _store_channels(rows, i, key, heads, part, at, part.convolve(window))
-            if x.tables.num_accepted is not None:
-                behind = len(window) - 2 + step
-                part.keep(buffer_ref, ring, behind, new, step < x.columns)
-            moved.append(window[1:])
-        return moved
+    size: int
+    counts: tuple[int, int, int]
 
-    windows = _each_token(options, row, take, windows)
-    if x.tables.num_accepted is None:
-        for part, window in zip(parts, windows, strict=True):
-            for i, value in enumerate(window):
-                part.keep(buffer_ref, ring, i, value, True)
+    @classmethod
+    def of(cls, K: int, V: int) -> "Pieces":
+        keys, values = pl.next_power_of_2(K), pl.next_power_of_2(V)
+        size = min(keys, values)
+        return cls(size, (keys // size, keys // size, values // size))
+
+    def channels(self, heads: Any, head: Array) -> Channels:
+        piece = indices(pl.next_power_of_2(sum(self.counts)))[:, None]
+        place = indices(self.size)[None, :]
+        first, (in_first, _) = heads.channels(head), heads.columns(head)
+        channel = column = jnp.zeros((piece.size, self.size), jnp.int32)
+        mask, wanted = channel > 0, channel > 0
+        begin, sizes = 0, (heads.K, heads.K, heads.V)
+        is_first = heads.is_first(head)
+        for i, (count, size) in enumerate(zip(self.counts, sizes, strict=True)):
+            is_it = (piece >= begin) & (piece < begin + count)
+            number = place * np.int32(count) + piece - np.int32(begin)
+            channel = jnp.where(is_it, first[i] + number, channel)
+            column = jnp.where(is_it, in_first[i] + number, column)
+            has = is_it & (number < size)
+            mask |= has
+            wanted |= has & is_first if i < 2 else has
+            begin += count
+        return Channels(channel, column, mask, wanted)
+
+    def take(self, x: Array) -> list[Array]:
+        """q, k and v, [K' or V'] each."""
+        parts = lax.split(x.T, (1,) * x.shape[0], axis=1)
+        parts, taken = iter([part[:, 0] for part in parts]), []
+        for count in self.counts:
+            mine = [next(parts) for _ in range(count)]
+            taken.append(_triton.join(mine).ravel() if count > 1 else mine[0])
+        return taken
 
 
-def _load_tokens(x: Any, row: Rows, parts: list[Part], step) -> list[Array]:
-    at = _token_at(x, row, step)
-    return [part.load_token(x, at) for part in parts]
+def _prepare(
+    q: Array, k: Array, tile: Tile, arithmetic: rule.Arithmetic, options: Options
+) -> rule.Token:
+    return rule.prepare(
+        unpack(_in_chunks(q, tile)),
+        unpack(_in_chunks(k, tile)),
+        arithmetic,
+        scale=options.rule.scale,
+        qk_l2norm=options.rule.qk_l2norm,
+    )
 
 
-def _token_at(x: Any, row: Rows, step) -> Array:
-    return jnp.minimum(row.begin + step, np.int32(x.num_tokens - 1))
+def _in_chunks(y: Array, tile: Tile) -> tuple[Array, ...]:
+    """[K'] -> C of [1 W LV LK E]"""
+    lanes, each = tile.k[0].shape[3:]
+    shape = (1, *tile.v.shape[1:4], each)
+    y = y.reshape(-1, lanes, each).transpose(1, 2, 0)
+    parts = lax.split(y, (1,) * y.shape[2], axis=2)[: len(tile.k)]
+    return tuple(
+        jnp.broadcast_to(part[..., 0][None, None, None], shape) for part in parts
+    )
 
 
-def _store_channels(
-    rows: RuleInputs, which: int, key: Array, heads: Any, part: Part, at, y: Array
-) -> None:
-    ref: Any = (rows.q, rows.k, rows.v)[which]
-    size = (heads.K, heads.K, heads.V)[which]
-    first = key if which < 2 else key * np.int32(heads.group)
-    place, size = indices(y.size), np.int32(size)
-    to = ref.at[at, first + lax.div(place, size), lax.rem(place, size)]
-    _triton.store(to, y.astype(ref.dtype), mask=part.mask)
+def _in_tiles(y: Array, tile: Tile, tiles: int) -> list[Array]:
+    """[V'] -> of each tile [R W LV 1 1]"""
+    rows, warps, lanes = tile.row.shape[:3]
+    y = y.reshape(-1, warps, lanes, rows).transpose(3, 1, 2, 0)
+    parts = lax.split(y, (1,) * y.shape[3], axis=3)[:tiles]
+    return [part[..., None] for part in parts]
+
+
+class _Gates(NamedTuple):
+    """decays and betas [T], in lanes that have one each; of one token, of all lanes."""
+
+    decay: Array
+    beta: Array
+
+    @classmethod
+    def of(
+        cls, x: Any, head: Array, steps: list[Array], options: Options, row: Rows
+    ) -> "_Gates":
+        """A step that the row does not have leaves a state as it is."""
+        weights, gating = x.weights, options.rule.gating
+        in_b, in_a = options.heads.gates(head)
+        count = pl.next_power_of_2(len(steps))
+        member = indices(count) if count > 1 else np.int32(0)
+        at = jnp.minimum(row.begin + member, np.int32(x.num_tokens - 1))
+        a, b, A_log, dt_bias = (
+            value.astype(jnp.float32)
+            for value in (
+                x.projected.a[at, in_a],
+                x.projected.b[at, in_b],
+                weights.A_log[head],
+                weights.dt_bias[head],
+            )
+        )
+        decay = rule.log_decay(A_log, a, dt_bias, gating, rule.QUICK)
+        decay, beta = rule.QUICK.exp(decay), rule.beta(b, gating, rule.QUICK)
+        if x.tables.cu_seqlens is not None:
+            has = member < row.length
+            decay, beta = jnp.where(has, decay, 1.0), jnp.where(has, beta, 0.0)
+        return cls(decay, beta)
+
+    def of_step(self, step: int) -> tuple[Array, Array]:
+        if not self.decay.shape:
+            return self
+        is_it = indices(self.decay.size) == step
+        decay, beta = (jnp.sum(jnp.where(is_it, each, 0.0)) for each in self)
+        return decay, beta
 
 
 class _Norm(NamedTuple):
-    """Of a key head's value heads, [G V]. `gates` are z of tokens that were loaded
-    beforehand, where it is known how many there are."""
+    """The gated norm of a tile's part of a value head."""
 
-    head: Array
-    v: Array
-    mask: Array | None
-    column: Array
+    tile: Tile
     weight: Array
     gates: list[Array]
 
     @classmethod
-    def of(cls, x: Any, row: Rows, key: Array, options: Options) -> "_Norm":
-        heads = options.heads
-        member = indices(pl.next_power_of_2(heads.group))[:, None]
-        v = indices(pl.next_power_of_2(heads.V))[None, :]
-        in_group, in_v = inside(member[:, 0], heads.group), inside(v[0], heads.V)
-        mask = both(in_group, in_v, shape=(member.size, v.size))
-        first = key * np.int32(heads.group)
-        _, z = heads.columns(key, first)
-        column = z + member * np.int32(heads.V) + v
-        at = x.weights.norm.at[jnp.broadcast_to(v, column.shape)]
-        weight = _triton.load_where(at, mask)
-        norm = cls(first + member, v, mask, column, weight, [])
-        for step in range(_known_tokens(options)):
-            norm.gates.append(norm.load_gate(x, row, step))
-        return norm
+    def load(cls, x: Any, tile: Tile, first: Array, steps: list[Array]) -> "_Norm":
+        def load(ref: Any, *index: Any) -> Array:
+            return _triton.load_where(ref.at[index], tile.in_v)
 
-    def load_gate(self, x: Any, row: Rows, step) -> Array:
-        at = x.projected.z.at[_token_at(x, row, step), self.column]
-        return _triton.load_where(at, self.mask)
+        gates = [load(x.projected.z, at, first + tile.v) for at in steps]
+        return cls(tile, load(x.weights.norm, tile.v), gates)
 
-    def normalise(self, x: Any, row: Rows, options: Options, out_ref) -> None:
-        """In place."""
-
-        def take(step, _):
-            z = self.gates[step] if self.gates else self.load_gate(x, row, step)
-            at = out_ref.at[_token_at(x, row, step), self.head, self.v]
-            out = _triton.load_where(at, self.mask).astype(jnp.float32)
-            mean = jnp.sum(out * out, axis=1) / np.float32(options.heads.V)
-            scale = lax.rsqrt(mean + np.float32(options.eps))
-            z = z.astype(jnp.float32)
-            gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
-            gate = z * gate if options.activation == "silu" else gate
-            y = out * scale[:, None] * self.weight.astype(jnp.float32) * gate
-            y = jnp.where(row.live, y, 0.0).astype(out_ref.dtype)
-            _triton.store(at, y, mask=self.mask)
-
-        _each_token(options, row, take, None)
-
-
-def _each_token(
-    options: Options, row: Rows, take: Callable[[Any, Any], Any], carry: Any
-) -> Any:
-    """`take(step, carry)`; steps are Python's where a few are known."""
-    if not _known_tokens(options):
-        return lax.fori_loop(np.int32(0), row.length, take, carry)
-    for step in range(_known_tokens(options)):
-        carry = take(step, carry)
-    return carry
-
-
-def _known_tokens(options: Options) -> int:
-    """Of each row, so few that all may be loaded at once; otherwise 0."""
-    tokens = options.rule.tokens_per_row or 0
-    return tokens if tokens <= AT_ONCE else 0
+    def store(
+        self, out_ref: Any, out: Array, step: int, head: Array, row: Rows, options: Any
+    ) -> None:
+        z = self.gates[step].astype(jnp.float32)
+        gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
+        gate = z * gate if options.activation == "silu" else gate
+        y = jnp.where(row.live, out * self.weight.astype(jnp.float32) * gate, 0.0)
+        mask = self.tile.in_v
+        if options.rule.tokens_per_row is None:
+            has = jnp.broadcast_to(step < row.length, y.shape)
+            mask = has if mask is None else mask & has
+        at = out_ref.at[row.begin + step, head, self.tile.v]
+        _triton.store(at, y.astype(out_ref.dtype), mask=mask)
 
 
 def triton(
     x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array, Array]:
     """(conv, recurrent, out [L HV V]), in one launch, both states in place."""
-    heads, num_tokens = options.heads, x.num_tokens
+    heads = options.heads
     if not interpret:
-        check_registers(config, heads.K, tiles=2)
-    keys = (num_tokens, heads.H, heads.K), options.rule.out_dtype
-    values = (num_tokens, heads.HV, heads.V), options.rule.out_dtype
-    written = (x.conv.buffer, x.recurrent)
+        tiles = min(2, pl.cdiv(heads.V, config.block_v))
+        check_registers(config, heads.K, tiles)
+    out = (x.num_tokens, heads.HV, heads.V), options.rule.out_dtype
+    written = (x.conv.buffer, x.conv.start, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
-    buffer, recurrent, _, _, out = _triton.launch(
+    buffer, start, recurrent, out = _triton.launch(
         functools.partial(
             layer_step_kernel, options=options, config=config, interpret=interpret
         ),
         x,
-        (*((y.shape, y.dtype) for y in written), keys, keys, values),
-        grid=(heads.H, rows),
-        aliases={0: 0, 2: 1},  # of Inputs' leaves: buffer, start, recurrent, ..
+        (*((y.shape, y.dtype) for y in written), out),
+        grid=(heads.HV, rows),
+        aliases={0: 0, 1: 1, 2: 2},
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    return ConvState(buffer, x.conv.start), recurrent, out
+    return ConvState(buffer, start), recurrent, out

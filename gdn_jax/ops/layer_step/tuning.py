@@ -11,6 +11,9 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
 
+MAX_TOKENS = 9  # of a row: a step with eight drafts
+MAX_HEADS = 1024  # conv.py's Ring says how `start` counts them
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerStepConfig:
@@ -18,8 +21,7 @@ class LayerStepConfig:
 
     Attributes:
       block_v, lanes_v, num_warps: of a tile, as in `LaunchConfig`. A program walks over
-        the tiles of a key head's value heads; the next one is loaded while one is
-        worked on.
+        the tiles of a value head; the next one is loaded while one is worked on.
     """
 
     block_v: int
@@ -59,18 +61,23 @@ class Step:
 
     def why_not(self) -> str | None:
         """Why the kernel cannot take the call, on any device; None where it can."""
-        if max(self.K, self.V) <= MAX_HEAD_DIM:
-            return None
-        return f"K = {self.K}, V = {self.V}, of which it has registers for 256"
+        if max(self.K, self.V) > MAX_HEAD_DIM:
+            return f"K = {self.K}, V = {self.V}, of which it has registers for 256"
+        if (self.tokens or self.columns) > MAX_TOKENS:
+            count = self.tokens or self.columns
+            return f"{count} tokens a row, of which it has registers for {MAX_TOKENS}"
+        if self.HV > MAX_HEADS:
+            return f"HV = {self.HV}, of which `start` can count {MAX_HEADS}"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """A measured row, of calls of at most so many tokens a row (where there are more
-    than one they verify) and `programs` rows times key heads.
+    than one they verify) and `programs` rows times value heads.
 
     Attributes:
-      group: value heads of a key head, which a program walks over.
+      group: value heads of a key head.
       config: the fastest launch.
       pays: whether it was faster than the ops one after another.
     """
@@ -118,16 +125,18 @@ def find_tuned(device_kind: str, step: Step) -> Tuned | None:
     rows = sorted(
         (row for row in rows if row.tokens == fewest), key=lambda row: row.programs
     )
-    programs = step.rows * step.H
+    programs = step.rows * step.HV
     return next((row for row in rows if programs <= row.programs), rows[-1])
 
 
 def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
-    """Whether a layer takes the kernel: it can, and was measured to be faster. Rows of
-    more than one token that do not verify are prompts, which were not measured."""
+    """Whether a layer takes the kernel: it can, and was measured to be faster. More
+    tokens than one that do not verify, or rows of any length, may be prompts."""
     if implementation in ("xla", "reference") or step.why_not() is not None:
         return False
-    if step.tokens != 1 and not step.verifies:
+    if step.tokens is None or step.tokens > step.columns:
+        return False
+    if step.tokens > 1 and not step.verifies:
         return False
     try:
         device_kind = _triton.device_kind(arrays)
