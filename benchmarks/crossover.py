@@ -28,24 +28,29 @@ CONTENDERS = {"replay": "mean_us", "triton": "median_us"}
 
 def crossover_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Of one number of tokens and dtype: the fewest rows from which on replay always
-    was faster; None where it was not with the most."""
+    was faster, as a row of the package's table; None where not all was measured."""
     us: dict[int, dict[str, float]] = {}
     for row in rows:
         name = row["contender"]
         us.setdefault(row["N"], {})[name] = row[CONTENDERS[name]]
+    if sorted(us) != sorted(ROWS) or any(
+        set(x) != set(CONTENDERS) for x in us.values()
+    ):
+        return None
     faster = itertools.takewhile(
         lambda N: us[N]["replay"] < us[N]["triton"], sorted(us, reverse=True)
     )
     least = min(faster, default=None)
-    if least is None:
-        return None
-    first = next(row for row in rows if row["N"] == least)
-    told = [N for N in sorted(us) if least / 2 <= N <= 2 * least]
+    first, near = rows[0], least or max(us)
+    told = [N for N in sorted(us) if near / 2 <= N <= 2 * near]
     times = (f"{us[N]['replay']:.1f} / {us[N]['triton']:.1f} at N={N}" for N in told)
     return dict(
+        K=first["K"],
+        V=first["V"],
+        group=first["HV"] // first["H"],
         tokens=first["T"],
         state_dtype=first["state_dtype"],
-        heads=least * first["HV"],
+        heads=least and least * first["HV"],
         reason=f"us of replay / every state: {', '.join(times)}",
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import typer
-from common import RESULTS, console, header, need_gpu
+from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
 from generate import (
     COMPILERS,
     INPUTS,
@@ -121,11 +121,13 @@ def main(
     out: pathlib.Path | None = None,
 ) -> None:
     need_gpu()
-    result = header(INPUTS) | {"rows": []}
+    """rows: texts at once; the results file keeps others."""
+    result = header(INPUTS)
     result["time"] = (
         f"wall clock of a block of {STEPS} steps, median of {ROUNDS} to {MOST_ROUNDS}"
     )
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
+    committed = RESULTS / result["device"].lower().replace(" ", "_")
+    folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
     points = [
         Point(model, N, drafts, dtype, scheme)
@@ -133,6 +135,9 @@ def main(
         for N in rows
         for drafts, scheme in SCHEMES
     ]
+    measured = [dataclasses.asdict(point) for point in points]
+    paths = [path / "schemes.json" for path in (folder, committed)]
+    result["rows"] = rows_besides(measured, *paths)
     with ThreadPoolExecutor(COMPILERS) as pool:
         blocks = [
             begin_compiling(point, pool)
@@ -140,7 +145,7 @@ def main(
         ]
     params = random_of(param_shapes(MODELS[model]), 0)
     for point, block in zip(points, blocks, strict=True):
-        result["rows"].append(measure(point, block, params))
+        result["rows"].append(commit_of(result) | measure(point, block, params))
         (folder / "schemes.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(table(result["rows"]))
 

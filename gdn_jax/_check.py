@@ -21,6 +21,12 @@ LARGE = Case(
 )
 # Of the longer tables, one of each kind.
 OF_CHUNK_CASES = ("T=65", "bfloat16 state", "ragged", "K=128 V=128")
+OF_REPLAY_CASES = (
+    "decode, K=128 V=128",
+    "decode, nulls",
+    "dense, T=5",
+    "packed, fresh",
+)
 OF_CONV_CASES = ("decode, nulls", "decode, bfloat16", "packed", "verify, packed")
 
 
@@ -65,6 +71,7 @@ def problems(*, large: bool) -> list[Problem]:
     tables = {
         "fused_update": [*testing.CASES, *([LARGE] if large else [])],
         "chunk_update": some(testing.CHUNK_CASES, OF_CHUNK_CASES),
+        "replay_update": some(testing.CASES, OF_REPLAY_CASES),
         "causal_conv1d": some(testing.CONV_CASES, OF_CONV_CASES),
     }
     return [Problem(op, case) for op, cases in tables.items() for case in cases]
@@ -75,6 +82,8 @@ def run_or_fail(problem: Problem, implementation: str) -> Row:
     try:
         if isinstance(problem.case, ConvCase):
             return _run_conv(problem, problem.case, implementation)
+        if problem.op == "replay_update":
+            return _run_replay(problem, problem.case, implementation)
         return _run_update(problem, problem.case, implementation)
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
@@ -102,6 +111,33 @@ def _run_update(problem: Problem, case: Case, implementation: str) -> Row:
     )
     slots = case.N - len(case.dead | set(case.fresh)) + int(written.sum())
     moved = slots * args[0][0].nbytes + sum(x.nbytes for x in (*args[1:], out))
+    return Row(problem, implementation, errors, bars, _microseconds(step), moved)
+
+
+def _run_replay(problem: Problem, case: Case, implementation: str) -> Row:
+    """One call on states without records; those that it does not name keep theirs."""
+    args, kwargs = testing.make(case)
+    want_state, want_out, written = testing.oracle(args, kwargs)
+    begin = gdn_jax.ReplayState.from_dense(
+        jnp.asarray(args[0]), num_key_heads=case.H, key_dtype=args[2].dtype
+    )
+    call = (begin, *args[1:])
+    step = _stepper(problem.op, call, kwargs, implementation, donate=True)
+    new, out = step()
+    dense = np.asarray(new.to_dense())
+    errors = (
+        testing.relative_error(dense[written], want_state[written]),
+        testing.relative_error(out, want_out),
+    )
+    if not np.array_equal(dense[~written], args[0][~written], equal_nan=True):
+        errors = (float("inf"), errors[1])
+    chunked = "chunked " if implementation in ("triton", "interpret") else ""
+    bars = (
+        testing.TOLERANCE[f"{chunked}state", case.state_dtype],
+        testing.TOLERANCE[f"{chunked}out", out.dtype.name],
+    )
+    read = case.N - len(case.dead | set(case.fresh))
+    moved = read * args[0][0].nbytes + sum(x.nbytes for x in (*args[1:], out))
     return Row(problem, implementation, errors, bars, _microseconds(step), moved)
 
 

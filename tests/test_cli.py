@@ -42,7 +42,10 @@ def test_check_prints_a_line_for_each_implementation():
     assert "2 of 2 passed" in found.output
 
 
-@pytest.mark.parametrize("op", ["chunk_update: ragged", "causal_conv1d: decode, b"])
+@pytest.mark.parametrize(
+    "op",
+    ["chunk_update: ragged", "causal_conv1d: decode, b", "replay_update: packed"],
+)
 def test_check_knows_every_op(op):
     found = _run("check", "-k", op, "-i", "xla")
     assert found.exit_code == 0, found.output
@@ -54,6 +57,7 @@ def test_the_table_fits_80_columns():
     problems = _check.problems(large=True)
     ops = [problem.op for problem in problems]
     assert ops.count("chunk_update") == len(_check.OF_CHUNK_CASES)
+    assert ops.count("replay_update") == len(_check.OF_REPLAY_CASES)
     assert ops.count("causal_conv1d") == len(_check.OF_CONV_CASES)
     rows = [
         _check.Row(problem, "reference", (1e-7, 1e-3), (1.0, 1.0), 123456.7, 10**9)

@@ -42,10 +42,11 @@ LAUNCHES = {"layers_0": 10, "layers_1": 9, "layers_2": 15}
 
 
 @functools.cache
-def compiled(drafts: int) -> aot.Compiled:
+def compiled(drafts: int, decode: str | None = None) -> aot.Compiled:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = meta.unbox(jax.eval_shape(MODEL.init, jax.random.key(0), tokens))
-    sizes = Sizes(P, M, drafts, 16, 2048, 1, "float32")
+    decode = decode or ("checkpoints" if drafts else "in_place")
+    sizes = Sizes(P, M, drafts, 16, 2048, 1, "float32", decode)
     state = jax.eval_shape(lambda: init_state(MODEL, sizes))
 
     def block(params, state):
@@ -72,20 +73,24 @@ def body(hlo: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_states_and_caches_stay_where_they_are(drafts):
+@pytest.mark.parametrize(("drafts", "decode"), [(0, None), (3, None), (3, "replay")])
+def test_states_and_caches_stay_where_they_are(drafts, decode):
     """No copy, and no other layout, of what a sequence has."""
     columns = 1 + drafts
+    rule = [(P * columns, 32, 128, 128)]
+    if decode == "replay":
+        rule = [(P, 32, 128, 128), (P, 32, 16, 128), (P, 16, 16, 128)]
     pools = (
-        (P * columns, 32, 128, 128),  # the rule's states
+        *rule,  # states, or checkpoints and records
         (P, 8192, 3 + columns),  # the convolution's
         (P, 4, M, 256),  # keys, values
     )
-    hlo = compiled(drafts).hlo
+    found = compiled(drafts, decode)
+    hlo = found.hlo
     for shape in pools:
         text = ",".join(map(str, shape))
         assert f"[{text}]" in hlo
-        assert not aot.copies(compiled(drafts), jax.ShapeDtypeStruct(shape, jnp.int8))
+        assert not aot.copies(found, jax.ShapeDtypeStruct(shape, jnp.int8))
         moved = re.findall(rf"= \S*\[{text}\]\S* (?:transpose|fusion)\(.*", hlo)
         assert not [line for line in moved if "transpose" in line.split("(")[0]]
 

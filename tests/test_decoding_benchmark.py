@@ -86,7 +86,9 @@ def test_a_part_measured_again_keeps_the_other_rows(small_model, tmp_path):
     rows = [row(1), row(8), row(64, commit="older", date="then")]
     path.write_text(json.dumps({"commit": "old", "date": "once", "rows": rows}))
     measured = generate.points("small", quick=False, batches=[8])
-    kept = generate.others_of(path, measured)
+    measured = [dataclasses.asdict(point) for point in measured]
+    kept = generate.rows_besides(measured, tmp_path / "none.json", path)
+    assert generate.rows_besides(measured, tmp_path / "none.json") == []
     assert [each["rows"] for each in kept] == [1, 64]
     assert [each["commit"] for each in kept] == ["old", "older"]
     assert [each["date"] for each in kept] == ["once", "then"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from replays import Host, Schedule, dense_call
 
 import gdn_jax
@@ -291,3 +292,61 @@ def test_vmap_is_a_loop():
     _, out = jax.vmap(replay_update, in_axes=(0, *axes))(many, *both)
     _, want = replay_update(state, *tokens)
     assert testing.relative_error(out[1], want) < 1e-6
+
+
+@pytest.mark.parametrize(("window", "T"), [(16, 1), (16, 4), (32, 1), (32, 4)])
+def test_rows_fold_at_every_place_of_the_ring(window, T, path):
+    """A slot for each: its state stays that of writing every token."""
+    state, tokens = dense_call(window, T, act_dtype="float32")
+    start = jnp.arange(window, dtype=jnp.int32)
+    state = ReplayState.from_dense(
+        state.checkpoint,
+        num_key_heads=state.k.shape[1],
+        window=window,
+        key_dtype=jnp.float32,
+    )._replace(start=start)
+    pool, step = jnp.array(state.checkpoint), update(path)
+    every = jax.jit(functools.partial(gdn_jax.fused_update, implementation="xla"))
+    places = set()
+    for number in range(window // T + 2):
+        _, tokens = dense_call(window, T, seed=number, act_dtype="float32")
+        before = np.array(state.committed)
+        state, out = step(state, *tokens)
+        pool, want = every(pool, *tokens)
+        error = testing.relative_error(state.to_dense(), pool)
+        assert error < tolerance("state", "float32", path)
+        error = testing.relative_error(out, want)
+        assert error < tolerance("out", "float32", path)
+        places |= set(np.asarray(state.start)[state.committed < before].tolist())
+    assert places == set(range(window))
+
+
+@pytest.mark.parametrize("way", ["reference", "xla", "interpret"])
+def test_it_has_no_gradient_and_says_so(way):
+    state, tokens = dense_call(2, 3, act_dtype="float32")
+
+    def total(v):
+        call = *tokens[:2], v, *tokens[3:]
+        return replay_update(state, *call, implementation=way)[1].sum()
+
+    with pytest.raises(NotImplementedError, match="Train with chunk_update"):
+        jax.grad(total)(tokens[2])
+
+
+def test_heads_shard():
+    """Of the counters every part has all."""
+    state, tokens = dense_call(2, 3, H=2, HV=4, act_dtype="float32")
+    mesh = jax.make_mesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads, last = P(None, "h"), P(None, None, "h")
+    leaves = dict.fromkeys(("start", "committed", "pending"), P())
+    of_state = ReplayState(*[leaves.get(name, heads) for name in ReplayState._fields])
+    sharded = jax.shard_map(
+        functools.partial(replay_update, implementation="xla"),
+        mesh=mesh,
+        in_specs=(of_state, last, last, last, P("h"), last, last, P("h")),
+        out_specs=(of_state, last),
+        check_vma=False,
+    )
+    got, want = jax.jit(sharded)(state, *tokens), replay_update(state, *tokens)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert testing.relative_error(x, y) < 1e-6

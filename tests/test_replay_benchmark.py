@@ -143,12 +143,15 @@ def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
     text = page.read_text()
     assert "| verify T=4, float32 state, us a step, N = | 8 | 128 |" in text
     assert "| gdn_jax, replay | 20.0 | 100.0 |" in text
-    assert "| ReplaySSM | - | 123.0 |" in text
+    assert "| ReplaySSM, verifying | - | 123.0 |" in text
     assert "| gdn_jax, replay, float32 state | 90.0 | 100.0 | 110.0 |" in text
     where = "verify T=4, N=128, float32 state"
     reason = "keeps a bfloat16 state; got float32"
     assert f"FlashInfer u-cache is absent at {where}: {reason}" in text
-    assert "ReplaySSM: rounds to bfloat16." in text and "bfloat16 state, us" not in text
+    assert (
+        "ReplaySSM, verifying: rounds to bfloat16." in text
+        and "bfloat16 state, us" not in text
+    )
     assert "| float32 state, 3 drafts, replay | 5,000 | 9 | 1,234 |" in text
     assert "| float32 state, 3 drafts, checkpoints | - | 9 | 1,234 |" in text
     assert "| token by token in place | 1.0e-06 | 1.0e-02 |" in text
@@ -156,21 +159,30 @@ def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
     assert (tmp_path / "nvidia_h200" / "drift.png").is_file()
 
 
-def test_a_crossover_is_where_replay_stays_faster(monkeypatch):
+def test_a_crossover_is_where_replay_stays_faster(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     crossover = importlib.import_module("crossover")
+    monkeypatch.setattr(crossover, "ROWS", (1, 2, 4, 8))
 
-    def rows(**us):
-        of = dict(T=2, state_dtype="float32", HV=8)
+    def rows(T=2, **us):
+        of = dict(T=T, state_dtype="float32", H=2, HV=8, K=32, V=16)
         for contender, name in crossover.CONTENDERS.items():
             for N, value in zip((1, 2, 4, 8), us[contender], strict=True):
                 yield of | {"contender": contender, "N": N, name: value}
 
-    found = crossover.crossover_of(
-        list(rows(replay=(1, 9, 9, 9), triton=(2, 2, 10, 20)))
-    )
-    assert found.pop("reason").startswith(
-        "us of replay / every state: 9.0 / 2.0 at N=2"
-    )
-    assert found == dict(tokens=2, state_dtype="float32", heads=4 * 8)
-    assert crossover.crossover_of(list(rows(replay=[9] * 4, triton=[8] * 4))) is None
+    found = list(rows(replay=(1, 9, 9, 9), triton=(2, 2, 10, 20)))
+    row = crossover.crossover_of(found)
+    assert row.pop("reason").startswith("us of replay / every state: 9.0 / 2.0 at N=2")
+    wanted = dict(K=32, V=16, group=4, tokens=2, state_dtype="float32", heads=4 * 8)
+    assert row == wanted
+    assert crossover.crossover_of(found[:-1]) is None  # a measurement that was cut off
+    never = list(rows(T=1, replay=[9] * 4, triton=[8] * 4))
+    assert crossover.crossover_of(never)["heads"] is None
+
+    package = tmp_path / "device.json"
+    package.write_text(json.dumps({"runs": ["kept"]}))
+    about = dict.fromkeys(("date", "commit", "versions", "inputs"), "told")
+    crossover.write_table(about | {"rows": found + never}, package, None)
+    table = json.loads(package.read_text())
+    assert table["runs"] == ["kept"] and table["replay"]["commit"] == "told"
+    assert [row["heads"] for row in table["replay"]["rows"]] == [None, 32]

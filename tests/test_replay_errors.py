@@ -14,13 +14,19 @@ STATE, TOKENS = dense_call()
 LONG = dense_call(T=17)[1]
 WRONG = {
     "state.u must be (3, 4, 16, 32), as its": dict(state=STATE._replace(u=STATE.k)),
-    "state must be one of (16, 32) records; got a window of 8": dict(
+    "state.k must be one of (16, 32) records; got 8 records": dict(
         state=STATE._replace(
             **{
                 name: getattr(STATE, name)[:, :, :8]
                 for name in ("u", "k", "k_scale", "log_decay")
             }
         )
+    ),
+    "k must be of a dtype that bfloat16 holds; got float16": dict(
+        zip("qkv", dense_call(act_dtype="float16")[1], strict=False)
+    ),
+    "with chunk_update into its checkpoint": dict(
+        zip("qkv", LONG, strict=False), a=LONG[4], b=LONG[5]
     ),
     "state.pending must be int32; got float32": dict(
         state=STATE._replace(pending=jnp.zeros(3))
@@ -84,3 +90,36 @@ def test_a_wrong_state_is_told(change, text):
     given = dict(state=STATE.checkpoint, num_key_heads=2) | change
     with pytest.raises(ValueError, match=text):
         ReplayState.from_dense(**given)
+
+
+@pytest.mark.parametrize("op", ["fused_update", "chunk_update"])
+def test_an_op_that_is_not_replays_names_what_is(op, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"replay_update; .to_dense\(\)"):
+        getattr(gdn_jax, op)(STATE, *TOKENS)
+    with pytest.raises(ValueError, match="state must be an array; got ReplayState"):
+        ReplayState.from_dense(STATE, num_key_heads=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ((-1, 1, 2, 4, 4), "num_slots must be"),
+        ((2, 1, 2.5, 4, 4), "num_value_heads must be"),
+    ],
+)
+def test_wrong_sizes_are_told(sizes, text, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=text):
+        ReplayState.zeros(*sizes)
+    with pytest.raises(ValueError, match="window must be one of"):
+        ReplayState.zeros(2, 1, 2, 4, 4, window=16.0)
+    with pytest.raises(ValueError, match=r"slots must be \[N\]; got \(\)"):
+        STATE.reset(jnp.int32(1))
+
+
+def test_the_kernel_has_registers_for_heads_of_256():
+    state, tokens = dense_call(1, 1, H=1, HV=1, K=257, V=2)
+    with pytest.raises(NotImplementedError, match="K and V up to 256; got K=257"):
+        replay_update(state, *tokens, implementation="interpret")
+    replay_update(state, *tokens)

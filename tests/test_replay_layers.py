@@ -30,7 +30,9 @@ def alone(n, length):
     return LAYER.apply(PARAMS, X[n : n + 1, :length])[0][0]
 
 
-def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences():
+@pytest.mark.parametrize("implementation", ["xla", "interpret", None])
+def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences(implementation):
+    apply_it = apply(implementation=implementation)
     state = LAYER.init_state(8, columns=1 + DRAFTS, decode="replay")
     state = jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan) if x.dtype.kind == "f" else x, state
@@ -40,7 +42,7 @@ def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences():
     bounds = np.concatenate([[0], np.cumsum(lengths), [40]]).astype(np.int32)
     tokens = [X[n, :length] for n, length in enumerate(lengths)]
     tokens.append(jnp.full((40 - lengths.sum(), D), jnp.nan))
-    y, state = apply()(
+    y, state = apply_it(
         jnp.concatenate(tokens),
         state,
         slots=np.append(slots, np.int32(-1)),
@@ -50,14 +52,14 @@ def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences():
     for n, length in enumerate(lengths):
         own = y[bounds[n] : bounds[n + 1]]
         assert testing.relative_error(own, alone(n, length)) < 1e-5
-    y, state = apply()(take(lengths, 1), state, slots=slots)  # a plain step
+    y, state = apply_it(take(lengths, 1), state, slots=slots)  # a plain step
     lengths = lengths + 1
     check_last(y, lengths, 1)
 
     accepted = np.ones(N, np.int32)
     for step in range(6):
         given = np.where(step == 2, [-1, 0, -1], slots)  # two rows sit one step out
-        y, state = apply()(
+        y, state = apply_it(
             take(lengths, 1 + DRAFTS),
             state,
             slots=given.astype(np.int32),
@@ -191,7 +193,8 @@ PROMPTS = [list(b"def read"), list(b"class"), list(b"Return the ")]
 
 @functools.cache
 def plain_texts():
-    return gdn_jax.generate(*small(), PROMPTS, max_tokens=2000, stop=(), num_rows=2)
+    options = dict(max_tokens=2000, stop=(), num_rows=2, decode="in_place")
+    return gdn_jax.generate(*small(), PROMPTS, **options)
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -218,12 +221,23 @@ def test_an_engine_decodes_by_what_was_measured(
     rows, drafts, dtype, decode, monkeypatch
 ):
     model, _ = small()
-    heads = model.config.linear_num_value_heads
-    rows_of = [(1, "float32", 2), (4, "float32", 1), (3, "bfloat16", 2)]
+    config = model.config
+    heads = config.linear_num_value_heads
+    dims = config.linear_key_head_dim, config.linear_value_head_dim
+    group = heads // config.linear_num_key_heads
+    rows_of = [
+        (1, "float32", 2),
+        (2, "float32", None),
+        (4, "float32", 1),
+        (3, "bfloat16", 2),
+    ]
     measured = {
-        "NVIDIA H200": tuple(
-            tuning.Crossover(tokens, name, count * heads, "")
-            for tokens, name, count in rows_of
+        "NVIDIA H200": (
+            *(
+                tuning.Crossover(*dims, group, tokens, name, n and n * heads, "")
+                for tokens, name, n in rows_of
+            ),
+            tuning.Crossover(1, 1, 1, 1, "bfloat16", 1, ""),  # of other sizes
         )
     }
     monkeypatch.setattr(tuning, "crossovers", lambda kind: measured.get(kind, ()))

@@ -113,7 +113,7 @@ def replayssm_verify(problem: Any, inputs: Inputs) -> Call:
         result=lambda: {"out": to_numpy(out.unflatten(0, (problem.N, T)))},
         kernels=lambda name: "replayssm_spec" in name or "gdn_spec_cursors" in name,
         note=f"a float32 state is rounded to bfloat16 where it is read, and where it "
-        f"is folded; a ring of {ring}",
+        f"is folded; a ring of {ring}; the time has the launch that moves counters",
     )
 
 

@@ -10,7 +10,7 @@ DTYPES = ("float32", "bfloat16")
 NAMES = {
     "replay": "gdn_jax, replay",
     "replayssm": "ReplaySSM",
-    "replayssm_verify": "ReplaySSM",
+    "replayssm_verify": "ReplaySSM, verifying",
     "flashinfer_ucache": "FlashInfer u-cache",
     "triton": "gdn_jax, writing every state",
     "copy": "copy of what states written and read take",
@@ -120,7 +120,8 @@ def schemes(result: dict, folder: pathlib.Path) -> dict[str, str]:
         if row["rows"] == sizes[-1]:
             of_row = row["bytes_a_row"]["states"] / 1e6
             cells[name] += [f"{of_row:.0f}", f"{row['most_rows']:,}"]
-    columns = [*(f"N = {N}" for N in sizes), "MB of states a text", "texts that fit"]
+    room = "texts whose states and caches fit"
+    columns = [*(f"N = {N}" for N in sizes), "MB of states a text", room]
     model = result["rows"][0]["model"]
     lines = markdown(f"{model}, tokens/s", columns, cells.items())
     note = f"{source(result)} Inputs: {result['inputs']}. Times: {result['time']}."

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,9 +71,12 @@ def _fastest(model: Model, rows: int, drafts: int, dtype: Any) -> str:
         device_kind = _triton.device_kind(())
     except NotImplementedError:
         device_kind = ""
-    heads = rows * model.config.linear_num_value_heads
+    config = model.config
+    heads = config.linear_num_value_heads, config.linear_num_key_heads
+    sizes = config.linear_value_head_dim, config.linear_key_head_dim
+    state = jax.ShapeDtypeStruct((rows, heads[0], *sizes), dtype)
     kernels = model.implementation in (None, "triton")
-    if kernels and tuning.replay_pays(device_kind, 1 + drafts, dtype, heads):
+    if kernels and tuning.replay_pays(device_kind, 1 + drafts, state, heads[1], rows):
         return "replay"
     return "checkpoints" if drafts else "in_place"
 

@@ -84,7 +84,7 @@ DECODES = ("in_place", "checkpoints", "replay")
 def check_decode(decode: str | None, columns: int) -> None:
     if decode not in (None, *DECODES):
         wanted = f"None or one of {', '.join(DECODES)}"
-        checks.fail("decode", repr(decode), wanted, "None: checkpoints with drafts.")
+        checks.fail("decode", repr(decode), wanted, "None chooses.")
     if decode == "in_place" and columns > 1:
         wanted = f"'checkpoints' or 'replay' with {columns - 1} drafts"
         remedy = "In place there is no state to go back to when drafts are rejected."

@@ -38,6 +38,9 @@ def memory_errors(text: Callable[[], str]) -> Iterator[None]:
 def floating(name: str, x: Any) -> Array:
     if x is None:
         fail(name, "None", "an array", "It has no default.")
+    if hasattr(x, "checkpoint"):
+        remedy = "It is for replay_update; .to_dense() gives its states."
+        fail(name, type(x).__name__, "an array", remedy)
     if not hasattr(x, "dtype"):  # a list of numbers
         return jnp.asarray(x, jnp.float32)
     given = np.dtype(x.dtype)  # before JAX narrows float64

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -18,10 +17,10 @@ from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.call import GateLogits, Options
 from gdn_jax.ops.gated_delta.replay_call import Inputs
 from gdn_jax.ops.gated_delta.replay_reference import replay_reference
-from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
+from gdn_jax.ops.gated_delta.replay_state import WINDOWS, ReplayState, check_state
 from gdn_jax.ops.gated_delta.replay_triton import replay_triton
 from gdn_jax.ops.gated_delta.replay_xla import replay_xla
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig, replay_heuristic
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, ReplayConfig, replay_heuristic
 
 
 def replay_update(
@@ -51,8 +50,8 @@ def replay_update(
 ) -> tuple[ReplayState, Array]:
     """`fused_update` that reads a state and writes it once in many calls: (state, out).
 
-    The state of a slot is a checkpoint and a ring of R records of the tokens since
-    (`ReplayState`). A call, for each row,
+    The state of a slot is a checkpoint and a ring of R = 16 or 32 records of the tokens
+    since (`ReplayState`). A call, for each row,
 
       1. keeps the first `num_accepted` records of those the row's last call left, its
          pending ones, and drops the others: drafts that did not stand;
@@ -79,7 +78,8 @@ def replay_update(
       allow_neg_eigval, gate_lower_bound: as in `fused_update`.
 
     Null rule: a row is null if its slot is, if it has no tokens or more than R, or if
-    something is pending and num_accepted is outside 1 to that. It reads nothing, writes
+    something is pending, it does not start from zeros, and num_accepted is outside 1 to
+    what is pending. It reads nothing, writes
     nothing, and its `out` is exactly zero. NaN in its tokens reaches nothing; in one of
     a live row's it reaches that row's `out` and records, of tokens before it too.
     Undefined: a slot of two live rows, and tokens that a falling `cu_seqlens` gives to
@@ -92,12 +92,13 @@ def replay_update(
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
       NotImplementedError: the implementation asked for cannot run this call here. With
-        a decay for each K (KDA) there are "xla" and "reference" alone.
+        a decay for each K (KDA), or K or V above 256, there are "xla" and "reference"
+        alone.
 
     Numerics: a float32 checkpoint is folded in float32's own precision; the kernel
     reads it in `config.parts` bfloat16 parts, of which 2 leave 2^-17. A 16-bit one is
-    rounded where it is written, once in many tokens. There is no gradient: train with
-    `chunk_update`.
+    rounded where it is written, once in many tokens. There is no gradient, which raises
+    NotImplementedError: train with `chunk_update`.
 
     Examples:
       Three drafts behind a token, of which two turn out to stand:
@@ -139,9 +140,21 @@ def replay_update(
         ),
     )
     varying = jax.tree.map(lambda y: _triton.varying_like(y, x), x.state)
-    x = x._replace(state=varying)
+    x = _without_gradient(x._replace(state=varying))
     new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
+
+
+@jax.custom_jvp
+def _without_gradient(x: Inputs) -> Inputs:
+    return x
+
+
+@_without_gradient.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "replay_update has no gradient, in any implementation. Train with chunk_update."
+    )
 
 
 def _pack(
@@ -173,13 +186,15 @@ def _pack(
 def _check_records(x: Inputs, options: Options) -> None:
     T, R = options.tokens_per_row, x.state.window
     if T is not None and T > R:
-        remedy = "Take a ReplayState of window=32, or read prompts with chunk_update."
+        longer = f"Take a ReplayState of window={WINDOWS[-1]}, or read"
+        begins = longer if WINDOWS[-1] >= T else "Read"
+        remedy = f"{begins} prompts with chunk_update into its checkpoint."
         checks.fail("q", f"{T} tokens a row", f"of at most R = {R} tokens", remedy)
     if x.state.k.shape[1] != x.k.shape[1]:
         got, wanted = x.k.shape[1], x.state.k.shape[1]
         remedy = "It is num_key_heads of the ReplayState."
         checks.fail("k", f"{got} key heads", f"of H = {wanted}", remedy)
-    if np.promote_types(x.k.dtype, x.state.k.dtype) != x.state.k.dtype:
+    if jnp.promote_types(x.k.dtype, x.state.k.dtype) != x.state.k.dtype:
         remedy = f"Make the ReplayState with key_dtype={x.k.dtype}."
         checks.fail("k", x.k.dtype, f"of a dtype that {x.state.k.dtype} holds", remedy)
     per_k = x.gates.a.ndim == 3
@@ -205,6 +220,12 @@ def _paths(
             raise NotImplementedError(
                 "replay_update: no kernel for a decay per K (KDA). Use "
                 "implementation='xla'."
+            )
+        V, K = x.state.checkpoint.shape[2:]
+        if max(K, V) > MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"replay_update: the kernel takes K and V up to {MAX_HEAD_DIM}; got "
+                f"{K=}, {V=}. Use implementation='xla'."
             )
         dtypes = x.k.dtype, x.state.checkpoint.dtype
         launch = config or replay_heuristic(x.longest(options), *dtypes)

@@ -68,8 +68,16 @@ class ReplayState(NamedTuple):
         key_dtype: Any = jnp.bfloat16,
         per_key_decay: bool = False,
     ) -> "ReplayState":
-        """Empty states of `num_slots` sequences; `window` is R, `key_dtype` that of the
-        keys that calls bring, `per_key_decay` of KDA."""
+        """Empty states of `num_slots` sequences; `window` is R, 16 or 32, `key_dtype`
+        that of the keys that calls bring, `per_key_decay` of KDA."""
+        for name, x in dict(
+            num_slots=num_slots,
+            num_key_heads=num_key_heads,
+            num_value_heads=num_value_heads,
+            key_head_dim=key_head_dim,
+            value_head_dim=value_head_dim,
+        ).items():
+            checks.count(name, x, "It is an axis.")
         shape = num_slots, num_value_heads, value_head_dim, key_head_dim
         remedy = "The checkpoint's dtype."
         pool = jnp.zeros(shape, checks.float_dtype("dtype", dtype, remedy))
@@ -99,7 +107,7 @@ class ReplayState(NamedTuple):
             checks.fail("state", state.shape, "[P, HV, V, K]", "Add the missing axes.")
         remedy = "It is that of k."
         key_dtype = checks.float_dtype("key_dtype", key_dtype, remedy)
-        if window not in WINDOWS:
+        if type(window) is not int or window not in WINDOWS:
             remedy = "It is R, the records that a slot has room for."
             checks.fail("window", repr(window), f"one of {WINDOWS}", remedy)
         checks.count("num_key_heads", num_key_heads, "It is H.")
@@ -122,7 +130,9 @@ class ReplayState(NamedTuple):
 
     def to_dense(self, num_accepted: Any = None) -> Array:
         """The states [P, HV, V, K], in the checkpoints' dtype. `num_accepted` [P] as
-        the next call would be given it; None: all pending tokens stand."""
+        the next call would be given it, held to 0 to what is pending; None: all
+        pending tokens stand."""
+        check_state(self)
         kept = self.pending
         if num_accepted is not None:
             num_accepted = checks.integers("num_accepted", num_accepted)
@@ -140,6 +150,8 @@ class ReplayState(NamedTuple):
         """With the states of these slots [N] zero, for their new owners; a slot outside
         the pool is none. `has_state` False in a call does the same."""
         slots = checks.integers("slots", slots)
+        if slots.ndim != 1:
+            checks.fail("slots", slots.shape, "[N]", "Pass jnp.array([slot]) for one.")
         num_slots = self.start.shape[0]
         slots = jnp.where(slots < 0, num_slots, slots)  # not counted from the end
         counters = "start", "committed", "pending"
@@ -161,17 +173,18 @@ def check_state(state: Any) -> None:
         checks.fail("state", got, "[P, HV, V, K] and [P, H, R, K]", make)
     P, HV, V, K = state.checkpoint.shape
     H, R = state.k.shape[1:3]
+    if R not in WINDOWS:
+        checks.fail("state.k", f"{R} records", f"one of {WINDOWS} records", make)
     wanted = dict(u=(P, HV, R, V), k=(P, H, R, K), k_scale=(P, H, R))
     wanted |= dict.fromkeys(("start", "committed", "pending"), (P,))
     for name, shape in wanted.items():
         if getattr(state, name).shape != shape:
             got = getattr(state, name).shape
-            checks.fail(f"state.{name}", got, f"{shape}, as its checkpoint has", make)
+            wanted = f"{shape}, as its checkpoint and k have"
+            checks.fail(f"state.{name}", got, wanted, make)
     if state.log_decay.shape not in ((P, HV, R), (P, HV, R, K)):
         got, shape = state.log_decay.shape, (P, HV, R)
         checks.fail("state.log_decay", got, f"{shape}, or with K behind (KDA)", make)
-    if R not in WINDOWS:
-        checks.fail("state", f"a window of {R}", f"one of {WINDOWS} records", make)
     for name in ("start", "committed", "pending"):
         checks.integers(f"state.{name}", getattr(state, name))
     for name in ("u", "k_scale", "log_decay"):

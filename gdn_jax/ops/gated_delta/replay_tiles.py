@@ -35,14 +35,13 @@ class Columns(NamedTuple):
     valid: Array
 
     @classmethod
-    def of(cls, x: Any, number: Array, options: Options, padded: int = 0) -> "Columns":
-        """Behind them as many that are not valid as `padded` asks for."""
+    def of(cls, x: Any, number: Array, options: Options) -> "Columns":
         tokens = x.q.shape[0], options.tokens_per_row
         begin, length = batch.find_tokens(x.tables, number, *tokens)
         W = width(x, options)
-        place = indices(max(W, padded))
+        place = indices(W)
         step = place & np.int32(W // 2 - 1)
-        valid = (step < length) & (place < W)
+        valid = step < length
         return cls(step, place < W // 2, begin + step, valid)
 
     @property

@@ -168,8 +168,9 @@ class ReplayConfig:
 def replay_heuristic(tokens: int, keys: Any, state: Any) -> ReplayConfig:
     """For rows of at most so many tokens, and keys and states of these dtypes.
 
-    What benchmarks/replay.py found fastest on an H200 with K = V = 128 and HV = 2 H, of
-    what spills no registers; of float32 keys and more than 16 tokens everything spills
+    What benchmarks/replay.py found fastest on an H200 with K = V = 128, HV = 2 H, R =
+    16, bfloat16 keys and 1, 4 and 8 tokens, of what spills no registers; all others
+    were chosen by what fits. Of float32 keys and more than 16 tokens everything spills
     some. With up to 8 tokens a program is one warp, which waits for no other. Blocks
     are narrow, so that many programs fit a multiprocessor, where a state of 16 bits
     leaves room for wider ones and one more stage. The first kernel waits for memory
@@ -221,11 +222,15 @@ class Tuned:
 @dataclasses.dataclass(frozen=True)
 class Crossover:
     """From so many rows times value heads on, `replay_update` was faster than
-    `fused_update`, which writes a state for each of a row's `tokens`."""
+    `fused_update`, which writes a state for each of a row's `tokens`; `group` is HV /
+    H. None where it never was."""
 
+    K: int
+    V: int
+    group: int
     tokens: int
     state_dtype: str
-    heads: int
+    heads: int | None
     reason: str
 
 
@@ -249,23 +254,31 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
 
 @functools.cache
 def crossovers(device_kind: str) -> tuple[Crossover, ...]:
-    """What benchmarks/crossover.py measured."""
+    """What benchmarks/crossover.py measured, by growing `tokens`."""
     return tuple(
         Crossover(**row) for row in _read(device_kind).get("replay", {}).get("rows", ())
     )
 
 
-def replay_pays(device_kind: str, tokens: int, state_dtype: Any, heads: int) -> bool:
-    """Whether replay was faster, by the row of the most tokens that are not more: the
-    more tokens, the sooner it is. Not where nothing was measured."""
-    name = np.dtype(state_dtype).name
+def replay_pays(
+    device_kind: str, tokens: int, state: Any, num_key_heads: int, rows: int
+) -> bool:
+    """Whether replay was faster for so many rows of `state` [P HV V K], by the row of
+    the most tokens that are not more: the more tokens, the sooner it is. Not where
+    nothing was measured."""
+    HV, V, K = state.shape[1:]
+    name = state.dtype.name
     name = "bfloat16" if name == "float16" else name
-    rows = [
+    wanted = (K, V, HV // num_key_heads, name)
+    found = [
         row
         for row in crossovers(device_kind)
-        if row.state_dtype == name and row.tokens <= tokens
+        if (row.K, row.V, row.group, row.state_dtype) == wanted and row.tokens <= tokens
     ]
-    return bool(rows) and heads >= max(rows, key=lambda row: row.tokens).heads
+    if not found:
+        return False
+    least = max(found, key=lambda row: row.tokens).heads
+    return least is not None and rows * HV >= least
 
 
 def find_config(
