@@ -63,6 +63,12 @@ CASES = [
     Case(
         "last tile past the end", heads=(1, 1, 16, 24), config=LayerStepConfig(16, 1, 1)
     ),
+    Case("parts of V", config=LayerStepConfig(8, 2, 2, 2), nulls=(1,), fresh=(0,)),
+    Case("odd parts", heads=(1, 2, 16, 72), config=LayerStepConfig(16, 1, 1, 2)),
+    Case(
+        "a tile past the end", heads=(1, 1, 16, 96), config=LayerStepConfig(32, 1, 1, 2)
+    ),
+    Case("verify, parts, packed", (2, 1, 4), 4, config=LayerStepConfig(8, 2, 2, 4)),
     Case("four value heads a key head", heads=(1, 4, 16, 24), nulls=(1,)),
     Case("rows too long, packed", (1, 2, 1), layout="interleaved", too_long=(1,)),
     Case("verify", (4, 4, 4), 4, fresh=(1,)),

@@ -1,8 +1,9 @@
 """A layer's step as one Pallas kernel (Triton lowering), and its launch.
 
-A program owns a value head of a row. It convolves the head's channels and those of the
-key head that it reads, walks the head's state tile by tile as `fused_update`'s programs
-do, and normalises what came out: nothing but states and the result leaves registers.
+A program owns a value head of a row, or a part of one. It convolves the head's channels
+and those of the key head that it reads, walks the head's state tile by tile as
+`fused_update`'s programs do, and, where it has the whole head, normalises what came
+out: nothing but states and the result leaves registers.
 
 A channel is convolved by one lane, while a value of q or k meets the state in many. So
 the two have shapes of their own, and Triton brings values from one to the other through
@@ -27,7 +28,9 @@ from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
 from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.gated_delta.tuning import check_registers
+from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
+from gdn_jax.ops.layer_step.chain import apart
 from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Channels, Convolution, Ring
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 
@@ -43,9 +46,9 @@ def layer_step_kernel(
     config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (value heads, rows); with `cu_seqlens` one
-    row more, whose programs clear the tokens that belong to no row."""
-    head, number = pl.program_id(0), pl.program_id(1)
+    """`x` is `Inputs` of references. Grid: (parts of V, value heads, rows); with
+    `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
+    part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, is_row = options.heads, number < x.num_rows
     number = jnp.minimum(number, np.int32(x.num_rows - 1))
     row, conv_row = (
@@ -53,9 +56,10 @@ def layer_step_kernel(
         for each in find_rows(x, options, number)
     )
     multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
+    count = config.tiles(heads.V)
     tiles = [
-        Tile.of(x.recurrent, jnp.int32(i), config.tile)
-        for i in range(pl.cdiv(heads.V, config.block_v))
+        Tile.of(x.recurrent, part * np.int32(count) + np.int32(i), config.tile(heads.V))
+        for i in range(count)
     ]
     steps = [row.begin + step for step in range(options.steps(x))]
     steps = [jnp.minimum(at, np.int32(x.num_tokens - 1)) for at in steps]
@@ -64,16 +68,20 @@ def layer_step_kernel(
     reads = row.live & row.keeps_state
     following = tiles[0].load_state(x.recurrent, reads, row.read, head)
     load = functools.partial(Convolution.load, x, conv_row, tokens=steps)
-    pieces = Pieces.of(heads.K, heads.V)
-    convolution = load(pieces.channels(heads, head))
-    norms = [_Norm.load(x, tile, heads.columns(head)[1], steps) for tile in tiles]
+    pieces = Pieces.of(heads.K, count * config.block_v)
+    convolution = load(pieces.channels(heads, head, part))
+    norms = []
+    if config.programs == 1:
+        first_z = heads.columns(head)[1]
+        norms = [_Norm.load(x, tile, first_z, steps) for tile in tiles]
     gates = _Gates.of(x, head, steps, options, row)
 
     ring, dtype = Ring.of(x, conv_row), options.rule.out_dtype
     qkv = convolution.run(ring, dtype, multiply_add)
     if not interpret:
         _triton.barrier()  # all warps have read `start`
-    ring.move(start_ref, head, heads.HV)
+    program = head * np.int32(config.programs) + part
+    ring.move(start_ref, program, heads.HV * config.programs)
     convolution.keep(buffer_ref, ring)
 
     arithmetic = rule.Arithmetic(tiles[0].sum_k, multiply_add)
@@ -99,14 +107,14 @@ def layer_step_kernel(
         store.end(tile, state)
 
     for step, parts in enumerate(outs):
-        # lanes that hold some of a row all have its out: as many as a power of two
-        squares = jnp.zeros(parts[0].shape[1:])
-        for part in parts:
-            squares += jnp.sum(part * part, axis=0)
-        count = np.float32(heads.V * tiles[0].v.shape[3])
-        scale = lax.rsqrt(jnp.sum(squares.ravel()) / count + np.float32(options.eps))
-        for norm, part in zip(norms, parts, strict=True):
-            norm.store(out_ref, part * scale, step, head, row, options)
+        if norms:
+            scale = _scale(parts, options)
+            parts = [
+                norm.apply(y * scale, step, options)
+                for norm, y in zip(norms, parts, strict=True)
+            ]
+        for tile, y in zip(tiles, parts, strict=True):
+            _store_out(out_ref, tile, y, step, head, row, options)
 
     if x.tables.cu_seqlens is not None:
         known = np.int32(len(steps))  # rows that are longer are null
@@ -114,33 +122,42 @@ def layer_step_kernel(
         for tile in tiles:
             begin = row.begin + known
             clear(new_ref, out_ref, begin, rest, head, tile, options.rule)
-        of_call = head, heads.HV, config.tile, options.rule
+        of_call = (
+            program,
+            heads.HV * config.programs,
+            config.tile(heads.V),
+            options.rule,
+        )
         pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *of_call))
 
 
 class Pieces(NamedTuple):
-    """How channels of q, k and v share an array [J M]: as `count` pieces each."""
+    """How channels of q, k and a part of v share an array [J M]: q and k have a piece
+    each, v as many as it needs."""
 
     size: int
     counts: tuple[int, int, int]
+    part: int
 
     @classmethod
-    def of(cls, K: int, V: int) -> "Pieces":
-        keys, values = pl.next_power_of_2(K), pl.next_power_of_2(V)
-        size = min(keys, values)
-        return cls(size, (keys // size, keys // size, values // size))
+    def of(cls, K: int, part: int) -> "Pieces":
+        size = pl.next_power_of_2(K)
+        return cls(size, (1, 1, max(1, pl.next_power_of_2(part) // size)), part)
 
-    def channels(self, heads: Any, head: Array) -> Channels:
+    def channels(self, heads: Any, head: Array, part: Array) -> Channels:
         piece = indices(pl.next_power_of_2(sum(self.counts)))[:, None]
         place = indices(self.size)[None, :]
         first, (in_first, _) = heads.channels(head), heads.columns(head)
         channel = column = jnp.zeros((piece.size, self.size), jnp.int32)
         mask, wanted = channel > 0, channel > 0
         begin, sizes = 0, (heads.K, heads.K, heads.V)
-        is_first = heads.is_first(head)
+        is_first = heads.is_first(head) & (part == 0)
         for i, (count, size) in enumerate(zip(self.counts, sizes, strict=True)):
             is_it = (piece >= begin) & (piece < begin + count)
             number = place * np.int32(count) + piece - np.int32(begin)
+            if i == 2:
+                is_it &= number < self.part
+                number += part * np.int32(self.part)
             channel = jnp.where(is_it, first[i] + number, channel)
             column = jnp.where(is_it, in_first[i] + number, column)
             has = is_it & (number < size)
@@ -150,7 +167,7 @@ class Pieces(NamedTuple):
         return Channels(channel, column, mask, wanted)
 
     def take(self, x: Array) -> list[Array]:
-        """q, k and v, [K' or V'] each."""
+        """q and k [K'], and v of some size, its part first."""
         parts = lax.split(x.T, (1,) * x.shape[0], axis=1)
         parts, taken = iter([part[:, 0] for part in parts]), []
         for count in self.counts:
@@ -183,7 +200,7 @@ def _in_chunks(y: Array, tile: Tile) -> tuple[Array, ...]:
 
 
 def _in_tiles(y: Array, tile: Tile, tiles: int) -> list[Array]:
-    """[V'] -> of each tile [R W LV 1 1]"""
+    """v as `Pieces.take` has it -> of each tile [R W LV 1 1]"""
     rows, warps, lanes = tile.row.shape[:3]
     y = y.reshape(-1, warps, lanes, rows).transpose(3, 1, 2, 0)
     parts = lax.split(y, (1,) * y.shape[3], axis=3)[:tiles]
@@ -245,29 +262,63 @@ class _Norm(NamedTuple):
         gates = [load(x.projected.z, at, first + tile.v) for at in steps]
         return cls(tile, load(x.weights.norm, tile.v), gates)
 
-    def store(
-        self, out_ref: Any, out: Array, step: int, head: Array, row: Rows, options: Any
-    ) -> None:
+    def apply(self, out: Array, step: int, options: Options) -> Array:
         z = self.gates[step].astype(jnp.float32)
         gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
         gate = z * gate if options.activation == "silu" else gate
-        y = jnp.where(row.live, out * self.weight.astype(jnp.float32) * gate, 0.0)
-        mask = self.tile.in_v
-        if options.rule.tokens_per_row is None:
-            has = jnp.broadcast_to(step < row.length, y.shape)
-            mask = has if mask is None else mask & has
-        at = out_ref.at[row.begin + step, head, self.tile.v]
-        _triton.store(at, y.astype(out_ref.dtype), mask=mask)
+        return out * self.weight.astype(jnp.float32) * gate
+
+
+def _scale(parts: list[Array], options: Options) -> Array:
+    """1 / the root mean square of a head's out, whose tiles these are."""
+    squares = jnp.zeros(parts[0].shape[1:])
+    for part in parts:
+        squares += jnp.sum(part * part, axis=0)
+    # lanes that hold some of a row all have its out: as many as a power of two
+    count = np.float32(options.heads.V * parts[0].shape[3])
+    return lax.rsqrt(jnp.sum(squares.ravel()) / count + np.float32(options.eps))
+
+
+def _store_out(
+    out_ref: Any,
+    tile: Tile,
+    out: Array,
+    step: int,
+    head: Array,
+    row: Rows,
+    options: Options,
+) -> None:
+    """Zeros for a null row."""
+    out, mask = jnp.where(row.live, out, 0.0), tile.in_v
+    if options.rule.tokens_per_row is None:
+        has = jnp.broadcast_to(step < row.length, out.shape)
+        mask = has if mask is None else mask & has
+    at = out_ref.at[row.begin + step, head, tile.v]
+    _triton.store(at, out.astype(out_ref.dtype), mask=mask)
+
+
+def _normalised(x: Inputs, out: Array, options: Options) -> Array:
+    """In a launch of its own. Out of a null row stays 0, whatever z is."""
+    _, z, _, _ = apart(x.projected, options.heads)
+    y = gated_rms_norm(
+        out,
+        z,
+        x.weights.norm,
+        eps=options.eps,
+        activation=options.activation,
+        implementation="xla",
+    )
+    return jnp.where(out == 0, 0, y)
 
 
 def triton(
     x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V]), in one launch, both states in place."""
+    """(conv, recurrent, out [L HV V]), in one launch, or two where several programs
+    share out a head; both states in place."""
     heads = options.heads
     if not interpret:
-        tiles = min(2, pl.cdiv(heads.V, config.block_v))
-        check_registers(config, heads.K, tiles)
+        check_registers(config, heads.K, min(2, config.tiles(heads.V)))
     out = (x.num_tokens, heads.HV, heads.V), options.rule.out_dtype
     written = (x.conv.buffer, x.conv.start, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
@@ -277,9 +328,11 @@ def triton(
         ),
         x,
         (*((y.shape, y.dtype) for y in written), out),
-        grid=(heads.HV, rows),
+        grid=(config.programs, heads.HV, rows),
         aliases={0: 0, 1: 1, 2: 2},
         num_warps=config.num_warps,
         interpret=interpret,
     )
+    if config.programs > 1:
+        out = _normalised(x, out, options)
     return ConvState(buffer, start), recurrent, out

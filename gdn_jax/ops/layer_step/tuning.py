@@ -21,20 +21,28 @@ class LayerStepConfig:
 
     Attributes:
       block_v, lanes_v, num_warps: of a tile, as in `LaunchConfig`. A program walks over
-        the tiles of a value head; the next one is loaded while one is worked on.
+        tiles of a value head; the next one is loaded while one is worked on.
+      programs: that share out a value head's V. With more than one the norm, which
+        needs all of it, is a launch of its own.
     """
 
     block_v: int
     lanes_v: int
     num_warps: int
+    programs: int = 1
 
     def __post_init__(self):
         _triton.check_launch(self)
         check_tile(self)
 
-    @property
-    def tile(self) -> LaunchConfig:
-        return LaunchConfig(self.block_v, self.lanes_v, 1, self.num_warps)
+    def tiles(self, V: int) -> int:
+        """Of a program."""
+        return pl.cdiv(V, self.block_v * self.programs)
+
+    def tile(self, V: int) -> LaunchConfig:
+        """As `Tile` takes it: so many tiles cover V, and may reach past its end."""
+        tiles = self.tiles(V) * self.programs
+        return LaunchConfig(self.block_v, self.lanes_v, tiles, self.num_warps)
 
 
 @dataclasses.dataclass(frozen=True)
