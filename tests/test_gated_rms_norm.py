@@ -72,7 +72,7 @@ def test_nan_in_a_row_stays_there():
         (dict(gate=jnp.zeros((3, 4))), r"gate must be of x's shape.*; got \(3, 4\)"),
         (dict(weight=jnp.zeros(3)), r"weight must be \[V\] = \(4,\); got \(3,\)"),
         (dict(activation="relu"), "activation must be one of silu, sigmoid; got"),
-        (dict(eps=0.0), "eps must be > 0; got 0.0"),
+        (dict(eps=0.0), "eps must be a finite number > 0; got 0.0"),
         (dict(implementation="cuda"), "implementation must be None or one of"),
     ],
 )

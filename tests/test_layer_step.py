@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 
+import aot
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -13,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 import gdn_jax
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
 from gdn_jax.nn import gated_delta_net
+from gdn_jax.ops.gated_delta.tuning import check_registers
+from gdn_jax.ops.layer_step import tuning
 
 KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -245,12 +249,24 @@ def test_plain_and_speculative_steps_follow_each_other(kernel):
         (dict(ba_dtype="bfloat16"), "ba must be qkvz's float32; got bfloat16"),
         (dict(norm_weight=(8,)), r"norm_weight must be \[V\] = \(32,\); got \(8,\)"),
         (dict(A_log=(3,)), r"A_log must be \[HV\] = \(4,\); got \(3,\)"),
-        (dict(conv_weight=(100, 4)), r"weight must be .*; got \(100, 4\)"),
-        (dict(eps=0.0), "eps must be > 0; got 0.0"),
+        (
+            dict(conv_weight=(100, 4)),
+            r"conv_weight must be \[C, W\] with C = 256 .*; got \(100, 4\)",
+        ),
+        (dict(eps=0.0), "eps must be a finite number > 0; got 0.0"),
+        (dict(eps=float("inf")), "eps must be a finite number > 0; got inf"),
         (dict(activation="tanh"), "activation must be one of silu, sigmoid"),
-        (dict(slots=(3, 2)), r"slots must be \[N, S\] of at most its S"),
+        (dict(slots=(3, 2)), r"slots must be \[N\] where num_accepted is None"),
+        (
+            dict(slots=(3, 2), num_accepted=(3,)),
+            r"slots must be \[N, S\] of at most its S",
+        ),
+        (dict(num_accepted=(3,)), r"num_accepted must be given with slots \[N, S\]"),
+        (dict(start=(3,)), r"state\[0\].start must be \[P\] = \(5,\); got \(3,\)"),
+        (dict(slots=None), "state must be one state per row where slots is None"),
+        (dict(triple=True), "qkvz must be an array, or with ba a pair of them"),
         (dict(qkvz=(3, 2, 384), ba=(3, 2, 8)), "got T = 2 with room for S = 1 tokens"),
-        (dict(slots=(2,)), r"slots must be \[N\] or \[N, S\] with N = 3"),
+        (dict(slots=(2,)), r"slots must be \[N\] or, .* with N = 3; got \(2,\)"),
         (dict(channels=100), r"state\[0\].buffer must be \[P, C, R\] with C = 2 H K"),
         (dict(pool=(4, 32, 32)), r"state\[1\] must be \[P or N, HV, V, K\]"),
         (dict(state=None), r"state must be \(ConvState, pool\); got NoneType"),
@@ -273,8 +289,13 @@ def test_a_wrong_call_is_told_what_is_wrong(change, text, monkeypatch):
     for name in ("norm_weight", "A_log", "conv_weight"):
         if name in change:
             options[name] = zeros(change[name])
-    if "slots" in change:
-        options["slots"] = jnp.zeros(change["slots"], jnp.int32)
+    qkvz, ba = ((qkvz,) * 3, (ba,) * 3) if "triple" in change else (qkvz, ba)
+    if "start" in change:
+        conv = conv._replace(start=jnp.zeros(change["start"], jnp.int32))
+    for name in ("slots", "num_accepted"):
+        if name in change:
+            shape = change[name]
+            options[name] = None if shape is None else jnp.zeros(shape, jnp.int32)
     for name in ("layout", "eps", "activation"):
         options |= {name: change[name]} if name in change else {}
     state = change.get("state", (conv, pool))
@@ -394,6 +415,30 @@ def test_it_runs_where_jax_counts_in_64_bits():
     assert error < testing.TOLERANCE["out", "float32"]
 
 
+def test_calls_under_vmap_are_calls_apart(path):
+    state, step = make(Case("plain"))
+    tokens, options = step(0)
+    options |= dict(implementation=path)
+
+    def run(state, tokens):
+        return fused_layer_step(state, *tokens, **options)
+
+    (conv, pool), (ring, size) = state, (len(state[0].start), state[0].buffer.shape[2])
+    start = jnp.arange(ring, dtype=jnp.int32) % size
+    buffer, pool = (jnp.nan_to_num(x) for x in (conv.buffer, pool))
+    state = ConvState(buffer, start), pool
+    both = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (state, tokens))
+    got = jax.vmap(run)(*both)
+    used = options["slots"]
+    for i in range(2):
+        (conv, pool), out = run(*jax.tree.map(lambda x, i=i: x[i], both))
+        pairs = [(got[1][i], out), (got[0][1][i, used], pool[used])]
+        pairs.append((got[0][0].buffer[i, used], conv.buffer[used]))
+        assert np.array_equal(got[0][0].start[i, used], conv.start[used])
+        for x, y in pairs:
+            assert testing.relative_error(x, y) < testing.TOLERANCE["out", "float32"]
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_heads_shard(implementation):
     """`start` is the same on all devices, and is said to be."""
@@ -436,3 +481,68 @@ def test_heads_shard(implementation):
 
 def test_the_names_are_public():
     assert {"fused_layer_step", "LayerStepConfig"} <= set(gdn_jax.__all__)
+
+
+STEP = tuning.Step(4, 1, 1, False, 2, 4, 128, 128, "float32")
+SMALL, LARGE = LayerStepConfig(32, 2, 4), LayerStepConfig(64, 2, 8)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What a device's table says."""
+
+    def row(tokens, programs, config, pays, dtype="float32", group=2):
+        return tuning.Tuned(128, 128, dtype, group, tokens, programs, config, pays, "")
+
+    rows = (
+        row(1, 16, SMALL, True),
+        row(1, 256, LARGE, False),
+        row(4, 16, LARGE, True),
+        row(1, 16, LARGE, True, "bfloat16"),
+    )
+    tables = {"NVIDIA H200": rows}
+    monkeypatch.setattr(tuning, "table", lambda kind: tables.get(kind, ()))
+    monkeypatch.setattr(tuning._triton, "device_kind", lambda arrays: "NVIDIA H200")
+
+
+@pytest.mark.parametrize(
+    ("change", "launch", "pays"),
+    [
+        (dict(), SMALL, True),
+        (dict(rows=5), LARGE, False),  # 20 programs: the next row's
+        (dict(rows=1000), LARGE, False),  # past the last
+        (dict(tokens=3, columns=4, verifies=True), LARGE, True),
+        (dict(tokens=3, columns=4), LARGE, False),  # may be a prompt
+        (dict(tokens=None, columns=4, verifies=True), LARGE, False),
+        (dict(tokens=5, columns=5, verifies=True), None, False),  # not measured
+        (dict(state_dtype="float16"), LARGE, True),  # bfloat16's
+        (dict(HV=8), None, False),
+        (dict(K=64), None, False),
+    ],
+    ids=str,
+)
+def test_a_step_takes_what_was_measured(change, launch, pays, measured):
+    step = dataclasses.replace(STEP, **change)
+    plain = tuning.heuristic(step.K, step.V, step.tokens or step.columns)
+    assert tuning.find_config("NVIDIA H200", step) == (launch or plain)
+    assert tuning.pays(None, (), step) == tuning.pays("triton", (), step) == pays
+    assert not tuning.pays("xla", (), step)
+    assert tuning.find_config("another", step) == plain
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 9])
+def test_every_size_has_a_launch_that_registers_hold(tokens):
+    for K, V in itertools.product((1, 7, 16, 64, 96, 128, 192, 256), repeat=2):
+        config = tuning.heuristic(K, V, tokens)
+        check_registers(config, K, min(2, config.tiles(V)))
+        assert config.block_v * config.programs * config.tiles(V) >= V
+
+
+def test_a_launch_that_registers_cannot_hold_is_refused():
+    state, step = make(Case("large", (1,), heads=(1, 1, 256, 256)))
+    tokens, options = step(0)
+    call = options | dict(config=LayerStepConfig(128, 1, 4), implementation="triton")
+    with pytest.raises(ValueError, match="at most 128 values of state to a lane"):
+        aot.lower(lambda x, y: fused_layer_step(x, *y, **call), state, tokens)
+    with pytest.raises(ValueError, match="got LayerStepConfig"):
+        LayerStepConfig(2, 4, 1)

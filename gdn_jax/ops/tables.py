@@ -47,19 +47,11 @@ def find_tables(
     num_rows, tokens, source = checks.rows_of(lead, given.cu_seqlens)
     if conv_slots is not None:
         conv_slots = checks.integers("conv_slots", conv_slots)
-    checks.check_per_row(given, num_rows, source)
-    _check_slots(given.slots, conv_slots, num_rows, source)
+    check_tables(given, conv_slots, lead, pools)
     is_replay = pools.pending is not None
     nulls = is_replay or (pools.longest is not None and given.cu_seqlens is not None)
     if nulls and given.slots is None:
         given = given._replace(slots=_every_slot(num_rows, pools, source))
-    if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
-        checks.fail(
-            "conv_slots",
-            f"None for {pools.conv} slots of state.conv",
-            f"given where it has not the {pools.recurrent} of state.recurrent",
-            "Pass each row's slot of it, or make the state without num_conv_slots.",
-        )
     rows = _find_rows(given, num_rows, tokens, lead, pools)
     keywords = given._asdict() | dict(null_slot=pools.null_slot)
     conv = recurrent = keywords
@@ -77,6 +69,21 @@ def find_tables(
             # as the convolution takes one token of the last step to stand
             recurrent["num_accepted"] = jnp.ones(num_rows, jnp.int32)
     return Tables(conv, recurrent, rows, _live_tokens(given, rows, tokens, lead))
+
+
+def check_tables(
+    given: Batch, conv_slots: Array | None, lead: tuple[int, ...], pools: Pools
+) -> None:
+    num_rows, _, source = checks.rows_of(lead, given.cu_seqlens)
+    checks.check_per_row(given, num_rows, source)
+    _check_slots(given.slots, conv_slots, num_rows, source)
+    if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
+        checks.fail(
+            "conv_slots",
+            f"None for {pools.conv} slots of state.conv",
+            f"given where it has not the {pools.recurrent} of state.recurrent",
+            "Pass each row's slot of it, or make the state without num_conv_slots.",
+        )
 
 
 def _every_slot(num_rows: int, pools: Pools, source: str) -> Array:

@@ -51,7 +51,7 @@ def pack(
     _check_gates(gates, v.shape[:-1], state.shape[3])
     dense = q.ndim == 4
     rows, tokens, source = checks.rows_of(q.shape[: q.ndim - 2], tables.cu_seqlens)
-    _check_slots(state, tables, rows, tokens, source)
+    check_slots(state, tables, rows, tokens, source)
     null_slot = checks.null_slot_of(null_slot, state.shape[0], tables.slots)
 
     def packed(x: Array) -> Array:
@@ -73,7 +73,7 @@ def pack(
     )
     options = Options(
         tokens_per_row=tokens,
-        scale=_check_scale(scale, q.shape[-1]),
+        scale=check_scale(scale, q.shape[-1]),
         qk_l2norm=checks.flag("qk_l2norm", qk_l2norm),
         null_slot=null_slot,
         per_token_states=checks.flag("per_token_states", per_token_states),
@@ -108,7 +108,7 @@ def gate_options(
     return GateOptions(beta, threshold, doubled, gate_lower_bound)
 
 
-def _check_scale(scale: Any, K: int) -> float:
+def check_scale(scale: Any, K: int) -> float:
     if scale is None:
         return K**-0.5
     number = checks.number("scale", scale)
@@ -200,7 +200,7 @@ def _check_gates(
             checks.fail("dt_bias", gates.dt_bias.shape, str(wanted), remedy)
 
 
-def _check_slots(
+def check_slots(
     state: Array, tables: Batch, rows: int, tokens: int | None, source: str
 ) -> None:
     slots, num_accepted = tables.slots, tables.num_accepted

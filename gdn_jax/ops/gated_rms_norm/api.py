@@ -3,6 +3,8 @@
 from __future__ import annotations  # so that help() names types and expands none
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +61,7 @@ def gated_rms_norm(
         checks.fail("gate", gate.shape, f"of x's shape {x.shape}", "One gate a value.")
     if weight.shape != x.shape[-1:]:
         checks.fail("weight", weight.shape, f"[V] = {x.shape[-1:]}", "One a value.")
-    if activation not in ACTIVATIONS:
-        wanted = f"one of {', '.join(ACTIVATIONS)}"
-        checks.fail("activation", repr(activation), wanted, "See the docstring.")
-    eps = checks.number("eps", eps)
-    if not eps > 0:
-        checks.fail("eps", eps, "> 0", "A row of zeros would divide by zero.")
+    eps = check_options(eps, activation)
 
     def no_kernel():
         raise NotImplementedError(
@@ -81,6 +78,17 @@ def gated_rms_norm(
         "reference": run,
     }
     return _dispatch.run(paths, implementation)
+
+
+def check_options(eps: Any, activation: Any) -> float:
+    if activation not in ACTIVATIONS:
+        wanted = f"one of {', '.join(ACTIVATIONS)}"
+        checks.fail("activation", repr(activation), wanted, "See the docstring.")
+    eps = checks.number("eps", eps)
+    if not 0 < eps < math.inf:
+        remedy = "A row of zeros would divide by zero."
+        checks.fail("eps", eps, "a finite number > 0", remedy)
+    return eps
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

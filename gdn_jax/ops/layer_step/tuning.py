@@ -12,6 +12,7 @@ from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
+MOST_OF_A_WHOLE_HEAD = 5
 MAX_HEADS = 1024  # conv.py's Ring says how `start` counts them
 
 
@@ -156,15 +157,22 @@ def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
 
 def find_config(device_kind: str, step: Step) -> LayerStepConfig:
     tuned = find_tuned(device_kind, step)
-    return heuristic(step.K, step.V) if tuned is None else tuned.config
+    if tuned is not None:
+        return tuned.config
+    return heuristic(step.K, step.V, step.tokens or step.columns)
 
 
-def heuristic(K: int, V: int) -> LayerStepConfig:
-    """A head's whole state at once where registers hold it, by eight warps."""
+def heuristic(K: int, V: int, tokens: int) -> LayerStepConfig:
+    """What registers hold: of a head of 128, all of it in one program. More tokens than
+    one want registers too, and as much of the state as a program has is loaded at once;
+    with one token it is walked over."""
     V, K = pl.next_power_of_2(V), pl.next_power_of_2(K)
-    block_v = min(V, 32 * 8 * 32 // K)
-    warps = min(8, block_v)
-    return LayerStepConfig(block_v, min(2, block_v // warps), warps)
+    values = 2**14 if tokens <= MOST_OF_A_WHOLE_HEAD else 2**13  # of a program
+    programs = max(1, V * K // values)
+    rows = V // programs
+    warps = min(8 if tokens == 1 else 16, rows)
+    block_v = max(warps, min(rows, 32 * 32 * warps // K))
+    return LayerStepConfig(block_v, min(2, block_v // warps), warps, programs)
 
 
 def interpreter(V: int) -> LayerStepConfig:
