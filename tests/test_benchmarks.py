@@ -8,10 +8,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import gdn_jax
 from gdn_jax import ConvConfig, testing
+from gdn_jax.ops.layer_step import tuning
 from gdn_jax.training import text
 
 pytestmark = pytest.mark.once
@@ -29,6 +31,14 @@ def test_help(suite):
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "--quick" in found.stdout
+
+
+@pytest.mark.parametrize("script", ["crossover", "schemes", "drift", "layer_step_tune"])
+def test_help_of_others(script):
+    command = [sys.executable, BENCHMARKS / f"{script}.py", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "--out" in found.stdout
 
 
 @pytest.mark.parametrize("suite", ["prefill", "train", "conv", "experts", "few_rows"])
@@ -344,37 +354,51 @@ def test_held_out_figures_of_a_saved_text(tmp_path):
         assert 0 < row["bits_per_byte"] < 3
 
 
-def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch):
+def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    layer_step, update = map(importlib.import_module, ("layer_step", "update"))
+    names = "layer_step", "layer_steps", "layer_step_tune", "update"
+    layer_step, steps, tune, update = map(importlib.import_module, names)
     monkeypatch.setattr(update, "L2_BYTES", 2**10)
-    monkeypatch.setattr(layer_step, "STEPS", 2)
+    monkeypatch.setattr(steps, "STEPS", 2)
     for T in (1, 4):
-        problem = layer_step.Problem(2, T, 1, 2, "float32", K=16, V=16)
-        inputs = layer_step.make_inputs(problem)
+        problem = steps.Problem(2, T, 1, 2, "float32", K=16, V=16)
+        inputs = steps.make_inputs(problem)
         for step in (
-            functools.partial(layer_step.fused, implementation="interpret"),
+            functools.partial(steps.fused, implementation="interpret"),
             functools.partial(
-                layer_step.chain, split=problem.split, implementation="reference"
+                steps.chain, split=problem.split, implementation="reference"
             ),
         ):
-            found = layer_step.check(problem, inputs, layer_step.program_of(step))
-            assert found["conv"] == 0.0 and set(found) == {"state", "conv", "out"}
-            for what, error in found.items():
-                assert error <= layer_step.tolerance(what)
+            for found in (
+                layer_step.check(problem, inputs, steps.program_of(step)),
+                layer_step.check_step(problem, inputs, jax.jit(step)),
+            ):
+                assert found["conv"] == 0.0 and set(found) == {"state", "conv", "out"}
+                for what, error in found.items():
+                    assert error <= layer_step.tolerance(what)
     row = layer_step.measure_peer(problem, inputs)
     assert "PYTHONPATH" in row["absent"]
-    launch = dict(block_v=8, lanes_v=1, num_warps=1)
+    launch = dict(block_v=8, lanes_v=1, num_warps=1, programs=1)
     slow = launch | dict(num_warps=2)
     times = [("fused", slow, 5.0), ("fused", launch, 4.0), ("chain", None, 6.0)]
     times.append(("fused_update", None, 3.0))
     rows = [
-        dict(contender=name, config=config, span_us=us) for name, config, us in times
+        dict(contender=name, config=config, busy_us=us) for name, config, us in times
     ]
-    found = layer_step.tuned_row(problem, rows)
+    found = tune.tuned_row(problem, rows)
     assert found["config"] == launch and found["pays"]
-    rows[2]["span_us"] = 4.0
-    found = layer_step.tuned_row(problem, rows)
+    rows[2]["busy_us"] = 4.0
+    found = tune.tuned_row(problem, rows)
     assert found["config"] == launch and not found["pays"]
     with pytest.raises(RuntimeError, match="could be timed"):
-        layer_step.tuned_row(problem, rows[:2])
+        tune.tuned_row(problem, rows[:2])
+
+    monkeypatch.setattr(tune, "FOLDER", tmp_path)
+    about = dict.fromkeys(("device", "date", "commit", "versions"), "told")
+    for tokens in (1, 4, 1):  # a part measured again keeps the other rows
+        tune.write_table(about, [found | dict(tokens=tokens)], tmp_path / "gpu.json")
+    kept = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert sorted(row["tokens"] for row in kept) == [1, 4]
+    for row in kept:
+        made = row | {"config": gdn_jax.LayerStepConfig(**row["config"])}
+        tuning.Tuned(**made)

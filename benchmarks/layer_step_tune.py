@@ -1,0 +1,210 @@
+"""Launches of `fused_layer_step`: python benchmarks/layer_step_tune.py [--tokens 1]
+
+One step at a time, whose kernels are timed: the launches that registers hold beside the
+ops one after another. The fastest, and whether it pays, is written for the package.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import statistics
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import typer
+from common import RESULTS, commit_of, console, header, need_gpu, rows_besides, wait
+from layer_step import COMPILERS, INPUTS, SIZES, check_step, tolerance
+from layer_steps import (
+    Inputs,
+    Problem,
+    compile_step,
+    contenders,
+    make_inputs,
+    make_state,
+)
+from rich.progress import track
+from rich.table import Table
+
+import gdn_jax
+from gdn_jax import LayerStepConfig, timing
+
+CALLS = 40
+NOISE = 0.01  # what two runs of one step differ by
+FOLDER = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
+# block_v, lanes_v, num_warps, programs
+WHOLE = (
+    (128, 2, 16, 1),
+    (128, 4, 16, 1),
+    (128, 2, 8, 1),
+    (64, 2, 8, 1),
+    (64, 4, 8, 1),
+    (32, 2, 4, 1),
+)
+SHARED = (
+    (64, 2, 8, 2),
+    (32, 2, 4, 2),
+    (32, 2, 4, 4),
+    (32, 4, 4, 4),
+    (64, 2, 4, 2),
+    (16, 2, 4, 8),
+)
+ROWS = {SIZES[0]: (1, 8, 64, 256), SIZES[1]: (1,)}
+
+
+def time_step(problem: Problem, inputs: Inputs, step: Any) -> dict[str, Any]:
+    tables = list(itertools.chain(*inputs.tables))
+    state = make_state(problem)
+
+    def run(i: int) -> None:
+        nonlocal state
+        tokens = inputs.tokens[i % len(inputs.tokens)]
+        state, _ = step(state, inputs.weights, tokens, tables[i % len(tables)])
+
+    run(0)
+    wait()
+    with timing.record() as kernels:
+        for i in range(CALLS):
+            run(i)
+        wait()
+    each = len(kernels) // CALLS
+    calls = [kernels[i : i + each] for i in range(0, len(kernels), each)]
+    busy = [sum(kernel.duration_us for kernel in call) for call in calls]
+    return dict(busy_us=statistics.median(busy), launches=each)
+
+
+def measure(
+    problem: Problem,
+    inputs: Inputs,
+    job: tuple[str, LayerStepConfig | None],
+    compiled: Future,
+) -> dict[str, Any]:
+    name, config = job
+    row = {"contender": name, **dataclasses.asdict(problem)}
+    row["config"] = config and dataclasses.asdict(config)
+    step = compiled.result()
+    if name == "fused":
+        row["errors"] = check_step(problem, inputs, step)
+        if any(error > tolerance(what) for what, error in row["errors"].items()):
+            return row | {"absent": "errors above the tolerance"}
+    return row | time_step(problem, inputs, step)
+
+
+def jobs_of(problem: Problem) -> list[tuple[str, LayerStepConfig | None]]:
+    launches = [*WHOLE, *(SHARED if problem.N > 1 else SHARED[:1])]
+    return [
+        *(("fused", LayerStepConfig(*launch)) for launch in launches),
+        ("chain", None),
+        ("fused_update", None),
+    ]
+
+
+def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest launch, beside the ops one after another."""
+    timed = {
+        name: sorted(
+            (row for row in rows if row["contender"] == name and "busy_us" in row),
+            key=lambda row: row["busy_us"],
+        )
+        for name in ("fused", "chain", "fused_update")
+    }
+    if not all(timed.values()):
+        raise RuntimeError(f"not all of {list(timed)} could be timed: {rows}")
+    best, in_turn = timed["fused"][0], timed["chain"][0]["busy_us"]
+    return dict(
+        K=problem.K,
+        V=problem.V,
+        state_dtype=problem.state_dtype,
+        group=problem.HV // problem.H,
+        tokens=problem.T,
+        programs=problem.N * problem.HV,
+        config=best["config"],
+        pays=best["busy_us"] < in_turn * (1 - NOISE),
+        reason=(
+            f"{best['busy_us']:.2f} us at N={problem.N} T={problem.T} HV={problem.HV} "
+            f"of {len(timed['fused'])} launches; ops one after another {in_turn:.2f}, "
+            f"fused_update alone {timed['fused_update'][0]['busy_us']:.2f}"
+        ),
+    )
+
+
+def main(
+    state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
+    tokens: list[int] = typer.Option([1, 4]),  # noqa: B008
+    out: pathlib.Path | None = None,
+) -> None:
+    """state_dtype, tokens: what is measured; the files keep other rows."""
+    need_gpu()
+    result = header(INPUTS)
+    result["time"] = f"kernels of a step, median of {CALLS} calls"
+    device = result["device"].lower().replace(" ", "_")
+    committed, file = RESULTS / device, "layer_step_tune.json"
+    folder = out or committed
+    folder.mkdir(parents=True, exist_ok=True)
+    problems = [
+        Problem(N, T, *heads, dtype)
+        for T in tokens
+        for dtype in state_dtype
+        for heads in SIZES
+        for N in ROWS[heads]
+    ]
+    measured = [
+        dict(T=problem.T, state_dtype=problem.state_dtype) for problem in problems
+    ]
+    result["rows"] = rows_besides(measured, folder / file, committed / file)
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        compiled = {
+            (problem, job): pool.submit(
+                compile_step, problem, contenders(problem, job[1])[job[0]]
+            )
+            for problem in problems
+            for job in jobs_of(problem)
+        }
+    tuned = []
+    for problem in track(problems, description="launches", console=console):
+        inputs = make_inputs(problem)
+        rows = [
+            measure(problem, inputs, job, compiled[problem, job])
+            for job in jobs_of(problem)
+        ]
+        tuned.append(tuned_row(problem, rows))
+        console.print(table(problem, rows))
+        result["rows"] += [commit_of(result) | row for row in rows]
+        (folder / file).write_text(json.dumps(result, indent=1) + "\n")
+    write_table(result, tuned, (out or FOLDER) / f"{device}.json")
+
+
+def write_table(
+    result: dict[str, Any], tuned: list[dict[str, Any]], path: pathlib.Path
+) -> None:
+    package = FOLDER / path.name
+    parts = [{key: row[key] for key in ("tokens", "state_dtype")} for row in tuned]
+    about = {key: result[key] for key in ("device", "date", "commit", "versions")}
+    rows = [*rows_besides(parts, package), *(commit_of(result) | row for row in tuned)]
+    for row in rows:  # said once for all, where it is
+        del row["date"], row["commit"]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    console.print(f"wrote {path}")
+
+
+def table(problem: Problem, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(
+        *("contender", "us", "launches", "launch", "why absent"),
+        title=" ".join(f"{k}={v}" for k, v in dataclasses.asdict(problem).items()),
+        title_justify="left",
+    )
+    for row in rows:
+        config = row["config"]
+        shown.add_row(
+            row["contender"],
+            f"{row['busy_us']:.2f}" if "busy_us" in row else "",
+            str(row.get("launches", "")),
+            "" if config is None else " ".join(map(str, config.values())),
+            row.get("absent", ""),
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
