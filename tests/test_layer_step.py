@@ -18,6 +18,8 @@ from gdn_jax.nn import gated_delta_net
 from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step import tuning
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
