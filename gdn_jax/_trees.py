@@ -4,14 +4,32 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdn_jax.ops import checks
+
 NOTES = "gdn_jax"  # the key of the file's metadata that holds ours
+# NumPy's names of safetensors' dtypes, of those that a tree may have.
+DTYPES = dict(
+    BOOL="bool",
+    U8="uint8",
+    I8="int8",
+    U16="uint16",
+    I16="int16",
+    U32="uint32",
+    I32="int32",
+    U64="uint64",
+    I64="int64",
+    F16="float16",
+    BF16="bfloat16",
+    F32="float32",
+    F64="float64",
+)
 
 
 def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
@@ -50,8 +68,16 @@ def load_notes(path: pathlib.Path) -> dict[str, Any]:
 
     Raises: as `load`, but for differences.
     """
-    with _opened(path) as file:
-        return json.loads((file.metadata() or {}).get(NOTES, "{}"))
+    with opened(path) as file:
+        text = (file.metadata() or {}).get(NOTES, "{}")
+    try:
+        notes = json.loads(text)
+        if not isinstance(notes, dict):
+            raise ValueError(f"they are a {type(notes).__name__}")
+    except (ValueError, RecursionError) as error:
+        text = f"{path} has broken notes ({error}). Take another copy of it."
+        raise ValueError(text) from None
+    return notes
 
 
 def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -62,11 +88,12 @@ def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is no such tree's file; every difference is listed.
+      ValueError: it is no such tree's file; every difference is listed. An array of
+        another shape is not read.
     """
     wanted = _named(like)
     faults, arrays = [], []
-    with _opened(path) as file:
+    with opened(path) as file:
         names = set(file.keys())
         surplus = sorted(names - set(wanted))
         faults += [f"{name} is not expected" for name in surplus]
@@ -74,29 +101,36 @@ def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
             if name not in names:
                 faults.append(f"{name} is missing")
                 continue
-            got, plain = file.get_tensor(name), _plain_type(x)
-            if (got.shape, got.dtype) == (plain.shape, plain.dtype):
-                arrays.append(_like(got, x))
+            found, plain = file.get_slice(name), _plain_type(x)
+            dtype: str = found.get_dtype()
+            got = _words(DTYPES.get(dtype, dtype), found.get_shape())
+            if got == (words := _words(plain.dtype.name, plain.shape)):
+                arrays.append(_like(file.get_tensor(name), x))
             else:
-                faults.append(f"{name} is {_words(got)}, wanted {_words(plain)}")
+                faults.append(f"{name} is {got}, wanted {words}")
     if faults:
         raise ValueError(
-            f"{path} is of another model or of other sizes: " + "; ".join(faults[:20])
+            f"{path} is of another model or of other sizes: {checks.listed(faults)}"
         )
     return jax.tree.unflatten(jax.tree.structure(like), arrays), load_notes(path)
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
+def opened(path: pathlib.Path) -> Iterator[Any]:
+    """The file by `safe_open`, whose errors name it."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no {path}; nothing was saved there.")
+    if not path.is_file():  # opening a FIFO would wait for its other end
+        raise ValueError(f"{path} is no file. Name what was saved.")
     try:
         with safe_open(path, "np") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or no safetensors file: {error}") from None
+        reason = checks.cut(str(error))
+        text = f"{path} is cut off or no safetensors file: {reason}"
+        raise ValueError(text) from None
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -106,8 +140,8 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
-def _words(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}"
+def _words(dtype: str, shape: Sequence[int]) -> str:
+    return f"{dtype}{list(shape)}"
 
 
 def _is_key(x: Any) -> bool:

@@ -65,6 +65,30 @@ def test_rules_fill_each_parameter_once(name):
         assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(mlp_only_layers=(0, 3)),
+        dict(mlp_only_layers=(0, 1, 2, 3)),
+        dict(decoder_sparse_step=2, num_mtp_layers=3),
+        dict(decoder_sparse_step=3, num_mtp_layers=0),
+    ],
+    ids=str,
+)
+def test_a_layer_of_each_kind_tells_of_all(fields):
+    model, _ = make("next with experts")
+    types = ("linear_attention", "full_attention", "full_attention") * 2
+    config = dataclasses.replace(model.config, layer_types=types, **fields)
+    model = model.clone(config=config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    whole = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    found = parameters.find_targets(model)
+    assert {path: (x.shape, x.dtype, x.names) for path, x in found.items()} == {
+        path: (x.value.shape, x.value.dtype, x.names)
+        for path, x in flatten_dict(whole, sep="/").items()
+    }
+
+
 def test_names_of_qwen(saved):
     """As transformers 5.23 and the published checkpoints have them."""
     tensors = load_file(saved("next with experts")[0] / "model.safetensors")

@@ -79,6 +79,14 @@ def lose_experts(folder):
     edit(folder, change)
 
 
+def claim(**fields):
+    """In config.json, what is found to be untrue before anything is as large."""
+    return lambda folder: edit_json(folder, **fields)
+
+
+LARGEST = 2**28 - 1
+
+
 def break_everything(folder):
     drop("lm_head.weight")(folder)
     put(stranger=np.ones(1))(folder)
@@ -115,7 +123,7 @@ BROKEN = {
         lose_a_shard,
         ["a.safetensors (absent", "1 missing tensors: " + NORM],
     ),
-    "broken index": ("next", lose_the_index, [files.INDEX, AGAIN]),
+    "broken index": ("next", lose_the_index, [files.INDEX, "no JSON", "again"]),
     "twice": ("next", repeat, [EMBEDDING, "in a.safetensors", "in b.safetensors"]),
     "experts twice": (
         "next with experts",
@@ -126,6 +134,38 @@ BROKEN = {
         "next with experts",
         lose_experts,
         ["33 missing", "model.layers.0.mlp.experts.0.gate_proj.weight", "13 more"],
+    ),
+    "the largest sizes": (
+        "next",
+        claim(
+            vocab_size=LARGEST,
+            hidden_size=LARGEST,
+            intermediate_size=LARGEST,
+            num_attention_heads=7,
+            num_key_value_heads=7,
+            head_dim=2**25,
+            linear_num_key_heads=2**14,
+            linear_num_value_heads=2**14,
+            linear_key_head_dim=2**14 - 1,
+            linear_value_head_dim=2**14 - 1,
+            linear_conv_kernel_dim=32,
+        ),
+        [f"lm_head.weight [48, 16], wanted [{LARGEST}, {LARGEST}]"],
+    ),
+    "experts without end": (
+        "next with experts",
+        claim(num_experts=LARGEST, moe_intermediate_size=LARGEST),
+        [f"layers.0.mlp.gate.weight [4, 16], wanted [{LARGEST}, 16]"],
+    ),
+    "one more expert": (
+        "next with experts",
+        claim(num_experts=5),
+        ["9 missing tensors: model.layers.0.mlp.experts.4.down_proj.weight"],
+    ),
+    "a deep model": (
+        "next",
+        claim(layer_types=["linear_attention"] * 1000, num_hidden_layers=1000),
+        [" missing tensors: ", "model.layers.100.input_layernorm.weight", "more"],
     ),
     "everything": (
         "next",

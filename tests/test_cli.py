@@ -122,7 +122,7 @@ def test_train_by_default_is_the_recipe():
 
 @pytest.fixture(scope="module")
 def a_text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.npz"
+    path = tmp_path_factory.mktemp("text") / "text"
     text.save(text.Corpus(bytes(99), bytes(99), "3.12"), path)
     return str(path)
 

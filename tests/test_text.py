@@ -7,6 +7,7 @@ import sysconfig
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gdn_jax.training import text
 from gdn_jax.training.text import SEPARATOR, Document
@@ -191,10 +192,13 @@ def test_another_file_is_told(tmp_path):
     path.write_text("train")
     with pytest.raises(ValueError, match=r"some must be text that .* another kind"):
         text.load(path)
-    with open(path, "wb") as file:
-        np.savez(file, train=np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match=r"some must be .*; got arrays \['train'\]"):
-        text.load(path)
+    for arrays in (
+        dict(train=np.zeros(3, np.uint8)),
+        dict(train=np.zeros(3, np.uint8), held_out=np.zeros(3, np.float32)),
+    ):
+        save_file(arrays, path)
+        with pytest.raises(ValueError, match=r"some must be .*it has arrays .*train"):
+            text.load(path)
     text.save(text.Corpus(b"first" * 9, b"second", "3.99.0"), path)
     path.write_bytes(path.read_bytes().replace(b"firstfirst", b"First,last"))
     with pytest.raises(ValueError, match="damaged"):

@@ -17,7 +17,13 @@ from gdn_jax.generation import saving, steps
 from gdn_jax.generation.interrupts import Interrupts
 from gdn_jax.generation.prompts import next_pieces
 from gdn_jax.generation.requests import Figures, Request, TokenIds, make_request
-from gdn_jax.generation.sizes import Sizes, check_memory, check_sizes, too_large
+from gdn_jax.generation.sizes import (
+    Sizes,
+    block_bytes,
+    check_memory,
+    check_sizes,
+    too_large,
+)
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
 from gdn_jax.models.model import Model
 from gdn_jax.models.parameters import check_params
@@ -114,7 +120,7 @@ class Engine:
         self._submitted = 0
         self._own: weakref.WeakSet[Request] = weakref.WeakSet()
         self._interrupts = Interrupts()
-        check_memory(sizes, self.state_bytes)
+        check_memory(sizes, self.state_bytes + block_bytes(sizes))
 
     @property
     def requests(self) -> list[Request]:
@@ -268,9 +274,10 @@ class Engine:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: it is no engine's file, or of another config or dtype, or the
-            parameters are not of the model's shapes. Values are not compared: with
-            others the texts go on from states that are not theirs.
+          ValueError: it is no engine's file, or of another config or dtype, or what it
+            says of its sizes and requests is not so; or the parameters are not of the
+            model's shapes. Values are not compared: with others the texts go on from
+            states that are not theirs.
           MemoryError: the device has no room for the state.
         """
         check_params(model, params)
@@ -278,7 +285,7 @@ class Engine:
         engine = cls.__new__(cls)
         engine._begin(model, params, notes.sizes)
         with engine._memory_errors():
-            engine.state = saving.load_state(path, model, notes.sizes)
+            engine.state = saving.load_state(path, model, notes)
         for request in notes.requests:
             engine._own.add(request)
             if request.row is None:

@@ -44,10 +44,10 @@ def _pieces(requests: list[Request], N: int, T: int, sizes: Sizes) -> Prompts:
         tables["num_tokens"][n] = len(piece)
         tables["is_first"][n] = begin == 0
         tables["is_last"][n] = request.unread == len(piece)
-    return Prompts(asked=_asked(requests, N, sizes.max_stop), **tables)
+    return Prompts(asked=asked_rows(requests, N, sizes.max_stop), **tables)
 
 
-def _asked(requests: list[Request], N: int, max_stop: int) -> Row:
+def asked_rows(requests: list[Request], N: int, max_stop: int) -> Row:
     """What was asked for, [N, ...]; rows without a request hold anything."""
 
     def column(values: list, dtype: Any) -> Any:

@@ -97,8 +97,8 @@ class Figures:
 def _number(name: str, x: Any) -> float:
     try:
         return float(x)
-    except (TypeError, ValueError):
-        checks.fail(name, repr(x), "a number", "Convert it first.")
+    except (TypeError, ValueError, OverflowError):
+        checks.fail(name, checks.shown(x), "a number", "Convert it first.")
         raise
 
 

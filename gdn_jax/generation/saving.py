@@ -9,10 +9,12 @@ from typing import Any
 import jax
 
 from gdn_jax import _trees
+from gdn_jax.generation import saved
 from gdn_jax.generation.requests import Figures, Request
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.generation.state import EngineState, init_state
 from gdn_jax.models.model import Model
+from gdn_jax.ops import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,31 +47,54 @@ def save(path: str | os.PathLike[str], state: EngineState, notes: Notes) -> None
 
 
 def load_notes(path: str | os.PathLike[str], model: Model) -> Notes:
-    notes = _trees.load_notes(pathlib.Path(path)).get("engine")
+    """
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is another program's or another model's, or holds what no engine
+        can: its sizes are those of the state beside them, its requests could be asked.
+    """
+    path = pathlib.Path(path)
+    notes = _trees.load_notes(path).get("engine")
     if notes is None:
         raise ValueError(f"{path} holds no engine. Engine.save writes such files.")
-    wanted, got = fingerprint(model), notes["model"]
-    faults = [
-        f"{name} is {wanted.get(name)!r}, was {got.get(name)!r}"
+    try:
+        notes = saved.fields_of(Notes, notes)
+        if faults := _differences(fingerprint(model), notes["model"]):
+            raise ValueError(
+                f"it was saved with another model: {checks.listed(faults)}. Give the "
+                "one that it was saved with."
+            )
+        sizes = saved.read_sizes(notes["sizes"], model, path.stat().st_size)
+        requests, submitted = notes["requests"], notes["submitted"]
+        return Notes(
+            notes["model"],
+            sizes,
+            saved.read_requests(requests, submitted, model.config, sizes),
+            saved.read_figures(notes["figures"]),
+            submitted,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_state(path: str | os.PathLike[str], model: Model, notes: Notes) -> EngineState:
+    """
+    Raises:
+      ValueError: it is none of such an engine, or not that of its requests.
+    """
+    like = jax.eval_shape(lambda: init_state(model, notes.sizes))
+    state = _trees.load(pathlib.Path(path), like)[0]
+    vocab_size = model.config.vocab_size
+    if faults := saved.faults_of_state(state, notes.sizes, notes.requests, vocab_size):
+        raise ValueError(f"{path}: {checks.listed(faults)}. {saved.REMEDY}")
+    return state
+
+
+def _differences(wanted: dict[str, Any], got: Any) -> list[str]:
+    if not isinstance(got, dict):
+        return [f"model is {checks.shown(got)}"]
+    return [
+        f"{name} is {checks.shown(wanted.get(name))}, was {checks.shown(got.get(name))}"
         for name in sorted(wanted | got)
         if wanted.get(name) != got.get(name)
     ]
-    if faults:
-        raise ValueError(
-            f"{path} was saved with another model: {'; '.join(faults)}. Give the one "
-            "that it was saved with."
-        )
-    notes["sizes"] = Sizes(**notes["sizes"])
-    notes["figures"] = Figures(**notes["figures"])
-    notes["requests"] = [_request(fields) for fields in notes["requests"]]
-    return Notes(**notes)
-
-
-def load_state(path: str | os.PathLike[str], model: Model, sizes: Sizes) -> EngineState:
-    like = jax.eval_shape(lambda: init_state(model, sizes))
-    return _trees.load(pathlib.Path(path), like)[0]
-
-
-def _request(fields: dict[str, Any]) -> Request:
-    tuples: dict[str, Any] = {name: tuple(fields[name]) for name in ("prompt", "stop")}
-    return Request(**fields | tuples)

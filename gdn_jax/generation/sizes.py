@@ -92,6 +92,11 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def block_bytes(sizes: Sizes) -> int:
+    """Of the tokens and log-probabilities that a block may give."""
+    return 8 * sizes.num_rows * sizes.steps_per_call * (1 + sizes.speculative)
+
+
 def check_memory(sizes: Sizes, num_bytes: int) -> None:
     """Refuses a state that no allocator could place. A CPU's would take it, and the
     system kill the process once it is written to.

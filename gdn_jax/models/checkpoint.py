@@ -52,7 +52,9 @@ def load(
     names any.
 
     Parameters are read one at a time, and no second copy of them is held; on a mesh, of
-    each file only the parts that this process's devices get.
+    each file only the parts that this process's devices get. None is made before all of
+    the files' shapes are known to be those of config.json's model. Nothing in a folder
+    is run, and files outside of it are read only where its own are links to them.
 
     Args:
       path: the folder.
@@ -73,7 +75,8 @@ def load(
       FileNotFoundError: there is no such folder, or not these files in it.
       ValueError: config.json has keys or values that are not known; or tensors are
         missing, too many, twice, of other shapes or dtypes, or files are broken. Each
-        lists every fault. Or the mesh lacks an axis.
+        lists every fault. Or an index names what is no file of the folder; or the mesh
+        lacks an axis.
       MemoryError: the devices have too little memory.
     """
     path = pathlib.Path(path)
@@ -217,7 +220,7 @@ def _dtype_of(dtype: Any, folder: Folder) -> np.dtype:
 def _with_ends(config: Config, path: pathlib.Path) -> Config:
     """With those where transformers stops to generate, if a file says so."""
     path = path / GENERATION
-    found = config_file.read(path).get("eos_token_id") if path.is_file() else None
+    found = config_file.read(path).get("eos_token_id") if path.exists() else None
     if found in (None, []):
         return config
     try:

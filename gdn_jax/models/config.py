@@ -7,6 +7,7 @@ from typing import Any
 
 from gdn_jax.models.config_faults import MODEL_TYPES, faults_of, is_sparse
 from gdn_jax.models.config_file import MTP_KEYS, ROPE_KEYS, fields_of, read, text_of
+from gdn_jax.ops import checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Config:
 
     def __post_init__(self):
         if faults := list(faults_of(dataclasses.fields(self), vars(self))):
-            raise ValueError("config: " + "; ".join(faults))
+            raise ValueError(f"config: {checks.listed(faults)}")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -94,8 +95,9 @@ class Config:
         faults += faults_of(known, fields)
         if faults:
             raise ValueError(
-                f"{source}: {'; '.join(faults)}. This library builds the text models "
-                f"{', '.join(MODEL_TYPES)}; a key that changes nothing may be deleted."
+                f"{source}: {checks.listed(faults)}. This library builds the text "
+                f"models {', '.join(MODEL_TYPES)}; a key that changes nothing may be "
+                "deleted."
             )
         return cls(**fields)
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
+
+import numpy as np
+
+from gdn_jax.ops.checks import shown
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 # Text models by their `model_type`; a multimodal checkpoint's is without "_text".
@@ -24,6 +27,18 @@ POSITIVE = (
     "rms_norm_eps",
     "rope_theta",
     "max_position_embeddings",
+)
+# A file may claim any size, and what is made before the weights are looked at must not
+# grow with it: layers are listed, and a convolution's taps are unrolled.
+MOST_LAYERS = 1000
+MOST_TAPS = 32
+# JAX counts along an axis in int32, where several of a layer's may lie side by side.
+SIZE_BITS = 28
+FLOAT_MAX = float(np.finfo(np.float32).max)
+WIDTHS = (
+    ("num_attention_heads", "head_dim"),
+    ("linear_num_key_heads", "linear_key_head_dim"),
+    ("linear_num_value_heads", "linear_value_head_dim"),
 )
 DIVISIBLE = (
     ("num_attention_heads", "num_key_value_heads"),
@@ -48,6 +63,10 @@ def faults_of(
         if {whole, part} <= right.keys() and right[whole] % right[part]:
             wanted = f"a multiple of {part} = {right[part]}"
             yield f"{whole} is {right[whole]}, wanted {wanted}"
+    for heads, size in WIDTHS:
+        if {heads, size} <= right.keys() and right[heads] * right[size] >> SIZE_BITS:
+            width = right[heads] * right[size]
+            yield f"{heads} * {size} is {width}, wanted < 2^{SIZE_BITS}"
     for check in CHECKS:
         names = inspect.signature(check).parameters.keys()
         if names <= right.keys():
@@ -67,14 +86,31 @@ def is_sparse(
 def _wrong_type(field: dataclasses.Field, value: Any) -> str | None:
     kind: Any = get_origin(field.type) or field.type
     if not _is_a(value, kind):
-        return f"{field.name} is {value!r}, wanted {kind.__name__}"
+        return f"{field.name} is {shown(value)}, wanted {kind.__name__}"
     if kind is tuple:
+        if len(value) > MOST_LAYERS:
+            return f"{field.name} has {len(value)} entries, wanted <= {MOST_LAYERS}"
         element, _ = get_args(field.type)
         for each in value:
             if not _is_a(each, element):
-                return f"{field.name} has {each!r}, wanted {element.__name__}"
-    if field.name in POSITIVE and not 0 < value < math.inf:
-        return f"{field.name} is {value!r}, wanted > 0"
+                return f"{field.name} has {shown(each)}, wanted {element.__name__}"
+            if fault := _too_large(each, element):
+                return f"{field.name} has {shown(each)}, wanted {fault}"
+        return None
+    if field.name in POSITIVE and not value > 0:
+        return f"{field.name} is {shown(value)}, wanted > 0"
+    if fault := _too_large(value, kind):
+        return f"{field.name} is {shown(value)}, wanted {fault}"
+    return None
+
+
+def _too_large(value: Any, kind: Any) -> str | None:
+    """What is wanted of a number instead, if JAX could not hold it."""
+    bits = SIZE_BITS if kind is int else 31  # a float may be written without a point
+    if isinstance(value, int) and abs(value) >> bits:
+        return f"< 2^{bits}"
+    if isinstance(value, float) and abs(value) > FLOAT_MAX:
+        return "finite in float32"
     return None
 
 
@@ -89,14 +125,25 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _model_type(model_type):
     if model_type not in MODEL_TYPES:
         wanted = ", ".join(MODEL_TYPES)
-        yield f"model_type is {model_type!r}, wanted one of {wanted}"
+        yield f"model_type is {shown(model_type)}, wanted one of {wanted}"
 
 
 def _layer_types(layer_types):
     if not layer_types:
         yield "layer_types is empty"
     for name in sorted(set(layer_types) - set(LAYER_TYPES)):
-        yield f"layer_types has {name!r}, wanted {' or '.join(LAYER_TYPES)}"
+        yield f"layer_types has {shown(name)}, wanted {' or '.join(LAYER_TYPES)}"
+
+
+def _mtp_layers(num_mtp_layers):
+    if not 0 <= num_mtp_layers <= MOST_LAYERS:
+        yield f"num_mtp_layers is {num_mtp_layers}, wanted 0 to {MOST_LAYERS}"
+
+
+def _taps(linear_conv_kernel_dim):
+    if linear_conv_kernel_dim > MOST_TAPS:
+        size = linear_conv_kernel_dim
+        yield f"linear_conv_kernel_dim is {size}, wanted <= {MOST_TAPS}"
 
 
 def _dense_layers(
@@ -108,11 +155,11 @@ def _dense_layers(
     mlp_only_layers,
 ):
     experts = num_experts, decoder_sparse_step, mlp_only_layers
-    layers = range(max(len(layer_types), num_mtp_layers))
+    layers = range(min(max(len(layer_types), num_mtp_layers), MOST_LAYERS))
     dense = [layer for layer in layers if not is_sparse(layer, *experts)]
     if dense and intermediate_size < 1:
         size = intermediate_size
-        yield f"intermediate_size is {size}, but layers {dense} have no experts"
+        yield f"intermediate_size is {size}, but layers {shown(dense)} have no experts"
 
 
 def _rotary(head_dim, partial_rotary_factor):
@@ -141,4 +188,13 @@ def _ends(eos_token_id):
             yield f"eos_token_id has {token}, wanted >= 0"
 
 
-CHECKS = (_model_type, _layer_types, _dense_layers, _rotary, _experts, _ends)
+CHECKS = (
+    _model_type,
+    _layer_types,
+    _mtp_layers,
+    _taps,
+    _dense_layers,
+    _rotary,
+    _experts,
+    _ends,
+)

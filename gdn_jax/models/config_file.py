@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from gdn_jax.models.config_faults import LAYER_TYPES
+from gdn_jax.models.config_faults import LAYER_TYPES, MOST_LAYERS
+from gdn_jax.ops.checks import shown
 
 MOE_TYPES = ("qwen3_next", "qwen3_5_moe_text")
 
@@ -66,24 +67,32 @@ OTHER_KEYS = (
 )
 # Rope over a picture's axes; for text the three positions are one.
 ROPE_INERT = frozenset(("mrope_section", "mrope_interleaved"))
+# Published ones have a few thousand; read, JSON takes many times its file's memory.
+MOST_BYTES = 2**20
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """A JSON file.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it is something else, or no JSON object.
+      ValueError: it is something else, or no JSON object, or larger than `most_bytes`.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"no {path}; a model's folder holds its config.json and safetensors files."
         )
     try:
-        found = json.loads(path.read_text())
+        if not path.is_file():  # reading a FIFO would wait for its other end
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            text = file.read(most_bytes + 1)
+        if len(text) > most_bytes:
+            raise ValueError(f"it has more than {most_bytes} bytes")
+        found = json.loads(text.decode())
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         text = f"{path} is no JSON object ({error}). Download it again."
         raise ValueError(text) from None
     return found
@@ -111,12 +120,13 @@ def fields_of(
     faults = []
     for key, allowed in FIXED.items():
         if (value := config.pop(key, allowed[0])) not in allowed:
-            faults.append(f"{key} is {value!r}, only {allowed[0]!r} is built")
+            faults.append(f"{key} is {shown(value)}, only {allowed[0]!r} is built")
     given = _pop_layer_types(config, faults) | _pop_rope(config, faults)
     given["num_mtp_layers"] = _pop_mtp_layers(config, faults)
     for key, value in config.items():
         if key not in types:
-            faults.append(f"unknown key {key!r} ({HINTS.get(key, repr(value))})")
+            hint = HINTS.get(key, shown(value))
+            faults.append(f"unknown key {shown(key)} ({hint})")
         else:
             given[key] = as_tuple(value) if "tuple" in types[key] else value
     fields = {field.name: field.default for field in known} | given
@@ -134,6 +144,9 @@ def _pop_layer_types(config: dict[str, Any], faults: list[str]) -> dict[str, Any
     if not {"layer_types", "num_hidden_layers"} & config.keys():
         faults.append("num_hidden_layers is missing")
     layers = _pop_count(config, "num_hidden_layers", None, faults)
+    if layers is not None and layers > MOST_LAYERS:
+        faults.append(f"num_hidden_layers is {shown(layers)}, wanted <= {MOST_LAYERS}")
+        layers = None
     interval = _pop_count(config, "full_attention_interval", 4, faults)
     if "layer_types" not in config:
         if layers is None:
@@ -151,7 +164,7 @@ def _pop_count(
 ):
     value = config.pop(key, default)
     if value is not default and (type(value) is not int or value < least):
-        faults.append(f"{key} is {value!r}, wanted an int >= {least}")
+        faults.append(f"{key} is {shown(value)}, wanted an int >= {least}")
         return default
     return value
 
@@ -161,27 +174,27 @@ def _pop_rope(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
     found = {key: config.pop(key) for key in ROPE_KEYS if key in config}
     rope = config.pop("rope_parameters", {})
     if not isinstance(rope, Mapping):
-        faults.append(f"rope_parameters is {rope!r}, wanted an object")
+        faults.append(f"rope_parameters is {shown(rope)}, wanted an object")
         return found
     rope = dict(rope)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if kind != "default":
-        faults.append(f"rope_type is {kind!r}, only 'default' is built")
+        faults.append(f"rope_type is {shown(kind)}, only 'default' is built")
     found |= {key: rope.pop(key) for key in ROPE_KEYS if key in rope}
     unknown = [key for key in rope if key not in ROPE_INERT]
-    faults += [f"unknown key {key!r} of rope_parameters" for key in unknown]
+    faults += [f"unknown key {shown(key)} of rope_parameters" for key in unknown]
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _pop_mtp_layers(config: dict[str, Any], faults: list[str]) -> int:
-    kinds = map(repr, as_tuple(config.pop("mtp_layer_types", LAYER_TYPES[1])))
-    for kind in sorted(set(kinds) - {repr(LAYER_TYPES[1])}):
+    kinds = map(shown, as_tuple(config.pop("mtp_layer_types", LAYER_TYPES[1])))
+    for kind in sorted(set(kinds) - {shown(LAYER_TYPES[1])}):
         faults.append(f"mtp_layer_types has {kind}, only {LAYER_TYPES[1]!r} is built")
     counts = {key: _pop_count(config, key, None, faults, 0) for key in MTP_KEYS}
     found = {key: count for key, count in counts.items() if count is not None}
     if len(set(found.values())) > 1:
-        said = ", ".join(f"{key} is {count}" for key, count in found.items())
+        said = ", ".join(f"{key} is {shown(count)}" for key, count in found.items())
         faults.append(f"{said}, but all are the number of MTP layers")
     return max(found.values(), default=0)
 

@@ -10,9 +10,7 @@ import numpy as np
 from gdn_jax.models import rules
 from gdn_jax.models.files import DTYPES, Folder, Tensor
 from gdn_jax.models.rules import Region, Source
-
-# Of one kind in an error; there may be thousands.
-MOST_LISTED = 20
+from gdn_jax.ops import checks
 
 
 class Target(NamedTuple):
@@ -61,13 +59,18 @@ def cover(
         if not rules.is_ignored(name, tied):
             found[name].append(tensor)
     pieces, missing, known, twice = {}, [], set(), []
+    # One tensor each is not looked for where experts are more than there are tensors: a
+    # config may claim any number of them.
+    kinds = fused, not fused
+    if _count_experts(targets) > len(found) + len(folder.lost or ()):
+        kinds = True, True
     for path, target in targets.items():
         chosen, other = (
             {
                 source.name: source
                 for source in rules.sources_of(path, target.shape, kind)
             }
-            for kind in (fused, not fused)
+            for kind in kinds
         )
         if len(other.keys() & found.keys()) > len(chosen.keys() & found.keys()):
             chosen, other = other, chosen
@@ -142,6 +145,14 @@ def _within(part: Region, whole: Region) -> Region:
     )
 
 
+def _count_experts(targets: Mapping[str, Target]) -> int:
+    return sum(
+        target.shape[0]
+        for path, target in targets.items()
+        if path.endswith("/experts_down")
+    )
+
+
 def _missing(names: list[str], folder: Folder) -> list[str]:
     """Without those of files that cannot be read, which have a line of their own."""
     if folder.faults and folder.lost is None:
@@ -155,6 +166,4 @@ def _line(kind: str, names: Collection[str]) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-    shown = sorted(names)[:MOST_LISTED]
-    more = len(names) - len(shown)
-    return "; ".join(shown) + (f"; and {more} more" if more else "")
+    return checks.listed(sorted(names))

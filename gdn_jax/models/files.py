@@ -1,5 +1,6 @@
 """The safetensors files of a folder: what they hold, and writing them."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -13,10 +14,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gdn_jax import _trees
+from gdn_jax.models import config_file
 from gdn_jax.models.rules import Region
+from gdn_jax.ops import checks
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Those of a model with 70 thousand tensors have 10 million.
+MOST_INDEX_BYTES = 2**26
 # By safetensors' names; weights in others are quantised or no weights.
 DTYPES = dict(F32="float32", BF16="bfloat16", F16="float16")
 
@@ -65,18 +70,14 @@ def read_folder(path: pathlib.Path) -> Folder:
 
     Raises:
       FileNotFoundError: there is no safetensors file.
+      ValueError: the index is broken, or names what is no file of this folder.
     """
-    folder, index = Folder(), path / INDEX
-    if (path / SINGLE).is_file():
+    folder, index, held = Folder(), path / INDEX, {}
+    if (path / SINGLE).exists():
         files = [SINGLE]
-    elif index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            folder.faults.append(f"{INDEX} (no index: download it again)")
-            return folder
-        folder.lost = set()
+    elif index.exists():
+        held = _read_index(index)
+        files, folder.lost = sorted(held), set()
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
         if not files:
@@ -87,16 +88,50 @@ def read_folder(path: pathlib.Path) -> Folder:
     for file in files:
         try:
             folder.tensors += _tensors(path / file)
+        except FileNotFoundError:
+            reason = "absent: download it"
         except (OSError, SafetensorError) as error:
-            absent = not (path / file).exists()
-            reason = "absent: download it" if absent else f"{error}: download it again"
-            folder.faults.append(f"{file} ({reason})")
-            if folder.lost is not None:
-                folder.lost |= {name for name, at in weight_map.items() if at == file}
+            reason = f"{error}: download it again"
+        else:
+            continue
+        folder.faults.append(f"{file} ({reason})")
+        if folder.lost is not None:
+            folder.lost |= held[file]
     return folder
 
 
+def _read_index(index: pathlib.Path) -> dict[str, set[str]]:
+    """Names of the tensors in each file."""
+    weight_map = config_file.read(index, MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map. Download it again.")
+    held = collections.defaultdict(set)
+    for name, file in weight_map.items():
+        if not _is_file_name(file):
+            raise ValueError(
+                f"{index} names {checks.shown(file)}, wanted a safetensors file in its "
+                "own folder. Download it again, from a source that you trust."
+            )
+        held[file].add(name)
+    return held
+
+
+def _is_file_name(file: Any) -> bool:
+    """Without a folder, in any system's spelling. What a file of the folder links to is
+    its owner's choice: Hugging Face's own cache is made of links."""
+    return (
+        isinstance(file, str)
+        and file.isprintable()
+        and file.endswith(".safetensors")
+        and pathlib.PureWindowsPath(file).name == file
+    )
+
+
 def _tensors(file: pathlib.Path) -> list[Tensor]:
+    if not file.exists():
+        raise FileNotFoundError
+    if not file.is_file():  # opening a FIFO would wait for its other end
+        raise OSError("no file")
     opened, tensors = safe_open(file, "numpy"), []
     for name in opened.keys():  # noqa: SIM118, it is no mapping
         slices = opened.get_slice(name)

@@ -1,5 +1,6 @@
 """Which parameters a model has, and whether a tree has them."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,18 +11,56 @@ import numpy as np
 from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict
 
+from gdn_jax.models.config import Config
 from gdn_jax.models.cover import Target, listed
 from gdn_jax.models.model import Model
 from gdn_jax.ops import checks
 
 Params = dict[str, Any]
-# A deep model is slow to trace. Models can be hashed, which their type does not say.
+Kind = tuple[str, bool]  # of a layer: its mixer, and whether it has experts
+# Models can be hashed, which their type does not say.
 _cached: Any = functools.lru_cache(maxsize=16)
 
 
 @_cached
 def find_targets(model: Model) -> dict[str, Target]:
-    """Each parameter, by its path."""
+    """Each parameter, by its path.
+
+    Layers of a kind have the same ones, so that one of each kind is traced: a deep
+    model is slow to trace, and a broken checkpoint may claim to be deep.
+    """
+    config = model.config
+    kinds = [(mixer, config.is_sparse(i)) for i, mixer in enumerate(config.layer_types)]
+    mtp = [
+        ("full_attention", config.is_sparse(i)) for i in range(config.num_mtp_layers)
+    ]
+    each = list(dict.fromkeys(kinds + mtp))
+    targets, of_kind = {}, {kind: {} for kind in each}
+    for path, target in _trace(model.clone(config=_of_kinds(config, each))).items():
+        layer, _, rest = path.partition("/")
+        if layer.startswith("layers_"):
+            of_kind[each[int(layer.removeprefix("layers_"))]][rest] = target
+        elif not path.startswith("mtp/layers_"):
+            targets[path] = target
+    for prefix, layers in (("layers_", kinds), ("mtp/layers_", mtp)):
+        for i, kind in enumerate(layers):
+            parts = of_kind[kind].items()
+            targets |= {f"{prefix}{i}/{rest}": target for rest, target in parts}
+    return targets
+
+
+def _of_kinds(config: Config, kinds: list[Kind]) -> Config:
+    """With a layer of each."""
+    return dataclasses.replace(
+        config,
+        layer_types=tuple(mixer for mixer, _ in kinds),
+        decoder_sparse_step=1,
+        mlp_only_layers=tuple(i for i, (_, sparse) in enumerate(kinds) if not sparse),
+        num_mtp_layers=min(config.num_mtp_layers, 1),
+    )
+
+
+def _trace(model: Model) -> dict[str, Target]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     return {

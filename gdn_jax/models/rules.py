@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint make which parameter: one table, for load and save."""
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -34,8 +35,7 @@ class Rule:
 
     def sources(self, target: str, shape: tuple[int, ...]) -> list["Source"]:
         """The tensors of a parameter; none if the rule is not about it."""
-        pattern = re.escape(self.target).replace(r"\{layer\}", r"(?P<layer>\d+)")
-        match = re.fullmatch(pattern, target)
+        match = _pattern(self.target).fullmatch(target)
         if match is None:
             return []
         axes = tuple(range(len(shape))) if self.axes is None else self.axes
@@ -53,6 +53,12 @@ class Rule:
             )
             for expert in range(shape[0])
         ]
+
+
+@functools.cache
+def _pattern(target: str) -> re.Pattern[str]:
+    pattern = re.escape(target).replace(r"\{layer\}", r"(?P<layer>\d+)")
+    return re.compile(pattern)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Text to tokens and back."""
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from jax import Array
 
 from gdn_jax.models import config_file
 from gdn_jax.models.config import Config
+from gdn_jax.models.config_faults import SIZE_BITS
 from gdn_jax.ops import checks
 
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | Array
@@ -95,8 +97,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """
     path = pathlib.Path(path)
     file, config = path / FILE, path / "config.json"
-    if file.is_file():
-        return FileTokenizer(file, _vocab_size(config) if config.is_file() else 0)
+    if file.exists():
+        return FileTokenizer(file, _vocab_size(config) if config.exists() else 0)
     vocab_size = Config.from_hf(path).vocab_size
     if vocab_size != ByteTokenizer.vocab_size:
         raise FileNotFoundError(
@@ -108,8 +110,11 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 
 def _vocab_size(config: pathlib.Path) -> int:
     """Of a model that need not be one of ours; 0 where it does not say."""
-    size = config_file.text_of(config_file.read(config)).get("vocab_size")
-    return size if isinstance(size, int) else 0
+    size = config_file.text_of(config_file.read(config)).get("vocab_size", 0)
+    if type(size) is not int or size < 0 or size >> SIZE_BITS:
+        got, wanted = checks.shown(size), f"an int in [0, 2^{SIZE_BITS})"
+        raise ValueError(f"{config}: vocab_size is {got}, wanted {wanted}.")
+    return size
 
 
 class ByteTokenizer(Tokenizer):
@@ -128,22 +133,42 @@ class ByteTokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """A tokenizer.json, read by the `tokenizers` package.
 
+    Its padding and truncation are left out: they are of batches, and a file may ask for
+    any length.
+
     vocab_size: the model's, whose table may have rows that no text is encoded to.
     """
 
     def __init__(self, file: pathlib.Path, vocab_size: int = 0):
-        try:
+        self._file = file
+        if not file.is_file():  # reading a FIFO would wait for its other end
+            raise ValueError(f"{file} is no file. Download it again.")
+        with self._errors():
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises no other
-            raise ValueError(
-                f"{file} is broken ({error}). Download it again."
-            ) from None
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
         own = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         self.vocab_size = max(vocab_size, own)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        with self._errors():
+            return self.tokenizer.encode(text).ids
 
     def decode(self, tokens: TokenIds) -> str:
         ids = token_ids("tokens", tokens, self.vocab_size, OTHERS)
-        return self.tokenizer.decode(ids)
+        with self._errors():
+            return self.tokenizer.decode(ids)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What a file says may fail only where a text comes to it."""
+        try:
+            yield
+        except BaseException as error:
+            # The package raises Exception alone, and what its Rust panics with, which
+            # is none and has no public name.
+            if type(error).__name__ not in ("Exception", "PanicException"):
+                raise
+            raise ValueError(
+                f"{self._file} is broken ({checks.cut(str(error))}). Download it again."
+            ) from None

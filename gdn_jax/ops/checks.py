@@ -5,7 +5,8 @@ Every message names the argument, what came, what was wanted and a way out.
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,10 +19,39 @@ from gdn_jax.ops.batch import Batch
 
 FLOATS = ("float32", "bfloat16", "float16")
 STATIC = "It is static: close over it instead of passing it through jit."
+# Of faults in an error, and of a fault's characters: a file may have any number.
+MOST_LISTED = 20
+MOST_SHOWN = 300
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple = 3, 8, 16, 16
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
 
 def fail(name: str, got: object, wanted: str, remedy: str) -> None:
     raise ValueError(f"{name} must be {wanted}; got {got}. {remedy}")
+
+
+def shown(x: object) -> str:
+    """Its repr, as far as a line has room for it: what a file holds may be of any
+    length and nested as deep."""
+    return cut(_repr.repr(x))
+
+
+def cut(text: str) -> str:
+    """A line of it at most, and nothing that a terminal obeys."""
+    if len(text) > MOST_SHOWN:
+        half = MOST_SHOWN // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def listed(faults: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    faults = list(faults)
+    more = len(faults) - MOST_LISTED
+    text = "; ".join(map(cut, faults[:MOST_LISTED]))
+    return text + (f"; and {more} more" if more > 0 else "")
 
 
 @contextlib.contextmanager

@@ -95,12 +95,19 @@ def run(
 def resume(
     folder: pathlib.Path, state: TrainState, curve: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
-    kept, old = _trees.load(folder / STATE, state)
+    path = folder / STATE
+    kept, old = _trees.load(path, state)
     differ = [key for key in curve if key != "points" and curve[key] != old.get(key)]
     if differ:
         raise ValueError(
             f"{folder} has a run of another {' and '.join(differ)}. Take another "
             "folder, or delete it to begin anew."
+        )
+    taken, steps = int(kept.step), curve["recipe"]["steps"]
+    if not isinstance(old.get("points"), list) or not 0 <= taken <= steps:
+        raise ValueError(
+            f"{path} is broken: it says {taken} of {steps} steps, and of its points "
+            f"{checks.shown(old.get('points'))}. Delete it to begin anew."
         )
     return kept, old
 

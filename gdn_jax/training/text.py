@@ -33,12 +33,12 @@ import re
 import sys
 import sysconfig
 import textwrap
-import zipfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from gdn_jax import _trees
 from gdn_jax.ops import checks
 
 SEPARATOR = b"\0"
@@ -129,14 +129,11 @@ def documents() -> list[Document]:
 
 
 def save(corpus: Corpus, path: str | os.PathLike[str]) -> None:
-    """To a NumPy archive, for a machine with another Python."""
-    with open(path, "wb") as file:
-        np.savez(
-            file,
-            train=np.frombuffer(corpus.train, np.uint8),
-            held_out=np.frombuffer(corpus.held_out, np.uint8),
-            python=np.array(corpus.python),
-        )
+    """To a safetensors file, for a machine with another Python."""
+    parts = dict(train=corpus.train, held_out=corpus.held_out)
+    notes = dict(python=corpus.python, sha256=corpus.sha256)
+    arrays = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+    _trees.save(pathlib.Path(path), arrays, notes)
 
 
 def load(path: str | os.PathLike[str]) -> Corpus:
@@ -146,23 +143,24 @@ def load(path: str | os.PathLike[str]) -> Corpus:
       FileNotFoundError: there is no such file.
       ValueError: it is not one of `save`'s, or damaged.
     """
+    path = pathlib.Path(path)
+    path.stat()  # of no file it says so in the system's words
     wanted = "text that gdn_jax.training.text.save wrote"
     remedy = "Write it anew."
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            checks.fail(str(path), "another kind of file", wanted, remedy)
-        file.seek(0)
-        try:
-            archive = np.load(file)
-            if {"train", "held_out", "python"} - set(archive):
-                checks.fail(str(path), f"arrays {list(archive)}", wanted, remedy)
-            return Corpus(
-                archive["train"].tobytes(),
-                archive["held_out"].tobytes(),
-                str(archive["python"]),
-            )
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is damaged ({error}). {remedy}") from None
+    try:
+        notes = _trees.load_notes(path)
+        with _trees.opened(path) as file:
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no mapping
+            if types != dict(train="U8", held_out="U8"):
+                raise ValueError(f"it has arrays {checks.listed(sorted(types))}")
+            parts = {name: file.get_tensor(name).tobytes() for name in types}
+    except ValueError as error:
+        checks.fail(str(path), f"another kind of file ({error})", wanted, remedy)
+        raise
+    corpus = Corpus(**parts, python=str(notes.get("python")))
+    if list(corpus.sha256) != notes.get("sha256"):
+        raise ValueError(f"{path} is damaged. {remedy}")
+    return corpus
 
 
 def _sections() -> Iterator[Document]:
