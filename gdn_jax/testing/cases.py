@@ -16,7 +16,8 @@ class Case:
       tokens: "dense" [N, T, ..], "packed" [L, ..] with `cu_seqlens`, or "single"
         [L, ..] without, one token a row.
       slots: "none" (a state per row), "paged", or "checkpoints" (a table of `columns`).
-      null_rows: rows whose slot to read is null; their tokens are NaN.
+      null_rows: rows whose slot to read is null, that of the option `null_slot` first
+        if there is one; their tokens are NaN.
       null_columns: (row, column) pairs of a table whose slot is null; if the row reads
         another column it is live and skips that write.
       bad_accepted: rows whose num_accepted is 0 or columns + 1, in turn; likewise null.
@@ -112,10 +113,13 @@ def _state_and_slots(case: Case, random: np.random.Generator):
         table = np.arange(case.N, dtype=np.int32)[:, None]
         accepted = np.ones(case.N, np.int32)
     else:
-        table = random.permutation(P)[: case.N * S].reshape(-1, S).astype(np.int32)
+        null_slot = dict(case.options).get("null_slot")
+        own = [slot for slot in range(P) if slot != null_slot]
+        table = random.permutation(own)[: case.N * S].reshape(-1, S).astype(np.int32)
         accepted = random.integers(1, S + 1, case.N).astype(np.int32)
+        nulls = (-1, P, P + 7) if null_slot is None else (null_slot, -1, P)
         for i, n in enumerate(case.null_rows):
-            table[n, accepted[n] - 1] = (-1, P, P + 7)[i % 3]
+            table[n, accepted[n] - 1] = nulls[i % 3]
         for n, column in case.null_columns:
             table[n, column] = -1
     for n in range(case.N):
@@ -140,7 +144,7 @@ CASES = (
     Case("decode, bfloat16 state", (1,) * 3, state_dtype="bfloat16"),
     Case("decode, state per row", (1,) * 3, slots="none"),
     Case("decode, nulls", (1,) * 5, null_rows=(0, 2, 3), fresh=(4,), tokens="single"),
-    Case("decode, null slot", (1,) * 4, options=(("null_slot", 3),)),
+    Case("decode, null slot", (1,) * 4, null_rows=(0, 2), options=(("null_slot", 0),)),
     Case("decode, one head", (1,) * 2, H=1, HV=1, K=16, V=16),
     Case("decode, HV = 3 H", (1,) * 2, H=2, HV=6, K=64, V=64),
     Case("decode, HV = 8 H", (1,) * 2, H=1, HV=8, K=16, V=32),
@@ -264,7 +268,7 @@ CHUNK_CASES = (
     Case("float16", (70,), act_dtype="float16", state_dtype="float16"),
     Case("bfloat16 state", (150,) * 2, state_dtype="bfloat16"),
     Case("nulls", (70,) * 4, null_rows=(0, 2), fresh=(3,)),
-    Case("null slot", (5,) * 4, options=(("null_slot", 3),)),
+    Case("null slot", (5,) * 4, null_rows=(1, 3), options=(("null_slot", 0),)),
     Case("ragged", (130, 0, 64, 1, 63, 65), tokens="packed", null_rows=(3,), padding=9),
     Case("ragged, odd dims", (70, 3), tokens="packed", H=1, HV=3, K=20, V=7),
     Case("ragged, fresh", (70, 0, 5, 64), tokens="packed", fresh=(2, 3)),
