@@ -30,7 +30,7 @@ def alone(n, length):
     return LAYER.apply(PARAMS, X[n : n + 1, :length])[0][0]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret", None])
+@pytest.mark.parametrize("implementation", ["interpret", None])
 def test_prompts_steps_and_drafts_of_a_layer_are_its_whole_sequences(implementation):
     apply_it = apply(implementation=implementation)
     state = LAYER.init_state(8, columns=1 + DRAFTS, decode="replay")
@@ -197,6 +197,7 @@ def plain_texts():
     return gdn_jax.generate(*small(), PROMPTS, **options)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_an_engine_writes_the_texts_of_plain_decoding(drafts):
     options = dict(max_tokens=2000, stop=(), num_rows=2, speculative=drafts)
@@ -254,6 +255,7 @@ def test_an_engine_decodes_by_what_was_measured(
     assert chosen(dataclasses.replace(model, implementation="xla")) == otherwise
 
 
+@pytest.mark.once
 def test_an_engine_that_replays_is_saved_and_goes_on(tmp_path):
     model, params = small()
     engine = gdn_jax.Engine(
