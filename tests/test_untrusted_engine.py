@@ -22,7 +22,7 @@ unchecked = untrusted.unchecked
 
 
 @pytest.fixture(scope="module")
-def contents(tmp_path_factory):
+def contents(tmp_path_factory, exact_products):
     """Arrays and notes of an engine with drafts that replays: two texts grow, a prompt
     is read in part, and another waits."""
     path = tmp_path_factory.mktemp("engine") / "engine"
@@ -216,7 +216,7 @@ def test_any_notes_are_restored_or_refused(data, contents, tmp_path_factory):
         part = data.draw(st.sampled_from(parts))
         part[data.draw(st.sampled_from([*part]))] = data.draw(VALUES)
     save_file(arrays, path, {_trees.NOTES: json.dumps(notes)})
-    with bounded():
+    with bounded(seconds=120):  # other sizes are compiled anew
         try:
             finish(Engine.restore(path, *make()))
         except ValueError as error:
