@@ -58,9 +58,10 @@ def crossover_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 def main(
     state_dtype: list[str] = typer.Option(list(STATE_DTYPES)),  # noqa: B008
     tokens: list[int] = typer.Option(list(TOKENS)),  # noqa: B008
+    rows: list[int] = typer.Option(list(ROWS)),  # noqa: B008
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens: what is measured; the files keep other rows."""
+    """state_dtype, tokens, rows: what is measured; the files keep other rows."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
@@ -69,10 +70,12 @@ def main(
     committed, file = RESULTS / device, "replay_crossover.json"
     folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
-    parts = list(itertools.product(state_dtype, tokens))
-    measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]
+    parts = list(itertools.product(state_dtype, tokens, rows))
+    measured: list[dict[str, Any]] = [
+        dict(zip(("state_dtype", "T", "N"), part, strict=True)) for part in parts
+    ]
     result["rows"] = rows_besides(measured, folder / file, committed / file)
-    problems = [Problem(N, T, dtype) for dtype, T in parts for N in ROWS]
+    problems = [Problem(N, T, dtype) for dtype, T, N in parts]
     with ThreadPoolExecutor() as pool:
         compiled = begin_compiling(problems, [None], pool)
     for problem in track(problems, description="crossover", console=console):

@@ -17,6 +17,7 @@ from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
 from gdn_jax.nn import gated_delta_net
 from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step import tuning
+from gdn_jax.ops.layer_step.conv import ADDED
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -153,7 +154,9 @@ def jitted(implementation, layout, activation, config=None):
             **options,
         )
 
-    return jax.jit(run, donate_argnums=0)
+    # the ops one after another round what they hand on; a GPU's compiler need not
+    options = {"xla_allow_excess_precision": False}
+    return jax.jit(run, donate_argnums=0, compiler_options=options)
 
 
 def steps_of(case, implementation, config=None):
@@ -171,7 +174,8 @@ def steps_of(case, implementation, config=None):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps_agree_with_the_ops_one_after_another(case, kernel):
-    """Inputs of the convolution exactly; slots of others and of null rows by bits."""
+    """Inputs of the convolution exactly; slots of others and of null rows by bits.
+    Both may be as far from float64 as the table says, so twice that from each other."""
     before, _ = make(case)
     before = jax.tree.map(np.array, before)
     of_chain = steps_of(case, "reference")
@@ -195,9 +199,9 @@ def test_steps_agree_with_the_ops_one_after_another(case, kernel):
         ]
         assert np.array_equal(*rings)
         error = testing.relative_error(got[1][used], want[1][used])
-        assert error < testing.TOLERANCE["state", case.state_dtype]
+        assert error < 2 * testing.TOLERANCE["state", case.state_dtype]
         error = testing.relative_error(out, out_want)
-        assert error < testing.TOLERANCE["out", case.act_dtype]
+        assert error < 2 * testing.TOLERANCE["out", case.act_dtype]
         dead = np.asarray(case.nulls, int)
         if not case.packed:
             assert not out[dead].any()
@@ -548,3 +552,13 @@ def test_a_launch_that_registers_cannot_hold_is_refused():
         aot.lower(lambda x, y: fused_layer_step(x, *y, **call), state, tokens)
     with pytest.raises(ValueError, match="got LayerStepConfig"):
         LayerStepConfig(2, 4, 1)
+
+
+def test_start_counts_every_program_of_a_row():
+    """An int32, of which each has its share."""
+    most = tuning.MAX_HEADS * tuning.MAX_PROGRAMS
+    assert most * ADDED < 2**31
+    with pytest.raises(ValueError, match="programs must be at most 8"):
+        LayerStepConfig(8, 1, 1, 16)
+    step = dataclasses.replace(STEP, HV=256)
+    assert "HV = 256" in (step.why_not() or "")

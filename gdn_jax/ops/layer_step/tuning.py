@@ -13,7 +13,8 @@ from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_til
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
 MOST_OF_A_WHOLE_HEAD = 5
-MAX_HEADS = 1024  # conv.py's Ring says how `start` counts them
+# conv.py's Ring counts a row's programs by 2**20s in the int32 `start`: up to 2**11
+MAX_HEADS, MAX_PROGRAMS = 255, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,11 @@ class LayerStepConfig:
     def __post_init__(self):
         _triton.check_launch(self)
         check_tile(self)
+        if self.programs > MAX_PROGRAMS:
+            raise ValueError(
+                f"programs must be at most {MAX_PROGRAMS}, that many share out a head; "
+                f"got {self.programs}."
+            )
 
     def tiles(self, V: int) -> int:
         """Of a program."""
