@@ -5,7 +5,6 @@ ops one after another. The fastest, and whether it pays, is written for the pack
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import statistics
@@ -32,28 +31,35 @@ from gdn_jax import LayerStepConfig, timing
 CALLS = 40
 NOISE = 0.01  # what two runs of one step differ by
 FOLDER = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
-# block_v, lanes_v, num_warps, programs
+# block_v, lanes_v, num_warps, programs, convolves
 WHOLE = (
-    (128, 2, 16, 1),
-    (128, 4, 16, 1),
-    (128, 2, 8, 1),
-    (64, 2, 8, 1),
-    (64, 4, 8, 1),
-    (32, 2, 4, 1),
+    (128, 2, 16, 1, True),
+    (128, 4, 16, 1, True),
+    (128, 2, 8, 1, True),
+    (64, 2, 8, 1, True),
+    (64, 4, 8, 1, True),
+    (32, 2, 4, 1, True),
 )
 SHARED = (
-    (64, 2, 8, 2),
-    (32, 2, 4, 2),
-    (32, 2, 4, 4),
-    (32, 4, 4, 4),
-    (64, 2, 4, 2),
-    (16, 2, 4, 8),
+    (64, 2, 8, 2, True),
+    (32, 2, 4, 2, True),
+    (32, 2, 4, 4, True),
+    (32, 4, 4, 4, True),
+    (64, 2, 4, 2, True),
+    (16, 2, 4, 8, True),
+)
+BEFORE = (
+    (128, 2, 16, 1, False),
+    (128, 1, 16, 1, False),
+    (64, 2, 8, 1, False),
+    (64, 4, 8, 1, False),
+    (32, 2, 4, 1, False),
 )
 ROWS = {SIZES[0]: (1, 8, 64, 256), SIZES[1]: (1,)}
 
 
 def time_step(problem: Problem, inputs: Inputs, step: Any) -> dict[str, Any]:
-    tables = list(itertools.chain(*inputs.tables))
+    tables = inputs.tables
     state = make_state(problem)
 
     def run(i: int) -> None:
@@ -91,7 +97,8 @@ def measure(
 
 
 def jobs_of(problem: Problem) -> list[tuple[str, LayerStepConfig | None]]:
-    launches = [*WHOLE, *(SHARED if problem.N > 1 else SHARED[:1])]
+    few = problem.N == 1
+    launches = [*WHOLE, *(SHARED[:1] if few else (*SHARED, *BEFORE))]
     return [
         *(("fused", LayerStepConfig(*launch)) for launch in launches),
         ("chain", None),

@@ -40,12 +40,12 @@ class Problem:
 
 
 class Inputs(NamedTuple):
-    """`tokens` are of each step of a program, `tables` of each step of each program:
-    the rule's slots, the convolution's, and how many tokens stand."""
+    """`tokens` are of each step of a program, `tables` of each program: the rule's
+    slots, the convolution's where they are others, and how many tokens stand."""
 
     weights: dict[str, jax.Array]
     tokens: list[dict[str, jax.Array]]
-    tables: list[list[dict[str, jax.Array]]]
+    tables: list[dict[str, jax.Array]]
 
 
 def make_inputs(problem: Problem) -> Inputs:
@@ -72,22 +72,17 @@ def make_inputs(problem: Problem) -> Inputs:
     tokens = [
         {name: normal(*shape) for name, shape in shapes.items()} for _ in range(STEPS)
     ]
-    groups = len(given["slots"])
-    own = np.random.default_rng(3).permutation(p.N * groups).astype(np.int32)
-    each = [
-        dict(slots=slots, conv_slots=jnp.asarray(conv))
-        for slots, conv in zip(given["slots"], own.reshape(groups, p.N), strict=True)
-    ]
+    tables = [dict(slots=slots) for slots in given["slots"]]
     if p.T > 1:
-        each = [one | dict(num_accepted=given["num_accepted"]) for one in each]
-    programs = max(1, groups // STEPS)
-    tables = [
-        [each[(i * STEPS + j) % groups] for j in range(STEPS)] for i in range(programs)
-    ]
+        own = np.random.default_rng(3).permutation(p.N * len(tables)).astype(np.int32)
+        for table, conv in zip(tables, own.reshape(-1, p.N), strict=True):
+            table["conv_slots"] = jnp.asarray(conv)
+            table["num_accepted"] = given["num_accepted"]
     return Inputs(weights, tokens, tables)
 
 
 def make_state(problem: Problem) -> tuple[ConvState, jax.Array]:
+    """Of one layer."""
     p = problem
     state = update.make_inputs(p.rule)["state"]
     slots, ring = len(state) // p.T, W - 1 + p.T
@@ -95,6 +90,11 @@ def make_state(problem: Problem) -> tuple[ConvState, jax.Array]:
     buffer = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     start = jnp.arange(slots, dtype=jnp.int32) % ring
     return ConvState(buffer.astype(jnp.bfloat16), start), state
+
+
+def make_states(problem: Problem) -> list[tuple[ConvState, jax.Array]]:
+    """Of the layers of a program."""
+    return [make_state(problem) for _ in range(STEPS)]
 
 
 def fused(state, weights, x, tables, **options):
@@ -108,7 +108,7 @@ def chain(state, weights, x, tables, *, split, implementation):
     """As the layer has it, where no kernel takes all of it."""
     conv, pool = state
     of_rule = {key: table for key, table in tables.items() if key != "conv_slots"}
-    of_conv = of_rule | dict(slots=tables["conv_slots"])
+    of_conv = of_rule | dict(slots=tables.get("conv_slots", tables["slots"]))
     conv, qkv = gdn_jax.causal_conv1d(
         conv,
         x["channels"],
@@ -137,10 +137,6 @@ def bare(state, weights, x, tables, implementation="triton"):
     return (conv, pool), out
 
 
-# How many kernels a step may be: programs that share out a head leave its norm to one.
-LAUNCHES = {"fused": (1, 2), "chain": (3,), "fused_update": (1,)}
-
-
 def contenders(problem: Problem, config: LayerStepConfig | None) -> dict[str, Any]:
     options = dict(implementation="triton", config=config)
     in_turn = dict(split=problem.split, implementation="triton")
@@ -152,27 +148,30 @@ def contenders(problem: Problem, config: LayerStepConfig | None) -> dict[str, An
 
 
 def program_of(step: Callable[..., Any]) -> Any:
-    def program(state, weights, tokens, tables):
-        outs = []
-        for x, table in zip(tokens, tables, strict=True):
-            state, out = step(state, weights, x, table)
-            outs.append(out)
-        return state, outs
+    """A step of each layer, whose states are its own and whose slots are the rows'."""
+
+    def program(states, weights, tokens, table):
+        pairs = [
+            step(state, weights, x, table)
+            for state, x in zip(states, tokens, strict=True)
+        ]
+        states, outs = zip(*pairs, strict=True)
+        return list(states), list(outs)
 
     return jax.jit(program, donate_argnums=0)
 
 
 def compile_program(problem: Problem, step: Callable[..., Any]) -> Any:
     """From shapes alone."""
-    state = jax.eval_shape(lambda: make_state(problem))
+    states = jax.eval_shape(lambda: make_states(problem))
     inputs = jax.eval_shape(lambda: make_inputs(problem))
     arguments = inputs.weights, inputs.tokens, inputs.tables[0]
-    return program_of(step).lower(state, *arguments).compile()
+    return program_of(step).lower(states, *arguments).compile()
 
 
 def compile_step(problem: Problem, step: Callable[..., Any]) -> Any:
     """The same of one step alone."""
     state = jax.eval_shape(lambda: make_state(problem))
     inputs = jax.eval_shape(lambda: make_inputs(problem))
-    arguments = inputs.weights, inputs.tokens[0], inputs.tables[0][0]
+    arguments = inputs.weights, inputs.tokens[0], inputs.tables[0]
     return jax.jit(step, donate_argnums=0).lower(state, *arguments).compile()

@@ -83,6 +83,7 @@ class Convolution(NamedTuple):
     """Of some channels: all that it needs, on its way."""
 
     channels: Channels
+    ring: Ring
     weights: Window
     columns: list[Array]  # of the ring, in the order they have in memory
     tokens: list[Array]
@@ -91,7 +92,8 @@ class Convolution(NamedTuple):
     def load(
         cls, x: Inputs, row: Rows, channels: Channels, tokens: list[Array]
     ) -> "Convolution":
-        """Without waiting for where the ring begins."""
+        """The whole ring, without waiting for where it begins."""
+        ring = Ring.of(x, row)
 
         def load(ref: Any, *index: Any) -> Array:
             return _triton.load_where(ref.at[index], channels.mask)
@@ -102,14 +104,15 @@ class Convolution(NamedTuple):
         ]
         return cls(
             channels,
+            ring,
             [load(weight, channel, i) for i in places[0]],
             [load(buffer, row.read, channel, i) for i in places[1]],
             [load(x.projected.qkv, at, channels.column) for at in tokens],
         )
 
-    def history(self, ring: Ring) -> Window:
+    def history(self) -> Window:
         """The W - 1 inputs before the row's first token."""
-        window = []
+        window, ring = [], self.ring
         for i in range(len(self.weights) - 1):
             found, wanted = jnp.zeros(self.channels.channel.shape), ring.column(i)
             for column, value in enumerate(self.columns):
@@ -118,9 +121,9 @@ class Convolution(NamedTuple):
             window.append(found)
         return window
 
-    def run(self, ring: Ring, dtype: Any, multiply_add: Any) -> list[Array]:
+    def run(self, dtype: Any, multiply_add: Any) -> list[Array]:
         """silu of it, for each token."""
-        inputs = [*self.history(ring), *(x.astype(jnp.float32) for x in self.tokens)]
+        inputs = [*self.history(), *(x.astype(jnp.float32) for x in self.tokens)]
         outs = []
         for step in range(len(self.tokens)):
             y = jnp.zeros(self.channels.channel.shape, jnp.float32)
@@ -129,22 +132,21 @@ class Convolution(NamedTuple):
             outs.append((y / (1.0 + jnp.exp2(y * MINUS_LOG2_E))).astype(dtype))
         return outs
 
-    def keep(self, buffer_ref: Any, ring: Ring) -> None:
+    def keep(self, buffer_ref: Any) -> None:
         """What the next step needs: the tokens, behind a history of zeros where the row
         starts afresh."""
-        past, row = len(self.weights) - 1, ring.row
+        past, row = len(self.weights) - 1, self.ring.row
         for i in range(past):
             afresh = row.live & ~row.keeps_state
             zeros = jnp.zeros(self.channels.channel.shape)
-            self._store(buffer_ref, ring, i, zeros, afresh)
+            self._store(buffer_ref, i, zeros, afresh)
         for step, value in enumerate(self.tokens):
             kept = row.live & (step < row.length)
-            self._store(buffer_ref, ring, past + step, value, kept)
+            self._store(buffer_ref, past + step, value, kept)
 
-    def _store(
-        self, buffer_ref: Any, ring: Ring, place: int, value: Array, wanted: Any
-    ) -> None:
+    def _store(self, buffer_ref: Any, place: int, value: Array, wanted: Any) -> None:
         channel, mask = self.channels.channel, self.channels.mine & wanted
+        ring = self.ring
         # Pallas' interpreter writes back what a mask spares: out of the ring, where
         # nobody else writes
         column = jnp.where(mask, ring.column(place), np.int32(ring.size))

@@ -13,6 +13,7 @@ shared memory.
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -30,24 +31,22 @@ from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
-from gdn_jax.ops.layer_step.chain import apart
-from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Channels, Convolution, Ring
+from gdn_jax.ops.layer_step.chain import apart, convolve
+from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Channels, Convolution
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 
 
 def layer_step_kernel(
     x: Any,
-    buffer_ref,
-    start_ref,
-    new_ref,
-    out_ref,
-    *,
+    *refs,
     options: Options,
     config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (parts of V, value heads, rows); with
-    `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
+    """`x` is `Inputs` of references, `refs` those of the convolution's state, where the
+    kernel convolves, of the pool and of out. Grid: (parts of V, value heads, rows);
+    with `cu_seqlens` one row more, whose programs clear the tokens of no row."""
+    *conv_refs, new_ref, out_ref = refs
     part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, is_row = options.heads, number < x.num_rows
     number = jnp.minimum(number, np.int32(x.num_rows - 1))
@@ -63,26 +62,33 @@ def layer_step_kernel(
     ]
     steps = [row.begin + step for step in range(options.steps(x))]
     steps = [jnp.minimum(at, np.int32(x.num_tokens - 1)) for at in steps]
+    program = head * np.int32(config.programs) + part
+    programs = heads.HV * config.programs
 
     # All loads before any work, what takes longest first.
     reads = row.live & row.keeps_state
     following = tiles[0].load_state(x.recurrent, reads, row.read, head)
-    load = functools.partial(Convolution.load, x, conv_row, tokens=steps)
-    pieces = Pieces.of(heads.K, count * config.block_v)
-    convolution = load(pieces.channels(heads, head, part))
+    if config.convolves:
+        pieces = Pieces.of(heads.K, count * config.block_v)
+        channels = pieces.channels(heads, head, part)
+        convolution = Convolution.load(x, conv_row, channels, steps)
+    else:
+        tokens = _Convolved.load(x.convolved, head // heads.group, head, tiles, steps)
     norms = []
     if config.programs == 1:
         first_z = heads.columns(head)[1]
         norms = [_Norm.load(x, tile, first_z, steps) for tile in tiles]
     gates = _Gates.of(x, head, steps, options, row)
 
-    ring, dtype = Ring.of(x, conv_row), options.rule.out_dtype
-    qkv = convolution.run(ring, dtype, multiply_add)
-    if not interpret:
-        _triton.barrier()  # all warps have read `start`
-    program = head * np.int32(config.programs) + part
-    ring.move(start_ref, program, heads.HV * config.programs)
-    convolution.keep(buffer_ref, ring)
+    dtype = options.rule.out_dtype
+    if config.convolves:
+        qkv = convolution.run(dtype, multiply_add)
+        if not interpret:
+            _triton.barrier()  # all warps have read `start`
+        buffer_ref, start_ref = conv_refs
+        convolution.ring.move(start_ref, program, programs)
+        convolution.keep(buffer_ref)
+        tokens = _InPieces(pieces, qkv, tiles)
 
     arithmetic = rule.Arithmetic(tiles[0].sum_k, multiply_add)
     # of the rule's inputs it needs those that say where states are
@@ -95,12 +101,12 @@ def layer_step_kernel(
         if i + 1 < len(tiles):
             following = tiles[i + 1].load_state(x.recurrent, reads, row.read, head)
         for step in range(len(steps)):
-            q, k, v = pieces.take(qkv[step])
-            token = _prepare(q, k, tile, arithmetic, options)
-            now = _in_tiles(v, tile, len(tiles))[i]
-            now = jnp.broadcast_to(now, tile.v.shape).astype(jnp.float32)
+            q, k, v = tokens.take(step, i)
+            if x.tables.cu_seqlens is not None:  # what follows a row may be NaN
+                q, k, v = _only(step < row.length, (q, k, v))
+            token = _prepare(q, k, arithmetic, options)
             decay, beta = gates.of_step(step)
-            state, out = rule.update(state, token, decay, beta, now, arithmetic)
+            state, out = rule.update(state, token, decay, beta, v, arithmetic)
             outs[step].append(out.astype(dtype).astype(jnp.float32))
             has = row.live & (step < row.length)
             store.keep(tile, step, state, store.target(np.int32(step)), has)
@@ -122,13 +128,56 @@ def layer_step_kernel(
         for tile in tiles:
             begin = row.begin + known
             clear(new_ref, out_ref, begin, rest, head, tile, options.rule)
-        of_call = (
-            program,
-            heads.HV * config.programs,
-            config.tile(heads.V),
-            options.rule,
-        )
+        of_call = program, programs, config.tile(heads.V), options.rule
         pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *of_call))
+
+
+class _InPieces(NamedTuple):
+    """A row's tokens as the program convolved them."""
+
+    pieces: "Pieces"
+    values: list[Array]  # [J M] of each token
+    tiles: list[Tile]
+
+    def take(self, step: int, number: int) -> tuple[rule.Chunks, rule.Chunks, Array]:
+        """q, k and v as a tile meets them."""
+        q, k, v = self.pieces.take(self.values[step])
+        tile = self.tiles[number]
+        v = _in_tiles(v, tile, len(self.tiles))[number]
+        v = jnp.broadcast_to(v, tile.v.shape).astype(jnp.float32)
+        return unpack(_in_chunks(q, tile)), unpack(_in_chunks(k, tile)), v
+
+
+class _Convolved(NamedTuple):
+    """The same, loaded: keys [steps] of q and k, values [steps][tiles]."""
+
+    keys: list[tuple[rule.Chunks, rule.Chunks]]
+    values: list[list[Array]]
+
+    @classmethod
+    def load(
+        cls, refs: Any, key_head: Array, head: Array, tiles: list[Tile], steps: Any
+    ) -> "_Convolved":
+        q_ref, k_ref, v_ref = refs
+        return cls(
+            [
+                (
+                    tiles[0].load_k(q_ref, at, key_head),
+                    tiles[0].load_k(k_ref, at, key_head),
+                )
+                for at in steps
+            ],
+            [[tile.load_v(v_ref, at, head) for tile in tiles] for at in steps],
+        )
+
+    def take(self, step: int, number: int) -> tuple[rule.Chunks, rule.Chunks, Array]:
+        q, k = self.keys[step]
+        v = self.values[step][number]
+        return unpack(q), unpack(k), v.astype(jnp.float32)
+
+
+def _only(wanted: Array, values: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.where(wanted, x, 0.0), values)
 
 
 class Pieces(NamedTuple):
@@ -177,11 +226,11 @@ class Pieces(NamedTuple):
 
 
 def _prepare(
-    q: Array, k: Array, tile: Tile, arithmetic: rule.Arithmetic, options: Options
+    q: rule.Chunks, k: rule.Chunks, arithmetic: rule.Arithmetic, options: Options
 ) -> rule.Token:
     return rule.prepare(
-        unpack(_in_chunks(q, tile)),
-        unpack(_in_chunks(k, tile)),
+        q,
+        k,
         arithmetic,
         scale=options.rule.scale,
         qk_l2norm=options.rule.qk_l2norm,
@@ -314,25 +363,34 @@ def _normalised(x: Inputs, out: Array, options: Options) -> Array:
 def triton(
     x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
 ) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V]), in one launch, or two where several programs
-    share out a head; both states in place."""
+    """(conv, recurrent, out [L HV V]), in one launch, or two where the convolution is
+    one before it or several programs share out a head; both states in place."""
     heads = options.heads
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
+    conv = x.conv
+    written: tuple[Array, ...] = (*x.conv, x.recurrent)
+    if not config.convolves:
+        conv, *convolved = convolve(x, options, "interpret" if interpret else "triton")
+        x = x._replace(conv=conv, convolved=tuple(convolved))
+        written = (x.recurrent,)
     out = (x.num_tokens, heads.HV, heads.V), options.rule.out_dtype
-    written = (x.conv.buffer, x.conv.start, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
-    buffer, start, recurrent, out = _triton.launch(
+    # Inputs begins with what is written in place: the convolution's state and the pool
+    first = len(x.conv) + 1 - len(written)
+    *conv_arrays, recurrent, out = _triton.launch(
         functools.partial(
             layer_step_kernel, options=options, config=config, interpret=interpret
         ),
         x,
         (*((y.shape, y.dtype) for y in written), out),
         grid=(config.programs, heads.HV, rows),
-        aliases={0: 0, 1: 1, 2: 2},
+        aliases={first + i: i for i in range(len(written))},
         num_warps=config.num_warps,
         interpret=interpret,
     )
+    if config.convolves:
+        conv = ConvState(*conv_arrays)
     if config.programs > 1:
         out = _normalised(x, out, options)
-    return ConvState(buffer, start), recurrent, out
+    return conv, recurrent, out
