@@ -31,29 +31,26 @@ from gdn_jax import LayerStepConfig, timing
 CALLS = 40
 NOISE = 0.01  # what two runs of one step differ by
 FOLDER = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
-# block_v, lanes_v, num_warps, programs, convolves
-WHOLE = (
-    (128, 2, 16, 1, True),
-    (128, 4, 16, 1, True),
-    (128, 2, 8, 1, True),
-    (64, 2, 8, 1, True),
-    (64, 4, 8, 1, True),
-    (32, 2, 4, 1, True),
-)
-SHARED = (
-    (64, 2, 8, 2, True),
-    (32, 2, 4, 2, True),
-    (32, 2, 4, 4, True),
-    (32, 4, 4, 4, True),
-    (64, 2, 4, 2, True),
-    (16, 2, 4, 8, True),
-)
-BEFORE = (
-    (128, 2, 16, 1, False),
-    (128, 1, 16, 1, False),
+# block_v, lanes_v, num_warps, programs, streams: of one token a row, and of more, for
+# which registers hold less. What lost everywhere is not here any more.
+ONE = (
+    (128, 4, 16, 1, False),
     (64, 2, 8, 1, False),
     (64, 4, 8, 1, False),
     (32, 2, 4, 1, False),
+    (64, 2, 8, 2, False),
+    (32, 2, 4, 2, False),
+    (8, 2, 4, 1, True),
+    (16, 2, 4, 1, True),
+    (16, 2, 8, 1, True),
+    (32, 2, 8, 1, True),
+)
+MORE = (
+    (128, 2, 16, 1, False),
+    (64, 2, 8, 2, False),
+    (16, 2, 4, 1, True),
+    (16, 2, 8, 1, True),
+    (8, 2, 4, 1, True),
 )
 ROWS = {SIZES[0]: (1, 8, 64, 256), SIZES[1]: (1,)}
 
@@ -97,8 +94,7 @@ def measure(
 
 
 def jobs_of(problem: Problem) -> list[tuple[str, LayerStepConfig | None]]:
-    few = problem.N == 1
-    launches = [*WHOLE, *(SHARED[:1] if few else (*SHARED, *BEFORE))]
+    launches = ONE if problem.T == 1 else MORE
     return [
         *(("fused", LayerStepConfig(*launch)) for launch in launches),
         ("chain", None),

@@ -36,15 +36,12 @@ class Weights(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """`convolved`: q and k [L H K] and v [L HV V], where they are before the kernel."""
-
     conv: ConvState
     recurrent: t.State
     projected: Projected
     weights: Weights
     tables: Batch
     conv_slots: Array | None
-    convolved: tuple[Array, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,6 @@
 """A layer's step as the ops it is made of, one after another."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,48 +10,26 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.ops.layer_step.call import Heads, Inputs, Options, Projected
-from gdn_jax.ops.tables import Tables, find_tables
+from gdn_jax.ops.tables import find_tables
 
 
-class Convolved(NamedTuple):
-    """Behind the convolution; tokens are dense where the call's are. Out of a dead one
-    is 0, whatever its gate `z` was."""
-
-    conv: ConvState
-    q: Array
-    k: Array
-    v: Array
-    z: Array
-    b: Array
-    a: Array
-    tables: Tables
-
-
-def convolve(
+def chain(
     x: Inputs, options: Options, implementation: str
-) -> tuple[ConvState, Array, Array, Array]:
-    """(conv, q and k [L H K], v [L HV V])"""
-    found = _convolve(x, options, implementation)
-    q, k, v = (
-        y.reshape(x.num_tokens, *y.shape[-2:]) for y in (found.q, found.k, found.v)
-    )
-    return found.conv, q, k, v
-
-
-def _convolve(x: Inputs, options: Options, implementation: str) -> Convolved:
-    heads, rule = options.heads, options.rule
+) -> tuple[ConvState, Array, Array]:
+    """(conv, recurrent, out [L HV V])"""
+    heads, rule, weights = options.heads, options.rule, x.weights
     lead = (x.num_tokens,)
     if rule.tokens_per_row is not None:
         lead = x.num_rows, rule.tokens_per_row
     dense = [y.reshape(*lead, y.shape[-1]) for y in x.projected]
     channels, z, b, a = apart(Projected(*dense), heads)
     tables = find_tables(x.tables, x.conv_slots, lead, x.pools(rule.null_slot))
-    if tables.live is not None:
+    if tables.live is not None:  # out of a dead token is 0, whatever its gate
         z = jnp.where(tables.live[..., None, None], z, 0)
     conv, qkv = causal_conv1d(
         x.conv,
         channels,
-        x.weights.conv,
+        weights.conv,
         split=heads.split,
         implementation=implementation,
         **tables.conv,
@@ -61,34 +38,25 @@ def _convolve(x: Inputs, options: Options, implementation: str) -> Convolved:
         y.reshape(*lead, n, y.shape[-1] // n)
         for y, n in zip(qkv, (heads.H, heads.H, heads.HV), strict=True)
     )
-    return Convolved(conv, q, k, v, z, b, a, tables)
-
-
-def chain(
-    x: Inputs, options: Options, implementation: str
-) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V])"""
-    heads, rule, weights = options.heads, options.rule, x.weights
-    found = _convolve(x, options, implementation)
     recurrent, out = fused_update(
         x.recurrent,
-        *(found.q, found.k, found.v),
-        *(weights.A_log, found.a, found.b, weights.dt_bias),
+        *(q, k, v),
+        *(weights.A_log, a, b, weights.dt_bias),
         scale=rule.scale,
         qk_l2norm=rule.qk_l2norm,
         implementation=implementation,
         **dataclasses.asdict(rule.gating),
-        **found.tables.recurrent,
+        **tables.recurrent,
     )
     out = gated_rms_norm(
         out,
-        found.z,
+        z,
         weights.norm,
         eps=options.eps,
         activation=options.activation,
         implementation="xla",
     )
-    return found.conv, recurrent, out.reshape(x.num_tokens, heads.HV, heads.V)
+    return conv, recurrent, out.reshape(x.num_tokens, heads.HV, heads.V)
 
 
 def apart(x: Projected, heads: Heads) -> tuple[Array, Array, Array, Array]:

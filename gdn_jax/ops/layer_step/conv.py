@@ -90,10 +90,9 @@ class Convolution(NamedTuple):
 
     @classmethod
     def load(
-        cls, x: Inputs, row: Rows, channels: Channels, tokens: list[Array]
+        cls, x: Inputs, ring: Ring, channels: Channels, tokens: list[Array]
     ) -> "Convolution":
         """The whole ring, without waiting for where it begins."""
-        ring = Ring.of(x, row)
 
         def load(ref: Any, *index: Any) -> Array:
             return _triton.load_where(ref.at[index], channels.mask)
@@ -106,7 +105,7 @@ class Convolution(NamedTuple):
             channels,
             ring,
             [load(weight, channel, i) for i in places[0]],
-            [load(buffer, row.read, channel, i) for i in places[1]],
+            [load(buffer, ring.row.read, channel, i) for i in places[1]],
             [load(x.projected.qkv, at, channels.column) for at in tokens],
         )
 
