@@ -1,9 +1,10 @@
 """Decoding by whole models: python benchmarks/generate.py [--model M] [--rows N]
 
 A block of steps of `gdn_jax.Engine`, plain and speculative, in the geometry of Qwen3.5
-and of as many layers of Qwen3-Next as fit one GPU: fused against unfused update, taking
-turns, beside the time that reading and writing the least bytes takes. Weights are
-random, so which drafts stand is a pattern that no weights have a say in.
+and of as many layers of Qwen3-Next as fit one GPU, beside the time that reading and
+writing the least bytes takes. What a layer takes ("fused") and an unfused update take
+turns; where it takes one launch, so do the ops of that ("in turn"). Weights are random,
+so which drafts stand is a pattern that no weights have a say in.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from unittest import mock
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import typer
 from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
 from geometries import (
@@ -42,7 +44,8 @@ from rich.table import Table
 
 from gdn_jax import timing
 from gdn_jax.generation import speculative, steps
-from gdn_jax.nn import GatedDeltaNet
+from gdn_jax.nn import GatedDeltaNet, gated_delta_net
+from gdn_jax.ops.layer_step.tuning import Step, pays
 
 ROUNDS, MOST_ROUNDS = 7, 25  # blocks of each update that are timed: more where one
 SECONDS = 2  # is short
@@ -50,8 +53,7 @@ SPARE = 0.96  # of the device's memory, what may be taken
 BATCHES = (1, 8, 64, 256)
 DRAFTS = (0, 1, 3)
 STATES = ("float32", "bfloat16")
-UPDATES = ("fused", "unfused")
-UPDATE_KERNELS = ("fused_update_kernel", "gates_kernel")
+UPDATE_KERNELS = ("fused_update_kernel", "gates_kernel", "layer_step_kernel")
 UPDATE_KERNELS += ("prepare_kernel", "meet_kernel")  # of replay
 LONGEST = 12  # kernels of a step that a row names
 COMPILERS = 8
@@ -84,12 +86,26 @@ def in_turn(model, params, state, emitted, *, greedy):
 accept_most_likely = speculative.accept_most_likely
 
 
+def updates_of(point: Point) -> tuple[str, ...]:
+    config, tokens = point.config, 1 + point.drafts
+    sizes = (
+        *(config.linear_num_key_heads, config.linear_num_value_heads),
+        *(config.linear_key_head_dim, config.linear_value_head_dim),
+    )
+    step = Step(point.rows, tokens, tokens, tokens > 1, *sizes, point.state_dtype)
+    in_one = pays(None, jnp.zeros(()), step)
+    return ("fused", "in turn", "unfused") if in_one else ("fused", "unfused")
+
+
 def block_of(update: str):
     """`steps.decode`, traced anew with the update and the pattern."""
 
     def decode(model, params, state):
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(steps, "speculative_step", in_turn))
+            if update != "fused":
+                never = mock.patch.object(gated_delta_net, "pays", lambda *_: False)
+                stack.enter_context(never)
             if update == "unfused":
                 stack.enter_context(nn.intercept_methods(unfused))
             return steps.decode.__wrapped__(model, params, state, STEPS, True)
@@ -106,7 +122,7 @@ def begin_compiling(point: Point, pool: ThreadPoolExecutor) -> Blocks:
     shapes = param_shapes(point.config), state_shapes(point)
     return {
         update: pool.submit(block_of(update).lower(model, *shapes).compile)
-        for update in UPDATES
+        for update in updates_of(point)
     }
 
 
@@ -125,18 +141,19 @@ def measure(
         jax.block_until_ready(emitted)
         return 1e3 * (time.perf_counter() - begin) / STEPS
 
-    for update in UPDATES:
+    updates = tuple(blocks)
+    for update in updates:
         run(update)
-    both = sum(map(run, UPDATES)) * STEPS / 1e3
-    rounds = min(max(ROUNDS, int(SECONDS / both)), MOST_ROUNDS)
-    ms: dict[str, list[float]] = {update: [] for update in UPDATES}
+    once = sum(map(run, updates)) * STEPS / 1e3
+    rounds = min(max(ROUNDS, int(SECONDS / once)), MOST_ROUNDS)
+    ms: dict[str, list[float]] = {update: [] for update in updates}
     for i in range(rounds):
-        for update in UPDATES if i % 2 else UPDATES[::-1]:
+        for update in updates if i % 2 else updates[::-1]:
             ms[update].append(run(update))
     floor = least_bytes(point)
     floor_ms = sum(floor.values()) / copy_tb_per_s / 1e9
     rows = []
-    for update in UPDATES:
+    for update in updates:
         with timing.record() as kernels:
             run(update)
         step = statistics.median(ms[update])
@@ -155,13 +172,16 @@ def measure(
             }
             | profile(kernels)
         )
-    saved = [
-        1e3 * (unfused - fused) / point.num_linear
-        for fused, unfused in zip(ms["fused"], ms["unfused"], strict=True)
-    ]
-    rows[0]["saved_us_a_layer"] = statistics.median(saved)
-    first, _, third = statistics.quantiles(saved, n=4)
-    rows[0]["saved_us_quartiles"] = first, third
+    for name, update in (("saved", "unfused"), ("saved_in_one", "in turn")):
+        if update not in updates:
+            continue
+        saved = [
+            1e3 * (other - fused) / point.num_linear
+            for fused, other in zip(ms["fused"], ms[update], strict=True)
+        ]
+        first, _, third = statistics.quantiles(saved, n=4)
+        rows[0][f"{name}_us_a_layer"] = statistics.median(saved)
+        rows[0][f"{name}_us_quartiles"] = first, third
     return rows
 
 
@@ -187,13 +207,15 @@ def absent(point: Point, reason: str) -> list[dict[str, Any]]:
     return [dataclasses.asdict(point) | {"update": "fused", "absent": reason}]
 
 
-def points(model: str, quick: bool, batches: Iterable[int]) -> list[Point]:
+def points(
+    model: str, quick: bool, batches: Iterable[int], drafts: Iterable[int]
+) -> list[Point]:
     if quick:
         return [Point(model, *kind) for kind in ((8, 0, "float32"), (8, 3, "bfloat16"))]
     return [
-        Point(model, N, drafts, dtype)
+        Point(model, N, count, dtype)
         for dtype in STATES
-        for drafts in DRAFTS
+        for count in drafts
         for N in batches
     ]
 
@@ -231,6 +253,7 @@ def run_model(
 def main(
     model: list[str] = typer.Option(list(MODELS)),  # noqa: B008
     rows: list[int] = typer.Option(list(BATCHES)),  # noqa: B008
+    drafts: list[int] = typer.Option(list(DRAFTS)),  # noqa: B008
     quick: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
@@ -245,7 +268,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     for name in model:
         file = f"generate_{name.split(',')[0].lower()}.json"
-        needed = {point: memory(point) for point in points(name, quick, rows)}
+        needed = {point: memory(point) for point in points(name, quick, rows, drafts)}
         measured = [dataclasses.asdict(point) for point in needed]
         others = rows_besides(measured, folder / file, committed / file)
         run_model(needed, result | {"rows": others}, folder / file)
@@ -255,7 +278,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     shown = Table(
         *("update", "ms a step", "kernels ms", "kernels", "share", "floor", "tokens/s"),
-        "us saved a layer",
+        *("us saved a layer", "by one launch"),
         title=f"{first['model']} N={first['rows']} drafts={first['drafts']} "
         f"state {first['state_dtype']}",
         title_justify="left",
@@ -264,7 +287,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         if "absent" in row:
             shown.add_row(row["update"], f"needs {row['absent']}")
             continue
-        saved = row.get("saved_us_a_layer")
+        saved = (row.get(f"{name}_us_a_layer") for name in ("saved", "saved_in_one"))
         shown.add_row(
             row["update"],
             f"{row['ms_a_step']:.3f}",
@@ -273,7 +296,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['update_share']:.1%}",
             f"{row['floor_ms']:.3f} ({row['ms_a_step'] / row['floor_ms']:.2f})",
             f"{row['tokens_per_s']:,.0f}",
-            "" if saved is None else f"{saved:.2f}",
+            *("" if us is None else f"{us:.2f}" for us in saved),
         )
     return shown
 

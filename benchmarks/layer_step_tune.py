@@ -31,27 +31,17 @@ from gdn_jax import LayerStepConfig, timing
 CALLS = 40
 NOISE = 0.01  # what two runs of one step differ by
 FOLDER = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
-# block_v, lanes_v, num_warps, programs, streams: of one token a row, and of more, for
-# which registers hold less. What lost everywhere is not here any more.
+# block_v, lanes_v, num_warps, programs: of one token a row, and of more, for which
+# registers hold less. What lost everywhere is not here any more.
 ONE = (
-    (128, 4, 16, 1, False),
-    (64, 2, 8, 1, False),
-    (64, 4, 8, 1, False),
-    (32, 2, 4, 1, False),
-    (64, 2, 8, 2, False),
-    (32, 2, 4, 2, False),
-    (8, 2, 4, 1, True),
-    (16, 2, 4, 1, True),
-    (16, 2, 8, 1, True),
-    (32, 2, 8, 1, True),
+    (128, 4, 16, 1),
+    (64, 2, 8, 1),
+    (64, 4, 8, 1),
+    (32, 2, 4, 1),
+    (64, 2, 8, 2),
+    (32, 2, 4, 2),
 )
-MORE = (
-    (128, 2, 16, 1, False),
-    (64, 2, 8, 2, False),
-    (16, 2, 4, 1, True),
-    (16, 2, 8, 1, True),
-    (8, 2, 4, 1, True),
-)
+MORE = ((128, 2, 16, 1), (64, 2, 8, 2))
 ROWS = {SIZES[0]: (1, 8, 64, 256), SIZES[1]: (1,)}
 
 

@@ -35,15 +35,11 @@ DEPRECATION = "The Pallas Triton backend is deprecated"
 warnings.filterwarnings("ignore", message=DEPRECATION, category=DeprecationWarning)
 
 
-def check_launch(config: Any, *any_number: str, flags: Sequence[str] = ()) -> None:
-    """A launch config's fields are powers of two, but for those of `any_number` and for
-    `flags`; those that end in "warps" are what a program can have."""
+def check_launch(config: Any, *any_number: str) -> None:
+    """A launch config's fields are powers of two, but for those of `any_number`; those
+    that end in "warps" are what a program can have."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
-        if name in flags:
-            if type(value) is not bool:
-                raise ValueError(f"{name} must be True or False; got {value!r}")
-            continue
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive int; got {value!r}")
         if name not in any_number and value & (value - 1):

@@ -36,7 +36,7 @@ def test_blocks_of_a_model_give_the_tokens_they_are_timed_for(drafts, small_mode
     geometries, generate, config = small_model
     point = geometries.Point("small", 3, drafts, "float32")
     params = geometries.random_of(geometries.param_shapes(config), 0)
-    for update in generate.UPDATES:
+    for update in ("fused", "in turn", "unfused"):
         block = generate.block_of(update)
         _, emitted = block(models.Model(config), params, geometries.make_state(point))
         wanted = point.tokens_a_step * geometries.STEPS
@@ -85,7 +85,9 @@ def test_a_part_measured_again_keeps_the_other_rows(small_model, tmp_path):
 
     rows = [row(1), row(8), row(64, commit="older", date="then")]
     path.write_text(json.dumps({"commit": "old", "date": "once", "rows": rows}))
-    measured = generate.points("small", quick=False, batches=[8])
+    measured = generate.points(
+        "small", quick=False, batches=[8], drafts=generate.DRAFTS
+    )
     measured = [dataclasses.asdict(point) for point in measured]
     kept = generate.rows_besides(measured, tmp_path / "none.json", path)
     assert generate.rows_besides(measured, tmp_path / "none.json") == []

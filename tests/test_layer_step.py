@@ -82,23 +82,6 @@ CASES = [
     Case("verify, interleaved", (3, 3), 4, "interleaved", nulls=(1,)),
     Case("verify, packed", (2, 3, 0, 1, 5), 3, fresh=(3,), pair=True, too_long=(4,)),
     Case("verify, tiles, packed", (2, 1, 4), 4, config=LayerStepConfig(16, 2, 2)),
-    Case("streamed", config=LayerStepConfig(16, 2, 2, 1, True), fresh=(2,)),
-    Case(
-        "streamed, interleaved",
-        (1,) * 4,
-        nulls=(0, 2),
-        layout="interleaved",
-        config=LayerStepConfig(8, 2, 4, 1, True),
-    ),
-    Case(
-        "streamed, verify, packed",
-        (2, 1, 4, 0, 5),
-        4,
-        heads=(1, 2, 24, 20),
-        fresh=(1,),
-        too_long=(4,),
-        config=LayerStepConfig(8, 1, 1, 1, True),
-    ),
     Case("verify, bfloat16", (4, 4), 4, state_dtype="bfloat16", act_dtype="bfloat16"),
 ]
 

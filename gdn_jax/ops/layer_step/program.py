@@ -1,6 +1,5 @@
 """What a program of the fused step knows of its row, and does with a token."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 class Program(NamedTuple):
     """Attributes:
     steps: each token's place in the call.
-    barrier: of the program's warps.
     """
 
     x: Any
@@ -35,7 +33,6 @@ class Program(NamedTuple):
     steps: list[Array]
     store: Store
     arithmetic: rule.Arithmetic
-    barrier: Callable[[], None]
 
     @property
     def tiles(self) -> int:
@@ -47,8 +44,8 @@ class Program(NamedTuple):
         config = self.config.tile(self.options.heads.V)
         return Tile.of(self.x.recurrent, number, config)
 
-    def load_state(self, tile: Tile, wanted: Array | bool = True) -> rule.Chunks:
-        reads = self.row.live & self.row.keeps_state & wanted
+    def load_state(self, tile: Tile) -> rule.Chunks:
+        reads = self.row.live & self.row.keeps_state
         return tile.load_state(self.x.recurrent, reads, self.row.read, self.head)
 
     def prepare(self, step: int, q: rule.Chunks, k: rule.Chunks) -> rule.Token:
@@ -93,7 +90,7 @@ class Program(NamedTuple):
 
 class Pieces(NamedTuple):
     """How channels of q, k and a part of v share an array [J M]: q and k have a piece
-    each, v as many as it needs, of those that there are."""
+    each, v as many as it needs."""
 
     size: int
     counts: tuple[int, int, int]
@@ -102,8 +99,7 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, K: int, part: int) -> "Pieces":
         size = pl.next_power_of_2(K)
-        of_v = max(1, pl.next_power_of_2(part) // size) if part else 0
-        return cls(size, (1, 1, of_v), part)
+        return cls(size, (1, 1, max(1, pl.next_power_of_2(part) // size)), part)
 
     def channels(self, heads: Any, head: Array, part: Array) -> Channels:
         piece = indices(pl.next_power_of_2(sum(self.counts)))[:, None]
@@ -128,13 +124,12 @@ class Pieces(NamedTuple):
         return Channels(channel, column, mask, wanted)
 
     def take(self, x: Array) -> list[Array]:
-        """q and k [K'], and v, where it is here, of some size, its part first."""
+        """q and k [K'], and v of some size, its part first."""
         parts = lax.split(x.T, (1,) * x.shape[0], axis=1)
         parts, taken = iter([part[:, 0] for part in parts]), []
         for count in self.counts:
             mine = [next(parts) for _ in range(count)]
-            if mine:
-                taken.append(_triton.join(mine).ravel() if count > 1 else mine[0])
+            taken.append(_triton.join(mine).ravel() if count > 1 else mine[0])
         return taken
 
 

@@ -32,7 +32,7 @@ from gdn_jax.ops.layer_step.chain import apart
 from gdn_jax.ops.layer_step.conv import Ring
 from gdn_jax.ops.layer_step.program import Gates, Program
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
-from gdn_jax.ops.layer_step.walks import Held, Streamed
+from gdn_jax.ops.layer_step.walk import Walk
 
 
 def layer_step_kernel(
@@ -64,23 +64,21 @@ def layer_step_kernel(
     multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
     sum_k = Tile.of(x.recurrent, part, config.tile(heads.V)).sum_k
     arithmetic = rule.Arithmetic(sum_k, multiply_add)
-    barrier = (lambda: None) if interpret else _triton.barrier
-    of_row = row, steps, store, arithmetic, barrier
+    of_row = row, steps, store, arithmetic
     program = Program(x, options, config, head, part, *of_row)
 
     # All loads before any work, what takes longest first.
     first, ring = program.load_state(program.tile(0)), Ring.of(x, conv_row)
-    walk = (Streamed if config.streams else Held).load(program, ring)
+    walk = Walk.load(program, ring)
     gates = Gates.of(x, head, steps, options, row)
 
-    dtype = options.rule.out_dtype
-    convolved = [each.run(dtype, multiply_add) for each in walk.convolutions]
-    barrier()  # all warps have read `start`
+    convolved = walk.convolution.run(options.rule.out_dtype, multiply_add)
+    if not interpret:
+        _triton.barrier()  # all warps have read `start`
     number = head * np.int32(config.programs) + part
     programs = heads.HV * config.programs
     ring.move(start_ref, number, programs)
-    for each in walk.convolutions:
-        each.keep(buffer_ref)
+    walk.convolution.keep(buffer_ref)
     walk.run(first, convolved, gates)
 
     if x.tables.cu_seqlens is not None:

@@ -26,28 +26,20 @@ class LayerStepConfig:
         tiles of a value head; the next one is loaded while one is worked on.
       programs: that share out a value head's V. With more than one the norm, which
         needs all of it, is a launch of its own.
-      streams: whether v and out of a program's tiles pass through memory, or else are
-        all held in registers; walks.py says where which is faster.
     """
 
     block_v: int
     lanes_v: int
     num_warps: int
     programs: int = 1
-    streams: bool = False
 
     def __post_init__(self):
-        _triton.check_launch(self, flags=("streams",))
+        _triton.check_launch(self)
         check_tile(self)
         if self.programs > MAX_PROGRAMS:
             raise ValueError(
                 f"programs must be at most {MAX_PROGRAMS}, that many share out a head; "
                 f"got {self.programs}."
-            )
-        if self.programs > 1 and self.streams:
-            raise ValueError(
-                f"programs must be 1 where streams is True; got {self.programs}. With "
-                f"streams a program has registers for a head of any size."
             )
 
     def tiles(self, V: int) -> int:

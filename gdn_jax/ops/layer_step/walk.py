@@ -1,0 +1,83 @@
+"""How a program walks over its tiles of a head's state, v and out in registers.
+
+On an H200 other walks were slower: with v and out in memory and a loop over tiles, a
+few warps to a head (fewer loads in flight), and with the convolution a launch before.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta.tile import Tile, unpack
+from gdn_jax.ops.layer_step.conv import Convolution, Ring
+from gdn_jax.ops.layer_step.program import (
+    Gates,
+    Norm,
+    Pieces,
+    Program,
+    in_chunks,
+    scale_of,
+)
+
+
+class Walk(NamedTuple):
+    program: Program
+    tiles: list[Tile]
+    pieces: Pieces
+    convolution: Convolution
+    norms: list[Norm]
+
+    @classmethod
+    def load(cls, program: Program, ring: Ring) -> "Walk":
+        heads, config = program.options.heads, program.config
+        tiles = [program.tile(i) for i in range(program.tiles)]
+        pieces = Pieces.of(heads.K, program.tiles * config.block_v)
+        channels = pieces.channels(heads, program.head, program.part)
+        convolution = Convolution.load(program.x, ring, channels, program.steps)
+        norms = []
+        if config.programs == 1:
+            norms = [Norm.load(program, tile.v, tile.in_v) for tile in tiles]
+        return cls(program, tiles, pieces, convolution, norms)
+
+    def run(self, first: rule.Chunks, values: list[Array], gates: Gates) -> None:
+        """`values`: of each token, its channels convolved."""
+        program = self.program
+        outs: list[list[Array]] = [[] for _ in program.steps]
+        following = first
+        for i, tile in enumerate(self.tiles):
+            state = unpack(following)
+            if i + 1 < len(self.tiles):
+                following = program.load_state(self.tiles[i + 1])
+            for step, value in enumerate(values):
+                q, k, v = self.pieces.take(value)
+                token = program.prepare(step, in_chunks(q, tile), in_chunks(k, tile))
+                v = self._in_tiles(v)[i]
+                v = jnp.broadcast_to(v, tile.v.shape).astype(jnp.float32)
+                now = gates.of_step(step)
+                state, out = program.update(tile, step, state, token, now, v)
+                outs[step].append(out)
+            program.store.end(tile, state)
+        for step, parts in enumerate(outs):
+            self._finish(step, parts)
+
+    def _in_tiles(self, v: Array) -> list[Array]:
+        """v as `Pieces.take` has it -> of each tile [R W LV 1 1]"""
+        rows, warps, lanes = self.tiles[0].row.shape[:3]
+        v = v.reshape(-1, warps, lanes, rows).transpose(3, 1, 2, 0)
+        parts = lax.split(v, (1,) * v.shape[3], axis=3)[: len(self.tiles)]
+        return [part[..., None] for part in parts]
+
+    def _finish(self, step: int, parts: list[Array]) -> None:
+        if not self.norms:  # other programs have parts of the head
+            for tile, out in zip(self.tiles, parts, strict=True):
+                out = jnp.where(self.program.row.live, out, 0.0)
+                self.program.store_out(step, tile.v, tile.in_v, out)
+            return
+        squares = jnp.zeros(parts[0].shape[1:])
+        for part in parts:
+            squares += jnp.sum(part * part, axis=0)
+        scale = scale_of(squares, parts[0].shape[3], self.program.options)
+        for norm, out in zip(self.norms, parts, strict=True):
+            norm.store(self.program, step, out, scale)
