@@ -76,8 +76,8 @@ def layer_step_kernel(
         norms = [_Norm.load(x, tile, first_z, steps) for tile in tiles]
     gates = _Gates.of(x, head, steps, options, row)
 
-    ring, dtype = Ring.of(x, conv_row), options.rule.out_dtype
-    qkv = convolution.run(ring, dtype, multiply_add)
+    ring = Ring.of(x, conv_row)
+    qkv = convolution.run(ring, x.projected.z.dtype, multiply_add)
     if not interpret:
         _triton.barrier()  # all warps have read `start`
     program = head * np.int32(config.programs) + part
@@ -101,7 +101,7 @@ def layer_step_kernel(
             now = jnp.broadcast_to(now, tile.v.shape).astype(jnp.float32)
             decay, beta = gates.of_step(step)
             state, out = rule.update(state, token, decay, beta, now, arithmetic)
-            outs[step].append(out.astype(dtype).astype(jnp.float32))
+            outs[step].append(out.astype(options.rule.out_dtype).astype(jnp.float32))
             has = row.live & (step < row.length)
             store.keep(tile, step, state, store.target(np.int32(step)), has)
         store.end(tile, state)
@@ -319,7 +319,9 @@ def triton(
     heads = options.heads
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
-    out = (x.num_tokens, heads.HV, heads.V), options.rule.out_dtype
+    dtype, is_whole = x.projected.z.dtype, config.programs == 1
+    written_dtype = dtype if is_whole else options.rule.out_dtype
+    out = (x.num_tokens, heads.HV, heads.V), written_dtype
     written = (x.conv.buffer, x.conv.start, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
     buffer, start, recurrent, out = _triton.launch(
@@ -333,6 +335,6 @@ def triton(
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    if config.programs > 1:
-        out = _normalised(x, out, options)
+    if not is_whole:
+        out = _normalised(x, out, options).astype(dtype)
     return ConvState(buffer, start), recurrent, out
