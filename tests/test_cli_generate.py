@@ -114,8 +114,17 @@ def test_a_broken_model_is_told(tmp_path):
     assert result.stdout == "def read_\n"
 
 
-def test_float16_runs_on_a_cpu():
+def test_float16_runs_on_a_cpu(monkeypatch):
+    load, dtypes = models.load, []
+
+    def loaded(*args, **options):
+        model, params = load(*args, **options)
+        dtypes.append(model.dtype)
+        return model, params
+
+    monkeypatch.setattr(models, "load", loaded)
     result = generate("def read_", *SHORT, "--dtype", "float16")
+    assert dtypes == [jnp.float16]
     assert result.exit_code == 0 and len(result.stdout) > len("def read_")
 
 
