@@ -16,6 +16,8 @@ RTX = Gpu("NVIDIA RTX PRO 6000", "12.0a", 99)
 WHERE = {"chunk_update": (A100, THOR)}
 
 
+# That they compile on every line of JAX is in the other test_compiled files.
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [
