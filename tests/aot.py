@@ -1,4 +1,5 @@
-"""Compiles for an H200 on a machine without a GPU, and reads what came out.
+"""Compiles for an H200 or another GPU, on a machine without one, and reads what came
+out.
 
 Needs the `aot` extra and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 (set in conftest.py).
 """
@@ -17,9 +18,13 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
-ABSTRACT_H200 = AbstractMesh(
-    (), (), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda")
-)
+
+
+def _abstract(kind: str) -> AbstractMesh:
+    return AbstractMesh((), (), abstract_device=AbstractDevice(kind, 1, "cuda"))
+
+
+ABSTRACT_H200 = _abstract("NVIDIA H200")
 KERNEL_CALL = "__gpu$xla.gpu.triton"
 # As by default; conftest.py turns it off for programs that run on a CPU.
 OPTIMIZED = {
@@ -59,8 +64,38 @@ class Compiled:
 
 
 def compile_for_h200(f, *args, **jit_options) -> Compiled:
+    return _compile(TARGET.read_text(), ABSTRACT_H200, f, *args, **jit_options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """An H200 in all but this. `kind` is a name that JAX knows the capability of, which
+    ends in "a" where there are instructions of that GPU alone; `shared_memory`: KB that
+    a program can have."""
+
+    kind: str
+    capability: str
+    shared_memory: int
+
+
+def compile_for(gpu: Gpu, f, *args, **jit_options) -> Compiled:
+    major, minor = gpu.capability.removesuffix("a").split(".")
+    extension = "    feature_extension: ACCELERATED_FEATURES\n"
+    text = TARGET.read_text()
+    for old, new in (
+        ("major: 9\n", f"major: {major}\n    minor: {minor}\n"),
+        (extension, extension if gpu.capability.endswith("a") else ""),
+        ("optin: 232448", f"optin: {gpu.shared_memory << 10}"),
+        ("Capability 9.0a", f"Capability {gpu.capability}"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return _compile(text, _abstract(gpu.kind), f, *args, **jit_options)
+
+
+def _compile(target: str, device: AbstractMesh, f, *args, **jit_options) -> Compiled:
     topology = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+        platform="cuda", topology="1x1x1", target_config=target
     )
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -69,7 +104,7 @@ def compile_for_h200(f, *args, **jit_options) -> Compiled:
     )
     with tempfile.TemporaryDirectory() as folder:
         options = OPTIMIZED | {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        with jax.sharding.use_abstract_mesh(ABSTRACT_H200):
+        with jax.sharding.use_abstract_mesh(device):
             lowered = jax.jit(f, **jit_options).lower(*args)
         compiled = lowered.compile(compiler_options=options)
         dumped = (path.read_text() for path in pathlib.Path(folder).glob("*.ptx"))

@@ -84,7 +84,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """A test with `path` runs over every implementation, triton on a GPU alone."""
+    """A test with `path` runs over every implementation: triton on a GPU alone, and the
+    reference on one line of JAX. It is plain jax.numpy, and others are compared with it
+    on every line."""
     if "path" in metafunc.fixturenames:
-        paths = [*CPU_PATHS, pytest.param("triton", marks=pytest.mark.gpu)]
+        reference, *others = CPU_PATHS
+        paths = [
+            pytest.param(reference, marks=pytest.mark.once),
+            *others,
+            pytest.param("triton", marks=pytest.mark.gpu),
+        ]
         metafunc.parametrize("path", paths)

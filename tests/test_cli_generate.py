@@ -21,6 +21,9 @@ from gdn_jax.cli.commands import app
 WEIGHTS = models.SMALL / "model.safetensors"
 SHORT = ["--max-tokens", "40", "--temperature", "0"]
 
+# Tests of an option that compile the shipped model for it are for one line of JAX: on
+# every line test_engine.py and test_layer.py have the option of small models.
+
 
 def generate(*words, text=None):
     return CliRunner().invoke(app, ["generate", *words], input=text)
@@ -38,6 +41,7 @@ def test_without_arguments_the_shipped_model_writes_documentation(plain):
     assert re.search(figures, plain.stderr)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("decode", [[], ["--decode", "replay"]])
 def test_drafts_change_the_steps_alone(decode, plain):
     drafted = generate("def read_", *SHORT, "--speculative", "3", *decode)
@@ -53,6 +57,7 @@ def test_only_newlines_part_prompts():
     assert [text[:3] for text in texts] == ["a\x0cb", "\u2028c" + texts[1][2]]
 
 
+@pytest.mark.once
 def test_a_batch_has_the_texts_of_its_prompts(plain):
     result = generate(*SHORT, "--batch", "-", text="class Lock\n\ndef read_\n")
     assert result.exit_code == 0
@@ -61,6 +66,7 @@ def test_a_batch_has_the_texts_of_its_prompts(plain):
     assert second == plain.stdout
 
 
+@pytest.mark.once
 def test_the_seed_decides():
     words = ("def read_", "--max-tokens", "40")
     texts = [generate(*words, "--seed", seed).stdout for seed in "112"]
@@ -114,8 +120,18 @@ def test_a_broken_model_is_told(tmp_path):
     assert result.stdout == "def read_\n"
 
 
-def test_float16_runs_on_a_cpu():
+@pytest.mark.once
+def test_float16_runs_on_a_cpu(monkeypatch):
+    load, dtypes = models.load, []
+
+    def loaded(*args, **options):
+        model, params = load(*args, **options)
+        dtypes.append(model.dtype)
+        return model, params
+
+    monkeypatch.setattr(models, "load", loaded)
     result = generate("def read_", *SHORT, "--dtype", "float16")
+    assert dtypes == [jnp.float16]
     assert result.exit_code == 0 and len(result.stdout) > len("def read_")
 
 

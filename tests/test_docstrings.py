@@ -26,6 +26,8 @@ def test_what_users_begin_with_has_examples():
     assert wanted <= set(WITH_EXAMPLES)
 
 
+# What they call has tests of its own on every line of JAX.
+@pytest.mark.once
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_an_example_holds(name):
     parser = doctest.DocTestParser()

@@ -145,6 +145,18 @@ def test_rows_that_fill_a_batch_are_left_alone():
         assert alone.tokens == request.tokens
 
 
+@pytest.mark.parametrize("lengths", [(1, 3, 1, 3), (3, 3, 3, 3)], ids=str)
+def test_prompts_as_short_as_steps_are_prompts(lengths):
+    """One token, or as many as a step verifies, alone or in all rows, which others
+    have written before."""
+    engine = make_engine(speculative=2)
+    write(engine, PROMPTS[:4], max_tokens=NEW, stop=())
+    texts = prompts(*lengths)
+    requests = write(engine, texts, max_tokens=NEW, stop=())
+    for text, each in zip(requests, _of_whole_texts(requests), strict=True):
+        assert text.tokens == each.argmax(-1).tolist()
+
+
 CUT = [  # of each prompt
     dict(temperature=1.0),
     dict(temperature=1.0),

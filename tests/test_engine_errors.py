@@ -1,5 +1,6 @@
 """An engine's calls that fail, and what it refuses."""
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -66,6 +67,31 @@ def test_a_text_ends_where_logits_are_no_numbers(drafts):
     assert (bad.finish_reason, bad.tokens, bad.log_probabilities) == ("nan", [], [])
     assert good.finish_reason == "length" and len(good.tokens) == NEW
     assert not engine.requests and not np.asarray(engine.state.is_active).any()
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_rows_that_held_nan_serve_the_next_texts(drafts):
+    """As well as others: as many of their drafts are accepted."""
+    model, params = make()
+    table = params["embed"]["embedding"].at[7].set(jnp.nan)
+    params = params | dict(embed=dict(embedding=table))
+    spoiled = Engine(model, params, **SIZES, speculative=drafts)
+    bad = [spoiled.submit([1, 7, 2], max_tokens=NEW, stop=()) for _ in range(4)]
+    finish(spoiled)
+    assert [request.finish_reason for request in bad] == ["nan"] * 4
+    held = jax.tree.leaves(spoiled.state.model.layers[0])
+    assert any(np.isnan(x).reshape(4, -1).any(1).all() for x in held)
+
+    fresh = Engine(model, params, **SIZES, speculative=drafts)
+    texts = [[2, 1, 4], [5], [9, 3], [2, 8, 1]]
+    before, of_each = spoiled.figures.accepted, []
+    for engine in (spoiled, fresh):
+        requests = [engine.submit(x, max_tokens=5, stop=()) for x in texts]
+        finish(engine)
+        assert {r.finish_reason for r in requests} == {"length"}
+        of_each.append(tokens(requests))
+    assert of_each[0] == of_each[1]
+    assert spoiled.figures.accepted - before == fresh.figures.accepted
 
 
 def test_a_block_is_no_longer_than_a_text():

@@ -53,6 +53,17 @@ def test_agrees_with_the_oracle(case, path):
         assert np.array_equal(_bits(state[~written]), _bits(args[0][~written]))
 
 
+def test_a_thousand_tokens_add_up_no_rounding(path):
+    """A beta, decay or key that is rounded to bfloat16 on its way leaves 1e-3 in the
+    state, and so would a state that is rounded between tokens."""
+    case = testing.Case("long", (1000,), H=1, HV=2, K=16, V=16)
+    args, kwargs, (want_state, want_out, written) = _made(case)
+    state, out = _call(args, kwargs, path, out_dtype=np.float32)
+    bar = testing.TOLERANCE["state", "float32"]
+    assert testing.relative_error(state[written], want_state[written]) < bar
+    assert testing.relative_error(out, want_out) < bar
+
+
 def test_a_null_slot_outside_the_pool_names_none(path):
     paged, kwargs = testing.make(testing.Case("paged", (1,) * 2))
     _, out = _call(paged, kwargs | {"null_slot": 2**40}, path)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from layers import agree, apply, tokens
 
+from gdn_jax import testing
+
 RULES = ("fused", "chunk")
 # To the rule's path layouts are the same; per-K decays are not.
 MODELS_AND_RULES = pytest.mark.parametrize(
@@ -72,6 +74,28 @@ def test_packed_rows_equal_dense_ones(rule):
     y, state = apply(layer, params, x.reshape(21, -1), cu_seqlens=cu_seqlens, path=rule)
     assert agree(y.reshape(x.shape), want, rule)
     assert agree(state.recurrent, want_state.recurrent, rule)
+
+
+@pytest.mark.parametrize("T", [1, 20], ids=["fused", "in chunks"])
+@pytest.mark.parametrize("decode", [None, "replay"])
+def test_a_state_read_past_the_end_of_float16_is_normalised(decode, T):
+    """65504 is the end; the norm behind brings any number near 1."""
+    layer, params = layers.make(dtype=jnp.float16)
+    exact, _ = layers.make()
+    state, exact_state = (each.init_state(2, decode=decode) for each in (layer, exact))
+    grown = 1e7 * jax.random.normal(jax.random.key(0), (2, 4, 6, 8))
+
+    def grow(state):
+        recurrent = grown
+        if decode is not None:
+            recurrent = state.recurrent._replace(checkpoint=grown)
+        return state._replace(recurrent=recurrent)
+
+    x = tokens(2, T).astype(jnp.float16)
+    y, _ = apply(layer, params, x, grow(state))
+    want, _ = apply(exact, params, x.astype(jnp.float32), grow(exact_state))
+    assert y.dtype == jnp.float16
+    assert testing.relative_error(y, want) < 0.01  # of all that float16 rounds
 
 
 def test_packed_decoding_equals_dense():

@@ -44,6 +44,7 @@ class Case:
     pair: bool = False
     activation: str = "silu"
     config: LayerStepConfig | None = None
+    state_scale: float = 0.1
 
     def __str__(self):
         return self.name
@@ -64,6 +65,13 @@ CASES = [
     Case("decode, nulls", (1,) * 5, nulls=(0, 3), fresh=(2,), layout="interleaved"),
     Case("decode, bfloat16", state_dtype="bfloat16", act_dtype="bfloat16"),
     Case("decode, float16", state_dtype="float16", act_dtype="float16"),
+    Case("decode, past float16", act_dtype="float16", state_scale=1e7),
+    Case(
+        "parts of V, past float16",
+        act_dtype="float16",
+        state_scale=1e7,
+        config=LayerStepConfig(8, 2, 2, 2),
+    ),
     Case("odd sizes", heads=(1, 3, 24, 20), layout="interleaved", nulls=(1,)),
     Case("a filter of two", width=2, heads=(1, 2, 16, 48)),
     Case("tiles", config=LayerStepConfig(8, 2, 2), fresh=(0,)),
@@ -97,7 +105,7 @@ def make(case, seed=0):
 
     start = jnp.asarray(random.integers(0, ring, P), jnp.int32)
     conv = ConvState(normal(P, C, ring), start)
-    state = conv, 0.1 * normal(P, HV, V, K, dtype=case.state_dtype)
+    state = conv, case.state_scale * normal(P, HV, V, K, dtype=case.state_dtype)
     slots = random.permutation(P)[: N * S].reshape(N, S).astype(np.int32)
     slots[list(case.nulls)] = -1
     unused = np.setdiff1d(np.arange(P), slots)

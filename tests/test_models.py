@@ -254,11 +254,15 @@ def test_every_parameter_has_a_finite_gradient(kind):
         assert max(errors) < TOLERANCE
 
 
+@pytest.mark.parametrize("recurrent", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_call_keeps_the_state_in_shape_and_dtype(dtype):
+def test_a_call_keeps_the_state_in_shape_and_dtype(dtype, recurrent):
     kind = make("qwen3_next")
     model = kind.model.clone(dtype=jnp.dtype(dtype))
-    state = jax.eval_shape(lambda: model.init_state(N, M, drafts=1))
+    state = jax.eval_shape(
+        lambda: model.init_state(N, M, drafts=1, recurrent_dtype=recurrent)
+    )
+    assert state.layers[0].recurrent.dtype == recurrent
     tokens = jax.ShapeDtypeStruct((N, 2), jnp.int32)
     logits, new = jax.eval_shape(model.apply, kind.params, tokens, state)
     assert logits.shape == (N, 2, 50)

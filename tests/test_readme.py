@@ -14,6 +14,8 @@ from gdn_jax import nn
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
+# What it calls has tests of its own on every line of JAX.
+@pytest.mark.once
 def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where a block saves
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -127,6 +127,21 @@ def test_a_reserved_slot_and_numbers_of_no_slot_are_null_alike(name, path):
 
 
 @EVERY_OP
+@pytest.mark.parametrize("live", [[5], []], ids=["one live", "none live"])
+def test_rows_that_fill_a_batch_may_outnumber_the_slots(name, path, live):
+    """As where a program that was compiled for many rows serves few, or waits."""
+    N = 2 * P
+    state = _spoiled(OPS[name].state, np.setdiff1d(np.arange(P), [P - 1][: len(live)]))
+    slots, dead = np.full(N, -1, np.int32), np.setdiff1d(np.arange(N), live)
+    slots[live] = P - 1
+    tokens = _tokens(name, N, T, dead)
+    new, out = _run(state, tokens, dict(slots=slots), name=name, path=path)
+    _check_rows(out, live, dead)
+    others = np.arange(P - len(live))
+    _check_bits(state, new, others)
+
+
+@EVERY_OP
 def test_slot_0_is_one_like_any_other_where_none_is_reserved(name, path):
     """And so is the pool's last."""
     run = functools.partial(_run, name=name, path=path)

@@ -18,6 +18,7 @@ from gdn_jax import Engine, _trees
 from gdn_jax.training import run
 from gdn_jax.training.train import TrainState
 
+pytestmark = pytest.mark.once  # what good files hold is restored on every line of JAX
 unchecked = untrusted.unchecked
 
 

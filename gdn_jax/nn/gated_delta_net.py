@@ -22,6 +22,7 @@ from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.few_rows.call import total
+from gdn_jax.ops.gated_delta.call import dtype_before_norm
 from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
 from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
@@ -249,7 +250,7 @@ class GatedDeltaNet(nn.Module):
         recurrent, out = self.update(
             state.recurrent, qkv, a, b, tables, path, implementation
         )
-        y = flat(self.norm(out, z, implementation))
+        y = flat(self.norm(out, z, implementation)).astype(self.dtype)
         parts = self.out_proj.parts(y, implementation)
         return parts, GatedDeltaNetState(conv, recurrent)
 
@@ -343,6 +344,7 @@ class GatedDeltaNet(nn.Module):
             *tokens,
             allow_neg_eigval=self.allow_neg_eigval,
             gate_lower_bound=self.gate_lower_bound,
+            out_dtype=dtype_before_norm(qkv[2].dtype),
             implementation=implementation,
             **keywords,
         )

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gdn_jax import _types as t
@@ -89,6 +90,13 @@ class Options:
 
     def is_live_slot(self, slot: Array, num_slots: int) -> Array:
         return batch.is_live_slot(slot, num_slots, self.null_slot)
+
+
+def dtype_before_norm(dtype: Any) -> Any:
+    """Of the rule's out where a norm follows, by the activations' dtype. A state that
+    has grown is read past 65504, where float16 ends: of infinity the norm makes NaN,
+    of the number itself something near 1."""
+    return np.dtype(np.float32) if dtype == np.float16 else dtype
 
 
 def find_rows(x: Inputs, options: Options, number: Array | None = None) -> Rows:

@@ -163,7 +163,7 @@ def _paths(
 ) -> dict[str, Callable[[], tuple[ConvState, Array, Array]]]:
     heads = options.heads
     if 0 in (x.num_tokens, x.num_rows, x.recurrent.shape[0], x.conv.start.shape[0]):
-        out = jnp.zeros((x.num_tokens, heads.HV, heads.V), options.rule.out_dtype)
+        out = jnp.zeros((x.num_tokens, heads.HV, heads.V), x.projected.z.dtype)
         nothing = x.conv, x.recurrent, out  # every row is null
         return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
 

@@ -12,7 +12,7 @@ from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.arguments import check_scale, check_slots
-from gdn_jax.ops.gated_delta.call import GateOptions
+from gdn_jax.ops.gated_delta.call import GateOptions, dtype_before_norm
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
 from gdn_jax.ops.gated_rms_norm.api import check_options
 from gdn_jax.ops.layer_step.call import (
@@ -66,7 +66,7 @@ def pack(
         qk_l2norm=checks.flag("qk_l2norm", qk_l2norm),
         null_slot=checks.null_slot_of(null_slot, recurrent.shape[0], given.slots),
         per_token_states=False,
-        out_dtype=projected.z.dtype,
+        out_dtype=dtype_before_norm(projected.z.dtype),
         gating=gating,
     )
     varying = ConvState(

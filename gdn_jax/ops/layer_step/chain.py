@@ -44,6 +44,7 @@ def chain(
         *(weights.A_log, a, b, weights.dt_bias),
         scale=rule.scale,
         qk_l2norm=rule.qk_l2norm,
+        out_dtype=rule.out_dtype,
         implementation=implementation,
         **dataclasses.asdict(rule.gating),
         **tables.recurrent,
@@ -56,7 +57,8 @@ def chain(
         activation=options.activation,
         implementation="xla",
     )
-    return conv, recurrent, out.reshape(x.num_tokens, heads.HV, heads.V)
+    out = out.reshape(x.num_tokens, heads.HV, heads.V).astype(z.dtype)
+    return conv, recurrent, out
 
 
 def apart(x: Projected, heads: Heads) -> tuple[Array, Array, Array, Array]:

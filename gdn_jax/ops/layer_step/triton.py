@@ -72,7 +72,7 @@ def layer_step_kernel(
     walk = Walk.load(program, ring)
     gates = Gates.of(x, head, steps, options, row)
 
-    convolved = walk.convolution.run(options.rule.out_dtype, multiply_add)
+    convolved = walk.convolution.run(x.projected.z.dtype, multiply_add)
     if not interpret:
         _triton.barrier()  # all warps have read `start`
     number = head * np.int32(config.programs) + part
@@ -112,7 +112,9 @@ def triton(
     heads = options.heads
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
-    out = (x.num_tokens, heads.HV, heads.V), options.rule.out_dtype
+    dtype, is_whole = x.projected.z.dtype, config.programs == 1
+    written_dtype = dtype if is_whole else options.rule.out_dtype
+    out = (x.num_tokens, heads.HV, heads.V), written_dtype
     written = (x.conv.buffer, x.conv.start, x.recurrent)
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
     buffer, start, recurrent, out = _triton.launch(
@@ -126,6 +128,6 @@ def triton(
         num_warps=config.num_warps,
         interpret=interpret,
     )
-    if config.programs > 1:
-        out = _normalised(x, out, options)
+    if not is_whole:
+        out = _normalised(x, out, options).astype(dtype)
     return ConvState(buffer, start), recurrent, out
