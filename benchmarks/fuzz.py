@@ -244,7 +244,7 @@ class Run:
             counts["live_rows"] += int((drawn.result().read >= 0).sum())
             for what, each in found.items():
                 most = worst.setdefault(what, dict(rms=0.0, worst=0.0))
-                if each.count >= testing.MANY:
+                if each.carried >= testing.MANY:
                     most["rms"] = max(most["rms"], each.rms)
                 most["worst"] = max(most["worst"], each.worst)
             if len(self.failures) >= MOST_FAILURES:

@@ -33,7 +33,10 @@ def test_help(suite):
     assert "--quick" in found.stdout
 
 
-@pytest.mark.parametrize("script", ["crossover", "schemes", "drift", "layer_step_tune"])
+OTHERS = ["crossover", "schemes", "drift", "layer_step_tune", "fuzz", "memcheck"]
+
+
+@pytest.mark.parametrize("script", OTHERS)
 def test_help_of_others(script):
     command = [sys.executable, BENCHMARKS / f"{script}.py", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -48,15 +48,15 @@ class Deviation(NamedTuple):
       rms: relative RMS error.
       worst: the largest difference of one value, 1 being what it may be: so many halves
         of its last place as the two were rounded, and FLOOR of the values' size.
-      count: how many values share the norm; of few, RMS says less than `worst`.
+      carried: by how many values the norm is; of few, RMS says less than `worst`.
     """
 
     rms: float
     worst: float
-    count: float
+    carried: float
 
     def is_within(self, what: str, dtype: str, roundings: int = 1) -> bool:
-        many = self.count >= MANY
+        many = self.carried >= MANY
         rms = self.rms if many or not math.isfinite(self.rms) else 0.0
         return rms <= roundings * TOLERANCE[what, dtype] and self.worst <= 1
 
@@ -79,5 +79,5 @@ def deviation(got: Any, want: Any, dtype: Any, roundings: int = 1) -> Deviation:
     rms = math.sqrt(float((difference * difference).sum()) / max(total, 1e-60))
     place = float(jnp.finfo(dtype).eps) / 2
     allowed = roundings * place * abs(want) + FLOOR * max(size, SMALLEST_SIZE)
-    count = total**2 / max(float((squares * squares).sum()), 1e-60)
-    return Deviation(rms, float((difference / allowed).max()), count)
+    carried = total**2 / max(float((squares * squares).sum()), 1e-60)
+    return Deviation(rms, float((difference / allowed).max()), carried)
