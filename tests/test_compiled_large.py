@@ -1,88 +1,17 @@
 """Sizes where 32 bits or a launch grid's limits end, compiled for an H200, without a
 GPU; test_large.py runs some of them on one."""
 
-import functools
 import re
 
 import aot
 import jax
-import jax.numpy as jnp
 import pytest
+from large import OPS, array
 
-import gdn_jax
-from gdn_jax import ConvState, ReplayState
+from gdn_jax.ops.cached_attention.api import cached_attention
+from gdn_jax.ops.cached_attention.call import Inputs
 
-H, K, V, W = 1, 128, 128, 4
 GRID_LIMIT = 65535  # of CUDA, along y and z
-
-
-def _array(*shape, dtype="bfloat16"):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-
-def _slots(N):
-    return _array(N, dtype="int32")
-
-
-def _pool(P, HV):
-    return _array(P, HV, V, K, dtype="float32")
-
-
-def _rule(op, P, N, HV, T=1):
-    function = getattr(gdn_jax, op)
-    state = _pool(P, HV)
-    if op == "replay_update":
-        state = jax.eval_shape(lambda: ReplayState.zeros(P, H, HV, K, V))
-    key, gate, head = _array(N, T, H, K), _array(N, T, HV), _array(HV)
-    tokens = key, key, _array(N, T, HV, V), head, gate, gate, head
-
-    def call(state, tokens, slots):
-        return function(state, *tokens, slots=slots, implementation="triton")
-
-    return call, (state, tokens, _slots(N))
-
-
-def _ring(P, HV):
-    C = 2 * H * K + HV * V
-    return ConvState(_array(P, C, W), _array(P, dtype="int32")), C
-
-
-def _conv(P, N, HV):
-    state, C = _ring(P, HV)
-
-    def call(state, x, weight, slots):
-        return gdn_jax.causal_conv1d(
-            state, x, weight, slots=slots, implementation="triton"
-        )
-
-    return call, (state, _array(N, 1, C), _array(C, W), _slots(N))
-
-
-def _layer_step(P, N, HV):
-    conv, C = _ring(P, HV)
-    weights = dict(
-        conv_weight=_array(C, W),
-        A_log=_array(HV),
-        dt_bias=_array(HV),
-        norm_weight=_array(V),
-    )
-
-    def call(state, qkvz, ba, weights, slots):
-        return gdn_jax.fused_layer_step(
-            state, qkvz, ba, slots=slots, implementation="triton", **weights
-        )
-
-    state, z = (conv, _pool(P, HV)), HV * V
-    return call, (state, _array(N, 1, C + z), _array(N, 1, 2 * HV), weights, _slots(N))
-
-
-OPS = {
-    "fused_update": functools.partial(_rule, "fused_update"),
-    "chunk_update": functools.partial(_rule, "chunk_update", T=70),
-    "replay_update": functools.partial(_rule, "replay_update"),
-    "causal_conv1d": _conv,
-    "fused_layer_step": _layer_step,
-}
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -92,13 +21,31 @@ def test_a_slot_past_32_bits_is_multiplied_in_64(name):
     call, shapes = OPS[name](P, 5, HV)
     pools = [x for x in jax.tree.leaves(shapes[0]) if x.size > 2**31]
     assert pools
-    ptx = "".join(aot.compile_for_h200(call, *shapes, donate_argnums=0).ptx)
+    _check_is_wide(aot.compile_for_h200(call, *shapes, donate_argnums=0), pools)
+
+
+def _check_is_wide(compiled, pools):
+    """A pool's stride is multiplied in 64 bits, and never in 32."""
+    ptx = "".join(compiled.ptx)
     for pool in pools:
-        stride = pool.size // P
+        stride = pool.size // pool.shape[0]
         narrow = re.findall(rf"m(?:ul|ad)\.lo\.\w32.*, {stride}\b.*", ptx)
         assert not narrow, narrow
         size = stride * pool.dtype.itemsize
         assert re.search(rf"m(?:ul|ad)\.wide\.\w32.*, ({stride}|{size})\b", ptx)
+
+
+def test_a_row_of_a_cache_past_32_bits_is_multiplied_in_64():
+    q, cache = array(3, 1, 6, 128), array(2000, 3, 4001, 128)
+    assert cache.size > 2**31
+    rows = array(3, dtype="int32")
+
+    def attend(q, k, v, rows, start):
+        x = Inputs(q, k, v, rows, start)
+        return cached_attention(x, implementation="triton")
+
+    compiled = aot.compile_for_h200(attend, q, cache, cache, rows, rows)
+    _check_is_wide(compiled, [cache])
 
 
 @pytest.mark.parametrize(("N", "HV"), [(1024, 64), (70_000, 1)])
