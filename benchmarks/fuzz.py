@@ -36,7 +36,8 @@ INPUTS = (
 )
 TOLERANCE = (
     "relative RMS error below twice that of gdn_jax.testing.TOLERANCE, once for each "
-    "kernel, which both round; and of every value that of the last place twice and "
+    "kernel, and what log(1 + exp(x)) in vLLM's loses of a row's decays, 2^-24 A a "
+    "token; and of every value that of the last place twice and "
     f"{testing.FLOOR} of the values' size"
 )
 TOLERANCE_TO_ORACLE = (
@@ -63,6 +64,7 @@ def check(
     take: Callable[[Any, np.ndarray], Any],
     equal_bits: Callable[[Any, Any], bool],
     roundings: int,
+    more: float = 0.0,
 ) -> Found:
     """Of arrays of NumPy or torch: what the call had to write, in the tolerance; zeros
     where no live row is; all other slots by their bits."""
@@ -76,7 +78,7 @@ def check(
         if where.any():
             pair = take(mine, where), take(other, where)
             found[what] = testing.deviation(*pair, dtypes[what], roundings)
-            if not found[what].is_within(what, dtypes[what], roundings):
+            if not found[what].is_within(what, dtypes[what], roundings, more):
                 raise Wrong(f"{what} deviates: {found[what]}")
     if not live.all() and bool((take(got[1], ~live) != 0).any()):
         raise Wrong("out of tokens of no live row is not zero")
@@ -127,7 +129,24 @@ def against_vllm(update: Callable, shapes: draws.Shapes, drawn: draws.Drawn) -> 
     args, tables = jax.device_put((drawn.args, drawn.tables))
     got = map(view, packed(shapes, *update(args, tables)))
     compare = take_torch, equal_bits_torch
-    return check(shapes, drawn, tuple(got), want, before, *compare, roundings=2)
+    return check(
+        shapes,
+        drawn,
+        tuple(got),
+        want,
+        before,
+        *compare,
+        roundings=2,
+        more=lost_by_vllm(shapes, drawn),
+    )
+
+
+def lost_by_vllm(shapes: draws.Shapes, drawn: draws.Drawn) -> float:
+    """Its softplus is log(1 + exp(x)), where 1 + exp(x) is rounded: half a last place
+    of 1, times A in a token's decay; for x < -17 it is 0, which loses less."""
+    A = float(np.exp(np.asarray(drawn.args[4], np.float64)).max())
+    beta = shapes.statics.get("softplus_beta", 1.0)
+    return int(drawn.length.max()) * A / beta * 2.0**-24
 
 
 def against_oracle(update: Callable, shapes: draws.Shapes, drawn: draws.Drawn) -> Found:

@@ -55,10 +55,13 @@ class Deviation(NamedTuple):
     worst: float
     carried: float
 
-    def is_within(self, what: str, dtype: str, roundings: int = 1) -> bool:
+    def is_within(
+        self, what: str, dtype: str, roundings: int = 1, more: float = 0.0
+    ) -> bool:
+        """`more`: what the other side may be off by, beside its rounding."""
         many = self.carried >= MANY
         rms = self.rms if many or not math.isfinite(self.rms) else 0.0
-        return rms <= roundings * TOLERANCE[what, dtype] and self.worst <= 1
+        return rms <= roundings * TOLERANCE[what, dtype] + more and self.worst <= 1
 
 
 MANY = 200
