@@ -92,17 +92,12 @@ def fuzz(monkeypatch):
     return importlib.import_module("fuzz")
 
 
-def _run(fuzz, folder, **options):
+def _run(fuzz, folder, *, op="fused_update", against="oracle", sets=3, **options):
+    """Without a GPU."""
+    run = dict(op=op, against=against, implementation="xla", out=folder)
     with pytest.raises(SystemExit) as end:
-        fuzz.main(
-            seed=3,
-            sets=3,
-            against="oracle",
-            implementation="xla",
-            out=folder,
-            **options,
-        )
-    return end.value.code, json.loads((folder / "fuzz_oracle.json").read_text())
+        fuzz.main(seed=3, sets=sets, **run, **options)
+    return end.value.code, json.loads((folder / f"fuzz_{op}.json").read_text())
 
 
 @pytest.mark.once
@@ -111,6 +106,13 @@ def test_the_fuzzer_counts_its_calls(fuzz, tmp_path):
     assert code == 0
     assert (result["seed"], result["calls"], result["failures"]) == (3, 8, [])
     assert [row["calls"] for row in result["rows"]] == [3, 3, 2]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("op", ["replay_update", "fused_layer_step"])
+def test_the_fuzzer_takes_other_ops(op, fuzz, tmp_path):
+    code, result = _run(fuzz, tmp_path, op=op, against="", cases=3, sets=2)
+    assert (code, result["calls"], result["failures"]) == (0, 3, [])
 
 
 @pytest.mark.once
@@ -130,11 +132,15 @@ def test_the_fuzzer_finds_a_fault_and_replays_it(fault, fuzz, tmp_path, monkeypa
             array[np.flatnonzero(where)[-1]].reshape(-1)[-1:] += 0.01
         return check(shapes, drawn, (state, out), *rest, **options)
 
-    check = fuzz.check
-    monkeypatch.setattr(fuzz, "check", planted)
+    calls = importlib.import_module("fuzz_calls")
+    check = calls.check
+    monkeypatch.setattr(calls, "check", planted)
     code, result = _run(fuzz, tmp_path, cases=6)
     assert code == 1 and result["failures"]
     case = result["failures"][0]["case"]
-    assert f"--seed 3 --case {case} --sets 3" in result["failures"][0]["to"]
+    assert (
+        f"--seed 3 --case {case} --sets 3 --op fused_update"
+        in result["failures"][0]["to"]
+    )
     code, _ = _run(fuzz, tmp_path, cases=6, case=case)
     assert code == 1
