@@ -46,7 +46,7 @@ class Replays:
     )
     tolerance = (
         "relative RMS error below gdn_jax.testing.TOLERANCE against float64, that of "
-        "chunks for the kernels, of the state behind every call and of all calls' out; of "
+        "chunks for the kernels, of the state behind every call and all calls' out; of "
         f"every value {MOST} halves of its last place and of {testing.FLOOR} of the "
         "values' size"
     )

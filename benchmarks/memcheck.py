@@ -121,20 +121,24 @@ def summary(said: str) -> dict[str, Any]:
 
 def check_plant(folder: pathlib.Path) -> dict[str, Any]:
     """Raises where memcheck misses what was planted, or finds what was not."""
-    found = {}
-    for name in PLANTED:
+
+    def run_one(name: str) -> dict[str, Any]:
         log = folder / f"plant_{name.replace(' ', '_')}.log"
         command = [sys.executable, __file__, "--plant", name]
-        run = under_memcheck(command, log, {}, timeout=180)
+        return under_memcheck(command, log, {}, timeout=240)
+
+    with concurrent.futures.ThreadPoolExecutor(len(PLANTED)) as pool:
+        runs = dict(zip(PLANTED, pool.map(run_one, PLANTED), strict=True))
+    for name, run in runs.items():
         console.print(f"planted {name}: {run['errors']} errors {run['kinds']}")
-        if run["errors"] is None:
-            console.print(run["output"], run["lines"])
-            raise SystemExit("memcheck did not run; see above")
-        found[name] = {key: run[key] for key in ("errors", "kinds", "seconds")}
-        if (PLANTED[name] > 0) != (run["errors"] > 0):
+        is_right = run["errors"] is not None and (
+            (PLANTED[name] > 0) == (run["errors"] > 0)
+        )
+        if not is_right:
             console.print(run["output"], run["lines"])
             raise SystemExit(f"planted {name}: memcheck says {run['errors']} errors")
-    return found
+    names = ("errors", "kinds", "seconds")
+    return {name: {key: run[key] for key in names} for name, run in runs.items()}
 
 
 def collect(chosen: list[str]) -> list[str]:
