@@ -65,8 +65,9 @@ def costs(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     launch whose worst batch is the least comes first."""
     times: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in rows:
-        key = row["state_dtype"], row["T"], row["N"]
-        times.setdefault(key, {})[row["contender"]] = row["median_us"]
+        if "absent" not in row:
+            key = row["state_dtype"], row["T"], row["N"]
+            times.setdefault(key, {})[row["contender"]] = row["median_us"]
     ratios: dict[tuple[str, str], dict[str, float]] = {}
     for (dtype, T, N), us in times.items():
         for name, each in us.items():
