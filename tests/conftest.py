@@ -1,10 +1,14 @@
 """Runs before JAX is imported: every test of a session sees the same machine."""
 
+import fcntl
 import gc
 import os
 import pathlib
 import platform
 import signal
+import subprocess
+import sys
+import tempfile
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling ahead of time
 flags = {"xla_force_host_platform_device_count": "4"}  # for shard_map
@@ -71,6 +75,8 @@ def exact_products():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")
+    large = "takes gigabytes of a GPU; in a process of its own, one at a time"
+    config.addinivalue_line("markers", f"large: {large}")
     once = "of what JAX's version does not change; CI runs it on one line of them"
     config.addinivalue_line("markers", f"once: {once}")
 
@@ -81,6 +87,28 @@ def pytest_collection_modifyitems(config, items):
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+ALONE = "GDN_JAX_LARGE_TEST_ALONE"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A worker keeps what memory it once took, and a GPU's is for all of them."""
+    if pyfuncitem.get_closest_marker("large") is None or ALONE in os.environ:
+        return None
+    nodeid = pyfuncitem.nodeid.split("@")[0]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts="]
+    command += ["-p", "no:cacheprovider", f"{pyfuncitem.config.rootpath}/{nodeid}"]
+    environment = {k: v for k, v in os.environ.items() if "PYTEST" not in k}
+    environment |= {ALONE: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    with open(pathlib.Path(tempfile.gettempdir(), "gdn_jax_large.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return True
 
 
 def pytest_generate_tests(metafunc):

@@ -33,7 +33,11 @@ def test_help(suite):
     assert "--quick" in found.stdout
 
 
-@pytest.mark.parametrize("script", ["crossover", "schemes", "drift", "layer_step_tune"])
+OTHERS = ["crossover", "schemes", "drift", "layer_step_tune", "fuzz", "memcheck"]
+OTHERS += ["pinning"]
+
+
+@pytest.mark.parametrize("script", OTHERS)
 def test_help_of_others(script):
     command = [sys.executable, BENCHMARKS / f"{script}.py", "--help"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -402,3 +406,21 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
     for row in kept:
         made = row | {"config": gdn_jax.LayerStepConfig(**row["config"])}
         tuning.Tuned(**made)
+
+
+def test_what_pinning_a_launch_costs(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pinning = importlib.import_module("pinning")
+    for problem in pinning.problems():
+        found = pinning.launches(problem, "NVIDIA H200")
+        names = {pinning.name_of(config) for config in found}
+        assert 2 <= len(names) == len(found) < 9
+    times = {("tuned", 1): 2, ("a", 1): 3, ("b", 1): 2, ("tuned", 8): 4, ("a", 8): 4}
+    times[("b", 8)] = 5
+    rows = [
+        dict(state_dtype="float32", T=1, N=N, contender=name, median_us=us)
+        for (name, N), us in times.items()
+    ]
+    best, other = pinning.costs(rows)
+    assert (best["launch"], best["worst"]) == ("b", 1.25)
+    assert other["by_batch"] == {"T=1 N=1": 1.5, "T=1 N=8": 1.0}

@@ -76,3 +76,22 @@ def test_no_other_call_copies_states_or_spills(call):
     large = (each for each in state if each.size > 10**5)
     assert not any(aot.copies(found, each) for each in large)
     assert found.resources()["spills"] == 0
+
+
+def test_counts_of_plain_numbers_lower():
+    """As `jnp.where(drafted, 3, 1)` makes them: of a weak type, to JAX."""
+
+    def step(state, tokens, drafted):
+        accepted = jnp.where(drafted, 3, 1)
+        return replay_update(
+            state, *tokens, num_accepted=accepted, implementation="triton"
+        )
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    state = jax.eval_shape(lambda: ReplayState.zeros(3, 1, 2, 32, 32))
+    keys, logits, heads = array(3, 4, 1, 32), array(3, 4, 2), array(2)
+    tokens = keys, keys, array(3, 4, 2, 32), heads, logits, logits, heads
+    drafted = jax.ShapeDtypeStruct((3,), jnp.bool_)
+    assert aot.KERNEL_CALL in aot.lower(step, state, tokens, drafted)

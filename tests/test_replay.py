@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from replays import Host, Schedule, dense_call
 
 import gdn_jax
 from gdn_jax import ReplayState, replay_update, testing
+from gdn_jax.testing.replays import Host, Schedule, dense_call
 
 SCHEDULES = [
     Schedule("window of 16"),

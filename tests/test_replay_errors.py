@@ -5,10 +5,10 @@ import re
 import jax.numpy as jnp
 import jaxtyping
 import pytest
-from replays import dense_call
 
 import gdn_jax
 from gdn_jax import ReplayState, replay_update
+from gdn_jax.testing.replays import dense_call
 
 STATE, TOKENS = dense_call()
 LONG = dense_call(T=17)[1]

@@ -84,7 +84,8 @@ def integers(name: str, x: Any) -> Array:
         x = _integers_of_list(x)
     if x.dtype != jnp.int32:
         fail(name, x.dtype, "int32", f"Pass jnp.asarray({name}, jnp.int32).")
-    return jnp.asarray(x)
+    # of that type for good: Pallas lowers no sum of what jnp.where made of plain ints
+    return jnp.asarray(x, jnp.int32)
 
 
 def booleans(name: str, x: Any) -> Array:

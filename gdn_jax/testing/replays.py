@@ -1,11 +1,14 @@
 """Schedules of replay calls, and what float64 has after each."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from gdn_jax import ReplayState, testing
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
+from gdn_jax.testing.cases import Case, make
+from gdn_jax.testing.oracle import oracle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Call:
 class Host:
     """Each slot's state after each of its last call's tokens, in float64."""
 
-    def __init__(self, schedule: Schedule, seed: int = 0):
+    def __init__(self, schedule: Schedule, seed: int | Sequence[int] = 0):
         self.schedule, self.random = schedule, np.random.default_rng(seed)
         x = schedule
         shape = x.slots, x.HV, x.V, x.K
@@ -138,9 +141,7 @@ class Host:
                 pool[slots[n]] = self.states[slots[n]][accepted[n] - 1]
         kwargs["slots"] = np.where(live, slots, -1)
         args = [np.asarray(y).astype(np.float64) for y in call.args]
-        tokens, out, _ = testing.oracle(
-            (pool, *args), kwargs | {"per_token_states": True}
-        )
+        tokens, out, _ = oracle((pool, *args), kwargs | {"per_token_states": True})
         bounds = kwargs["cu_seqlens"]
         for n in np.flatnonzero(live & (np.diff(bounds) > 0)):
             own = tokens[bounds[n] : bounds[n + 1]]
@@ -151,8 +152,8 @@ class Host:
 
 def dense_call(N=3, T=4, seed=0, **sizes):
     """A state of as many slots as rows, and a dense call's arguments behind it."""
-    case = testing.Case("dense", (T,) * N, slots="none", **sizes)
-    (pool, *tokens), _ = testing.make(case, seed)
+    case = Case("dense", (T,) * N, slots="none", **sizes)
+    (pool, *tokens), _ = make(case, seed)
     state = ReplayState.from_dense(
         pool, num_key_heads=case.H, key_dtype=case.act_dtype, per_key_decay=case.kda
     )

@@ -1,0 +1,302 @@
+"""compute-sanitizer's memcheck over the gpu-marked tests:
+python benchmarks/memcheck.py [--quick] [--part 1/4] [--minutes 8]
+
+First it must find writes past a buffer that are planted in a kernel, and nothing in the
+same kernel without them. Every part takes other tests; what its time leaves out is
+listed in its results file. `--join` makes one file of those of all parts.
+"""
+
+import collections
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import memcheck_tests
+import typer
+from common import RESULTS, console, header
+
+from gdn_jax import _triton
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENT = {
+    # A buffer is an allocation of its own; in JAX's pool a write past one is inside.
+    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # XLA's search for fast products runs hundreds of kernels that are not ours.
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+    "PYTHONUNBUFFERED": "1",
+}
+# Memory behind every allocation that nothing may touch: a write far past one does not
+# land in the next.
+PADDING = 4096
+SIZE, BLOCK = 1000, 8192  # of the buffer and of the program that writes it
+PLANTED = {"none": 0, "one value": 1, "many values": 4096}  # past the end
+TESTS_AT_ONCE = 16  # of a process
+# Pools of gigabytes: as many processes at once do not fit, and what is checked of them
+# is their values.
+LEFT_OUT = ("test_large.py",)
+SHOWN_LINES = 40
+
+
+def plant(past: int) -> jax.Array:
+    """A kernel of ours that writes its buffer, and so many values past its end."""
+
+    def kernel(x, out_ref):
+        at = jnp.arange(BLOCK, dtype=jnp.int32)
+        value = jnp.full((BLOCK,), 1.0) * _triton.load(x.at[0])
+        _triton.store(out_ref.at[at], value, mask=at < SIZE + past)
+
+    [out] = _triton.launch(
+        kernel,
+        jnp.ones(1),
+        (((SIZE,), jnp.float32),),
+        grid=(1,),
+        aliases={},
+        num_warps=4,
+        interpret=False,
+    )
+    return out
+
+
+def find_sanitizer() -> str:
+    places = [shutil.which("compute-sanitizer")]
+    places += map(str, sorted(pathlib.Path("/usr/local").glob("cuda*/bin/*sanitizer")))
+    for place in filter(None, places):
+        return place
+    raise SystemExit("compute-sanitizer is not on PATH nor under /usr/local/cuda*/bin")
+
+
+def under_memcheck(
+    command: list[str], log: pathlib.Path, more: dict[str, str], timeout: float
+) -> dict[str, Any]:
+    """Runs it; what memcheck says: `errors` is None where it said no summary."""
+    sanitizer = [
+        find_sanitizer(),
+        *("--tool", "memcheck", "--report-api-errors", "no"),
+        *("--padding", str(PADDING), "--log-file", str(log)),
+    ]
+    begun = time.perf_counter()
+    try:
+        run = subprocess.run(
+            [*sanitizer, *command],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | more,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        code, output = run.returncode, run.stdout[-4000:] + run.stderr[-4000:]
+    except subprocess.TimeoutExpired as late:
+        code, output = None, str(late)[:200]
+    seconds = round(time.perf_counter() - begun, 1)
+    said = log.read_text(errors="replace") if log.exists() else ""
+    return {"code": code, "seconds": seconds} | summary(said) | {"output": output}
+
+
+def summary(said: str) -> dict[str, Any]:
+    """Of memcheck's log."""
+    counts = [int(n) for n in re.findall(r"ERROR SUMMARY: (\d+) error", said)]
+    lines = [line.removeprefix("=========").strip() for line in said.splitlines()]
+    kinds = collections.Counter(
+        line for line in lines if re.match(r"(Invalid|Misaligned|Out-of-range) ", line)
+    )
+    has_errors = sum(counts) > 0 or bool(kinds)
+    return {
+        "errors": max(sum(counts), kinds.total()) if counts or kinds else None,
+        "kinds": dict(kinds.most_common(20)),
+        "lines": lines[:SHOWN_LINES] if has_errors or not counts else [],
+    }
+
+
+def check_plant(folder: pathlib.Path) -> dict[str, Any]:
+    """Raises where memcheck misses what was planted, or finds what was not."""
+
+    def run_one(name: str) -> dict[str, Any]:
+        log = folder / f"plant_{name.replace(' ', '_')}.log"
+        command = [sys.executable, __file__, "--plant", name]
+        return under_memcheck(command, log, {}, timeout=240)
+
+    with concurrent.futures.ThreadPoolExecutor(len(PLANTED)) as pool:
+        runs = dict(zip(PLANTED, pool.map(run_one, PLANTED), strict=True))
+    for name, run in runs.items():
+        console.print(f"planted {name}: {run['errors']} errors {run['kinds']}")
+        is_right = run["errors"] is not None and (
+            (PLANTED[name] > 0) == (run["errors"] > 0)
+        )
+        if not is_right:
+            console.print(run["output"], run["lines"])
+            raise SystemExit(f"planted {name}: memcheck says {run['errors']} errors")
+    names = ("errors", "kinds", "seconds")
+    return {name: {key: run[key] for key in names} for name, run in runs.items()}
+
+
+def collect(chosen: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", *(chosen or ["tests"])]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [line for line in run.stdout.splitlines() if line.startswith("tests/")]
+    if run.returncode != 0 or not found:
+        raise SystemExit(f"no gpu-marked tests:\n{run.stdout[-2000:]}{run.stderr}")
+    return found
+
+
+def chunks(tests: list[str]) -> list[list[str]]:
+    """Of a file's tests, which share what they compile."""
+    files = collections.defaultdict(list)
+    for test in tests:
+        files[test.split("::")[0]].append(test)
+    return [
+        group[i : i + TESTS_AT_ONCE]
+        for group in files.values()
+        for i in range(0, len(group), TESTS_AT_ONCE)
+    ]
+
+
+def run_chunk(
+    number: int, tests: list[str], folder: pathlib.Path, until: float
+) -> dict[str, Any]:
+    left = until - time.time()
+    if left < 20:  # JAX itself takes that long to start
+        return {"tests": tests, "ran": {}, "errors": 0, "late": True}
+    report = folder / f"report_{number}.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-x"]
+    command += ["-p", "no:cacheprovider", "-p", "memcheck_tests", *tests]
+    paths = [str(pathlib.Path(__file__).parent), str(ROOT)]
+    paths.append(os.environ.get("PYTHONPATH", ""))
+    more = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        memcheck_tests.REPORT: str(report),
+        memcheck_tests.UNTIL: str(until - 15),
+    }
+    run = under_memcheck(command, folder / f"{number}.log", more, left + 30)
+    lines = report.read_text().splitlines() if report.exists() else []
+    ran = {each["test"]: each["outcome"] for each in map(json.loads, lines)}
+    if run["errors"] == 0 and "failed" not in ran.values():
+        del run["output"], run["lines"]
+    return {"tests": tests, "ran": ran, **run, "late": False}
+
+
+class Part:
+    """A part's results, written after every process."""
+
+    def __init__(self, path: pathlib.Path, part: str, plant: dict, left_out: list[str]):
+        self.path, self.begun = path, time.perf_counter()
+        self.result = header("those of the tests")
+        del self.result["time"]
+        self.result |= {"part": part, "environment": ENVIRONMENT, "padding": PADDING}
+        self.result |= {"sanitizer": self.version(), "planted": plant}
+        self.result |= {"left_out": left_out, "seconds": 0.0}
+        self.result |= {"passed": [], "failed": [], "skipped": [], "not_run": []}
+        self.result |= {"errors": 0, "unchecked": [], "reports": []}
+
+    @staticmethod
+    def version() -> str:
+        command = [find_sanitizer(), "--version"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.stdout.strip().splitlines()[-1] if run.stdout.strip() else ""
+
+    def add(self, chunk: dict[str, Any]) -> None:
+        result = self.result
+        for test in chunk["tests"]:
+            outcome = chunk["ran"].get(test, "not_run")
+            result[outcome].append(test)
+        if chunk["errors"] is None:  # ended without a summary: nothing is known
+            result["unchecked"] += list(chunk["ran"])
+        result["errors"] += chunk["errors"] or 0
+        if chunk.get("output") is not None:
+            result["reports"].append(chunk)
+        result["seconds"] = round(time.perf_counter() - self.begun, 1)
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def line(self) -> str:
+        names = ("passed", "failed", "skipped", "not_run", "unchecked")
+        counts = ", ".join(f"{len(self.result[name])} {name}" for name in names)
+        return f"{counts}; {self.result['errors']} errors"
+
+
+def join(folder: pathlib.Path) -> None:
+    """One file of all parts', which must be of one commit."""
+    parts = [json.loads(x.read_text()) for x in sorted(folder.glob("memcheck_*.json"))]
+    if len({(part["commit"], part["package"]) for part in parts}) != 1:
+        raise SystemExit("the parts are not of one commit and package")
+    whole, names = parts[0], ("passed", "failed", "skipped", "unchecked", "reports")
+    for part in parts[1:]:
+        for name in names:
+            whole[name] += part[name]
+        for name in ("errors", "seconds"):
+            whole[name] += part[name]
+        whole["part"] += f", {part['part']}"
+        whole["not_run"] += part["not_run"]
+    done = {test for name in names[:3] for test in whole[name]}
+    whole["not_run"] = sorted(set(whole["not_run"]) - done)
+    path = folder / "memcheck.json"
+    path.write_text(json.dumps(whole, indent=1) + "\n")
+    console.print(f"wrote {path}")
+
+
+def main(
+    tests: list[str] = typer.Argument(None),  # noqa: B008
+    part: str = "1/1",
+    minutes: float = 8.5,
+    workers: int = 8,
+    quick: bool = False,
+    plant_name: str = typer.Option("", "--plant"),
+    join_parts: bool = typer.Option(False, "--join"),
+    out: pathlib.Path | None = None,
+) -> None:
+    until = time.time() + 60 * minutes
+    if plant_name:
+        jax.block_until_ready(plant(PLANTED[plant_name]))
+        return
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # memory is for the tests
+    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
+    folder = out or RESULTS / device
+    folder.mkdir(parents=True, exist_ok=True)
+    if join_parts:
+        join(folder)
+        return
+    index, count = map(int, part.split("/"))
+    if not 1 <= index <= count:
+        raise SystemExit(f"--part must be like 2/4; got {part}")
+    with tempfile.TemporaryDirectory() as name:
+        logs = pathlib.Path(name)
+        planted = check_plant(logs)
+        found = collect(tests or [])
+        left_out = [x for x in found if any(f"/{file}::" in x for file in LEFT_OUT)]
+        groups = chunks([test for test in found if test not in set(left_out)])
+        groups = groups[index - 1 :: count][: 2 if quick else None]
+        total = sum(map(len, groups))
+        console.print(f"part {part}: {total} of {len(found)} tests")
+        results = Part(folder / f"memcheck_{index}.json", part, planted, left_out)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            running = [
+                pool.submit(run_chunk, number, group, logs, until)
+                for number, group in enumerate(groups)
+            ]
+            for future in concurrent.futures.as_completed(running):
+                chunk = future.result()
+                results.add(chunk)
+                file = chunk["tests"][0].split("::")[0]
+                seconds = chunk.get("seconds", 0)
+                console.print(f"{seconds:6} s  {file}  {results.line()}")
+    result = results.result
+    for report in result["reports"]:
+        console.print(report, highlight=False)
+    console.print(f"wrote {results.path}")
+    bad = result["errors"] or result["failed"] or result["unchecked"]
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

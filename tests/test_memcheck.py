@@ -1,0 +1,93 @@
+"""benchmarks/memcheck.py without a GPU: what it plants lowers for one, and what a
+sanitizer says is counted."""
+
+import importlib
+import json
+import pathlib
+
+import aot
+import pytest
+
+pytestmark = pytest.mark.once
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+# In place of the tool: runs the command, and says of each plant and of one test an
+# error.
+SANITIZER = """#!/bin/sh
+while [ "$1" != --log-file ]; do [ "$1" = --version ] && exit; shift; done
+log=$2; shift 2; errors=0
+case "$*" in *"--plant one value"|*"--plant many values"|*test_faulty*)
+  echo "========= Invalid __global__ write of size 4 bytes" >"$log"; errors=1;; esac
+case "$*" in *--plant*) ;; *) "$@";; esac
+echo "========= ERROR SUMMARY: $errors errors" >>"$log"
+"""
+
+
+@pytest.fixture
+def memcheck(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("memcheck")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setattr(module, "find_sanitizer", lambda: str(tool))
+    return module
+
+
+def test_what_is_planted_lowers_for_a_gpu(memcheck):
+    for past in memcheck.PLANTED.values():
+        assert aot.KERNEL_CALL in aot.lower(lambda past=past: memcheck.plant(past))
+
+
+def _run(memcheck, folder, monkeypatch, source, **options):
+    """Of tests of a file that is written for it."""
+    file = folder / "test_some.py"
+    file.write_text(source)
+    names = [line[4:-3] for line in source.splitlines() if line.startswith("def ")]
+    found = [f"{file.name}::{name}" for name in names]
+    monkeypatch.setattr(memcheck, "collect", lambda tests: found)
+    monkeypatch.setattr(memcheck, "ROOT", folder)
+    with pytest.raises(SystemExit) as end:
+        memcheck.main(None, out=folder, **_options(**options))
+    return end.value.code, json.loads((folder / "memcheck_1.json").read_text())
+
+
+def _options(**given):
+    options = dict(part="1/1", minutes=2.0, workers=1, quick=False)
+    return options | dict(plant_name="", join_parts=False) | given
+
+
+def _counts(result):
+    names = ("passed", "failed", "not_run", "unchecked")
+    return [len(result[name]) for name in names]
+
+
+def test_clean_tests_are_counted(memcheck, tmp_path, monkeypatch):
+    source = "def test_a():\n    pass\ndef test_b():\n    pass\n"
+    code, result = _run(memcheck, tmp_path, monkeypatch, source)
+    assert (code, result["errors"], _counts(result)) == (0, 0, [2, 0, 0, 0])
+    assert result["planted"]["one value"]["errors"] == 1
+
+
+def test_an_error_is_reported(memcheck, tmp_path, monkeypatch):
+    source = "def test_faulty():\n    pass\n"
+    code, result = _run(memcheck, tmp_path, monkeypatch, source)
+    assert (code, result["errors"]) == (1, 1)
+    assert result["reports"][0]["kinds"]
+
+
+def test_what_its_time_leaves_out_is_listed(memcheck, tmp_path, monkeypatch):
+    source = (
+        "import os\ndef test_a():\n    os.environ['GDN_JAX_MEMCHECK_UNTIL'] = '0'\n"
+    )
+    source += "def test_b():\n    pass\n"
+    code, result = _run(memcheck, tmp_path, monkeypatch, source)
+    assert (code, _counts(result)) == (0, [1, 0, 1, 0])
+    assert result["not_run"][0].endswith("test_b")
+
+
+def test_a_plant_that_is_missed_ends_the_run(memcheck, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.replace("one value", "nothing"))
+    with pytest.raises(SystemExit, match="planted one value: memcheck says 0 errors"):
+        memcheck.main(None, out=tmp_path, **_options())
