@@ -1,0 +1,257 @@
+"""A model whose heads, columns and experts devices share out, and its sequences."""
+
+from __future__ import annotations  # so that help() names types and expands none
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gdn_jax.models import parameters, shares
+from gdn_jax.models.config import Config
+from gdn_jax.models.cover import Target
+from gdn_jax.models.model import Model
+from gdn_jax.models.parameters import Params
+from gdn_jax.models.state import ModelState
+from gdn_jax.nn.attention import KVCache
+from gdn_jax.nn.split import Split
+from gdn_jax.nn.state import GatedDeltaNetState
+from gdn_jax.ops import checks
+from gdn_jax.sharding.grid import AXES, Grid, MeshAxes
+
+Region = tuple[slice, ...]
+Read = Callable[[Region], np.ndarray]  # of a whole parameter
+
+METHODS = ("__call__", "hidden", "logits", "draft")
+LAYER_STATES = (KVCache, GatedDeltaNetState)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedModel:
+    """A model on a mesh: the kernels run on every device, each on its heads.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import generate, models, sharding
+        >>> mesh = sharding.make_mesh(model=1)     # of data * model devices
+        >>> model, params = models.load_sharded(models.SMALL, mesh, progress=False)
+        >>> tokens = jnp.array([[100, 101, 102]])
+        >>> jax.jit(model.apply)({"params": params}, tokens).shape
+        (1, 3, 256)
+        >>> [text] = generate(model, params, [[100, 101]], max_tokens=8)
+
+    It has what of `Model` calls and `generate` need. What is sent: the sums behind each
+    layer's mixer and behind its MLP, an all-reduce each, and, of a vocabulary that is
+    shared out, one for the embedding and an all-gather of logits; nothing around the
+    rule, and nothing between groups of `data`.
+
+    Attributes:
+      model: what is shared out.
+      mesh: with axes of type Auto.
+      axes: which logical axis is split over which of the mesh's; see `sharding.AXES`.
+
+    Raises:
+      ValueError: the devices cannot share it out; the text names the sizes that could.
+    """
+
+    model: Model
+    mesh: Mesh
+    axes: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: AXES)
+
+    def __post_init__(self):
+        if self.model.split is not None:
+            remedy = "Give the whole model."
+            checks.fail("model", "a part of one", "whole", remedy)
+        _ = self.part  # its errors are for now
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.mesh, tuple(sorted(self.axes.items()))))
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        return Grid(self.mesh, self.axes)
+
+    @functools.cached_property
+    def part(self) -> Model:
+        """What a device runs."""
+        return self.model.clone(split=shares.find_split(self.config, self.grid))
+
+    @property
+    def split(self) -> Split | None:
+        return self.part.split
+
+    @property
+    def groups(self) -> int:
+        """Between how many the sequences are shared out."""
+        return self.grid.parts("rows")
+
+    @functools.cached_property
+    def targets(self) -> dict[str, Target]:
+        """Each parameter as it lies on the mesh, by its path."""
+        return {
+            path: target._replace(shape=self._shape(path, target))
+            for path, target in parameters.find_targets(self.model).items()
+        }
+
+    @functools.cached_property
+    def param_specs(self) -> Params:
+        return unflatten_dict({path: self._spec(path) for path in self.targets}, "/")
+
+    def apply(
+        self, variables: Any, *args: Any, method: str = "__call__", **keywords: Any
+    ) -> Any:
+        """As `Model.apply`, of "__call__", "hidden", "logits" and "draft".
+
+        Several groups share a call's sequences out in order: of n groups the first has
+        the first N / n, whose `rows` of the state are among its first P / n.
+        """
+        if method not in METHODS:
+            wanted = f"one of {', '.join(METHODS)}"
+            checks.fail("method", method, wanted, "Others are not shared out.")
+        static = {k: v for k, v in keywords.items() if v is None or type(v) is int}
+        arrays = args, {k: v for k, v in keywords.items() if k not in static}
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        leaves = jax.tree_util.tree_leaves_with_path(dict(enumerate(arrays[0])))
+        for path, leaf in (*leaves, *arrays[1].items()):
+            if jnp.ndim(leaf):
+                what = path if isinstance(path, str) else f"argument {path[0].key}"
+                self.grid.check("rows", f"{what}'s axis 0", leaf.shape[0])
+
+        def run(variables: Any, args: Any, tables: Any) -> Any:
+            if "rows" in tables:
+                tables = tables | dict(rows=self.own_rows(tables["rows"], args))
+            call = dict(static, **tables)
+            return self.part.apply(variables, *args, method=method, **call)
+
+        # the state or cache, which comes back
+        carried = [x for x in (*arrays[0], *arrays[1].values()) if isinstance(x, tuple)]
+        back: Any = self.specs(carried[0]) if carried else None
+        results: Any = self.specs(jax.ShapeDtypeStruct((1,), jnp.int32))
+        if method in ("hidden", "draft") or (method == "__call__" and carried):
+            results = results, back
+        specs = dict(params=self.param_specs), *map(self.specs, arrays)
+        return self.grid.run(run, specs, results)(variables, *arrays)
+
+    def own_rows(self, rows: Array, state: Any) -> Array:
+        """Rows of all groups' state as this group counts them, inside of shard_map."""
+        of_states = [x.length for x in _leaves(state, ModelState)]
+        num_rows = (of_states or [x.k for x in _leaves(state, KVCache)])[0].shape[0]
+        return rows - self.grid.index("rows") * num_rows
+
+    def specs(self, tree: Any) -> Any:
+        """Of states and tables: all have a row for each sequence, and states of layers
+        heads, if any, behind it."""
+        axes = None if self.split is None else self.split.axes
+        rows = self.grid.over("rows") or None
+
+        def spec(x: Any) -> Any:
+            if isinstance(x, LAYER_STATES):
+                of_heads = PartitionSpec(rows, axes), PartitionSpec(rows)
+                return jax.tree.map(lambda leaf: of_heads[leaf.ndim == 1], x)
+            return PartitionSpec(*[rows][: len(x.shape)])
+
+        return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, LAYER_STATES))
+
+    def make(self, function: Callable[[int], Any], num_rows: int) -> Any:
+        """What `function` makes for so many rows, each device its own part of it."""
+        self.grid.check("rows", "num_rows", num_rows)
+        make = functools.partial(function, num_rows // self.groups)
+        specs = self.specs(jax.eval_shape(make))
+        return jax.jit(self.grid.run(make, (), specs))()
+
+    def init_state(self, num_rows: int, *args: Any, **keywords: Any) -> ModelState:
+        """As `Model.init_state`; every device makes its own part."""
+        checks.count("num_rows", num_rows, "It is a count of sequences.")
+        init = self.part.init_state
+        return self.make(lambda rows: init(rows, *args, **keywords), num_rows)
+
+    def init_draft_cache(
+        self, num_rows: int, num_positions: int
+    ) -> tuple[KVCache, ...]:
+        """As `Model.init_draft_cache`."""
+        init = self.part.init_draft_cache
+        return self.make(lambda rows: init(rows, num_positions), num_rows)
+
+    def shard(self, params: Any) -> Params:
+        """Parameters of the whole model, put where they belong on the mesh.
+
+        Raises:
+          ValueError: they are not the model's.
+        """
+        arrays = parameters.check_params(self.model, params)
+        targets = parameters.find_targets(self.model)
+
+        def read(path: str) -> Read:
+            return lambda index: np.asarray(arrays[path][index])
+
+        placed = {path: self.place(path, targets[path], read(path)) for path in targets}
+        return unflatten_dict(placed, "/")
+
+    def place(self, path: str, target: Target, read: Read) -> Array:
+        """A parameter on the mesh, of which each device's process reads its part."""
+        axis = self._axis(path)
+        shape, spec = self.targets[path].shape, self._spec(path)
+        found: dict[int, np.ndarray] = {}
+
+        def part_of(index: Region) -> np.ndarray:
+            if axis is None:
+                return found.setdefault(0, read(tuple(map(slice, target.shape))))
+            own = shape[axis] // self.split.parts
+            part = (index[axis].start or 0) // own
+            if part not in found:
+                found[part] = self._read_part(path, target, axis, part, read)
+            return found[part]
+
+        sharding = NamedSharding(self.mesh, spec)
+        array = jax.make_array_from_callback(shape, sharding, part_of)
+        return array.block_until_ready()  # until then the host holds it as well
+
+    def _read_part(
+        self, path: str, target: Target, axis: int, part: int, read: Read
+    ) -> np.ndarray:
+        whole = [slice(0, size) for size in target.shape]
+        runs = shares.runs_of(path, target, axis, self.config, self.split, part)
+        pieces = [
+            read((*whole[:axis], slice(*run), *whole[axis + 1 :])) for run in runs
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+
+    def _axis(self, path: str) -> int | None:
+        if self.split is None:
+            return None
+        target = parameters.find_targets(self.model)[path]
+        return shares.split_axis(path, target, self.split)
+
+    def _shape(self, path: str, target: Target) -> tuple[int, ...]:
+        axis = self._axis(path)
+        if axis is None:
+            return target.shape
+        split = self.split
+        runs = shares.runs_of(path, target, axis, self.config, split, 0)
+        size = split.parts * sum(end - begin for begin, end in runs)
+        return (*target.shape[:axis], size, *target.shape[axis + 1 :])
+
+    def _spec(self, path: str) -> PartitionSpec:
+        axis = self._axis(path)
+        if axis is None:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * axis, self.split.axes)
+
+
+def _leaves(tree: Any, kind: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
