@@ -186,6 +186,14 @@ class ShardedModel:
         init = self.part.init_draft_cache
         return self.make(lambda rows: init(rows, num_positions), num_rows)
 
+    def put(self, state: Any) -> Any:
+        """Of a state of such a model, each device's part on it."""
+
+        def put(x: Any, spec: PartitionSpec) -> Any:
+            return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(put, state, self.specs(state))
+
     def shard(self, params: Any) -> Params:
         """Parameters of the whole model, put where they belong on the mesh.
 
@@ -250,6 +258,27 @@ class ShardedModel:
         if axis is None:
             return PartitionSpec()
         return PartitionSpec(*[None] * axis, self.split.axes)
+
+
+AnyModel = Model | ShardedModel
+
+
+def groups_of(model: AnyModel) -> int:
+    """Between how many groups of devices sequences are shared out."""
+    return model.groups if isinstance(model, ShardedModel) else 1
+
+
+def check_params(model: AnyModel, params: Any) -> None:
+    """As `parameters.check_params`, of a shared model's parameters on its mesh too.
+
+    Raises:
+      ValueError: as that.
+    """
+    if not isinstance(model, ShardedModel):
+        parameters.check_params(model, params)
+        return
+    remedy = "Give model and params as models.load_sharded does, in this order."
+    parameters.check_arrays(params, model.targets, remedy)
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:
