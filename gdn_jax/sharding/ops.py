@@ -84,7 +84,9 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
     ]
     arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
     names = {path: _axes_of(path, arrays, entry.arrays[path]) for path in paths}
-    arrays = {path: _shared(path, arrays, names, grid) for path in paths}
+    order = list(given)  # an error names the first of a call's arguments
+    in_order = sorted(paths, key=lambda path: order.index(path.partition(".")[0]))
+    arrays |= {path: _shared(path, arrays, names, grid) for path in in_order}
     specs = {path: grid.spec(names[path]) for path in paths}
     if (sizes := static.get("split")) is not None:
         for i, size in enumerate(sizes):
