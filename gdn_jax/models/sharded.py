@@ -109,7 +109,7 @@ class ShardedModel:
 
     @functools.cached_property
     def param_specs(self) -> Params:
-        return unflatten_dict({path: self._spec(path) for path in self.targets}, "/")
+        return unflatten_dict({path: self.spec_of(path) for path in self.targets}, "/")
 
     def apply(
         self, variables: Any, *args: Any, method: str = "__call__", **keywords: Any
@@ -212,7 +212,7 @@ class ShardedModel:
     def place(self, path: str, target: Target, read: Read) -> Array:
         """A parameter on the mesh, of which each device's process reads its part."""
         axis = self._axis(path)
-        shape, spec = self.targets[path].shape, self._spec(path)
+        shape, spec = self.targets[path].shape, self.spec_of(path)
         found: dict[int, np.ndarray] = {}
 
         def part_of(index: Region) -> np.ndarray:
@@ -253,7 +253,8 @@ class ShardedModel:
         size = split.parts * sum(end - begin for begin, end in runs)
         return (*target.shape[:axis], size, *target.shape[axis + 1 :])
 
-    def _spec(self, path: str) -> PartitionSpec:
+    def spec_of(self, path: str) -> PartitionSpec:
+        """How a parameter lies on the mesh."""
         axis = self._axis(path)
         if axis is None:
             return PartitionSpec()
@@ -277,8 +278,16 @@ def check_params(model: AnyModel, params: Any) -> None:
     if not isinstance(model, ShardedModel):
         parameters.check_params(model, params)
         return
-    remedy = "Give model and params as models.load_sharded does, in this order."
-    parameters.check_arrays(params, model.targets, remedy)
+    remedy = (
+        "Give model and params as models.load_sharded does, or model.shard(params)."
+    )
+    arrays = parameters.check_arrays(params, model.targets, remedy)
+    # The whole model's may be of the same shapes, with columns in another order.
+    for path, array in arrays.items():
+        there = NamedSharding(model.mesh, model.spec_of(path))
+        if not array.sharding.is_equivalent_to(there, array.ndim):
+            wanted = f"params/{path} must lie on the mesh as {there.spec}"
+            raise ValueError(f"{wanted}; got {array.sharding}. {remedy}")
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:

@@ -113,9 +113,7 @@ class Grid:
         axes = " * ".join(map(repr, self.over(name)))
         wanted = f"a multiple of the {parts} devices of the mesh's {axes}"
         if others:
-            wanted += (
-                f", or a divisor of them where they divide the {others} of its readers"
-            )
+            wanted += f", or a divisor of them where they divide {others}, its readers"
         more = ", .." if len(possible) > MOST_SHOWN else ""
         shown = ", ".join(possible[:MOST_SHOWN]) + more
         checks.fail(what, size, wanted, f"Possible sizes of {axes}: {shown}.")
