@@ -13,6 +13,7 @@ import sys
 import checkpoints
 import engines
 import jax
+import layers
 import numpy as np
 import pytest
 from checkpoints import assert_same
@@ -20,6 +21,7 @@ from checkpoints import assert_same
 from gdn_jax import Engine, models, sharding, testing
 from gdn_jax.generation.api import make_engine
 from gdn_jax.models import ShardedModel, parameters
+from gdn_jax.nn import ShardedLayer
 
 saved = checkpoints.saved
 pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers:UserWarning")
@@ -109,7 +111,7 @@ def test_rows_of_groups():
     assert testing.relative_error(got[0], want[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("data", "model", "drafts"), [(2, 4, 2), (1, 2, 0)])
+@pytest.mark.parametrize(("data", "model", "drafts"), [(2, 2, 2), (1, 2, 0)])
 def test_engine(data, model, drafts):
     shared, params = shared_of("dense", data, model)
     whole, own = engines.make(**KINDS["dense"])
@@ -147,6 +149,31 @@ def test_generate_takes_a_row_for_each_group():
     shared, params = shared_of("dense", 4, 2)
     engine = make_engine(shared, params, engines.PROMPTS[:1], max_tokens=5, drafts=0)
     assert engine.sizes.num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("Qwen3.5", (2, 4)), ("Qwen3-Next", (1, 4)), ("OLMo-hybrid", (1, 2))],
+)
+def test_layers(kind, mesh):
+    """Of four devices two share a key head."""
+    layer, params = layers.make(kind)
+    shared = ShardedLayer(layer, sharding.make_mesh(*mesh))
+    own = {"params": shared.shard(params["params"])}
+    slots = np.array([1, 0, 5, 7], np.int32)
+    x, found = layers.tokens(4, 3), []
+    for each, variables in ((shared, own), (layer, params)):
+        state = each.init_state(8)
+        first, state = jax.jit(each.apply)(variables, x, state, slots=slots)
+        apply = jax.jit(each.apply)
+        text = apply.lower(variables, x[:, :1], state, slots=slots).compile().as_text()
+        last, _ = apply(variables, x[:, :1], state, slots=slots)
+        found.append((first, last, count(text)["all-reduce"]))
+    assert testing.relative_error(found[0][0], found[1][0]) < TOLERANCE
+    assert testing.relative_error(found[0][1], found[1][1]) < TOLERANCE
+    assert [each[2] for each in found] == [1, 0]
+    y, _ = jax.jit(shared.apply)(own, x)
+    assert testing.relative_error(y, layers.apply(layer, params, x)[0]) < TOLERANCE
 
 
 @pytest.mark.once

@@ -14,20 +14,20 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gdn_jax.models import parameters, shares
+from gdn_jax.models import parameters
 from gdn_jax.models.config import Config
 from gdn_jax.models.cover import Target
 from gdn_jax.models.model import Model
 from gdn_jax.models.parameters import Params
+from gdn_jax.models.shares import find_split
 from gdn_jax.models.state import ModelState
 from gdn_jax.nn.attention import KVCache
+from gdn_jax.nn.projections import Heads
+from gdn_jax.nn.shares import Read, Shares
 from gdn_jax.nn.split import Split
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
 from gdn_jax.sharding.grid import AXES, Grid, MeshAxes
-
-Region = tuple[slice, ...]
-Read = Callable[[Region], np.ndarray]  # of a whole parameter
 
 METHODS = ("__call__", "hidden", "logits", "draft")
 LAYER_STATES = (KVCache, GatedDeltaNetState)
@@ -88,7 +88,7 @@ class ShardedModel:
     @functools.cached_property
     def part(self) -> Model:
         """What a device runs."""
-        return self.model.clone(split=shares.find_split(self.config, self.grid))
+        return self.model.clone(split=find_split(self.config, self.grid))
 
     @property
     def split(self) -> Split | None:
@@ -103,7 +103,9 @@ class ShardedModel:
     def targets(self) -> dict[str, Target]:
         """Each parameter as it lies on the mesh, by its path."""
         return {
-            path: target._replace(shape=self._shape(path, target))
+            path: target._replace(
+                shape=self.shares.shape(path, target.names, target.shape)
+            )
             for path, target in parameters.find_targets(self.model).items()
         }
 
@@ -134,7 +136,7 @@ class ShardedModel:
         def run(variables: Any, args: Any, tables: Any) -> Any:
             if "rows" in tables:
                 tables = tables | dict(rows=self.own_rows(tables["rows"], args))
-            call = dict(static, **tables)
+            call: dict[str, Any] = static | tables
             return self.part.apply(variables, *args, method=method, **call)
 
         # the state or cache, which comes back
@@ -210,55 +212,23 @@ class ShardedModel:
         return unflatten_dict(placed, "/")
 
     def place(self, path: str, target: Target, read: Read) -> Array:
-        """A parameter on the mesh, of which each device's process reads its part."""
-        axis = self._axis(path)
-        shape, spec = self.targets[path].shape, self.spec_of(path)
-        found: dict[int, np.ndarray] = {}
+        """A parameter on the mesh, of which each process reads its devices' parts."""
+        return self.shares.place(path, target.names, target.shape, read)
 
-        def part_of(index: Region) -> np.ndarray:
-            if axis is None:
-                return found.setdefault(0, read(tuple(map(slice, target.shape))))
-            own = shape[axis] // self.split.parts
-            part = (index[axis].start or 0) // own
-            if part not in found:
-                found[part] = self._read_part(path, target, axis, part, read)
-            return found[part]
-
-        sharding = NamedSharding(self.mesh, spec)
-        array = jax.make_array_from_callback(shape, sharding, part_of)
-        return array.block_until_ready()  # until then the host holds it as well
-
-    def _read_part(
-        self, path: str, target: Target, axis: int, part: int, read: Read
-    ) -> np.ndarray:
-        whole = [slice(0, size) for size in target.shape]
-        runs = shares.runs_of(path, target, axis, self.config, self.split, part)
-        pieces = [
-            read((*whole[:axis], slice(*run), *whole[axis + 1 :])) for run in runs
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
-
-    def _axis(self, path: str) -> int | None:
-        if self.split is None:
-            return None
-        target = parameters.find_targets(self.model)[path]
-        return shares.split_axis(path, target, self.split)
-
-    def _shape(self, path: str, target: Target) -> tuple[int, ...]:
-        axis = self._axis(path)
-        if axis is None:
-            return target.shape
-        split = self.split
-        runs = shares.runs_of(path, target, axis, self.config, split, 0)
-        size = split.parts * sum(end - begin for begin, end in runs)
-        return (*target.shape[:axis], size, *target.shape[axis + 1 :])
+    @functools.cached_property
+    def shares(self) -> Shares:
+        config = self.config
+        heads = Heads(
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+        return Shares(self.mesh, self.split, heads, config.num_key_value_heads)
 
     def spec_of(self, path: str) -> PartitionSpec:
         """How a parameter lies on the mesh."""
-        axis = self._axis(path)
-        if axis is None:
-            return PartitionSpec()
-        return PartitionSpec(*[None] * axis, self.split.axes)
+        return self.shares.spec(path, self.targets[path].names)
 
 
 AnyModel = Model | ShardedModel

@@ -100,10 +100,10 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         return _call(op, grid, static | own | tables)
 
     found: Any = jax.tree.unflatten(structure, specs.values())
-    results = tuple(_result_spec(path, specs, found) for path in entry.results)
+    results = [_result_spec(path, specs, found) for path in entry.results]
     if call.get("per_token_states"):
-        results = results[1], results[1]
-    out_specs = results if len(results) > 1 else results[0]
+        results[0] = results[1]
+    out_specs = tuple(results) if results[1:] else results[0]
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
 
 

@@ -41,11 +41,13 @@ def _under(path: str, names: Mapping[str, Names]) -> dict[str, Names]:
 
 _RULE = dict(state=_POOL, q=_KEYS, k=_KEYS, v=_VALUES) | _TABLES
 _LOGITS = dict(A_log=_PER_HEAD, a=_GATES, b=_GATES, dt_bias=_PER_HEAD)
-_RECORDS = dict.fromkeys(("checkpoint", "u", "log_decay"), _POOL)
+_RECORDS: dict[str, Names] = dict.fromkeys(("checkpoint", "u", "log_decay"), _POOL)
 _RECORDS |= dict.fromkeys(("k", "k_scale"), ("rows", "gdn_key_heads"))
 _RECORDS |= dict.fromkeys(("start", "committed", "pending"), ("rows",))
 _OF_POOL = dict(slots="state")
-_ATTENTION = dict(q=("rows", None, "heads"), rows=("rows",), start=("rows",))
+_ATTENTION: dict[str, Names] = dict(
+    q=("rows", None, "heads"), rows=("rows",), start=("rows",)
+)
 _ATTENTION |= dict.fromkeys(("k", "v"), ("rows", "kv_heads"))
 
 OPS: Mapping[str, Op] = dict(
