@@ -2,8 +2,9 @@
 
 Blocks of steps of `gdn_jax.Engine` on 1 and on N GPUs: one model's heads over all of
 them (tensor parallel), and sequences over all of them (data parallel), beside the time
-of an all-reduce alone. XLA reads its options once, so that each set of them has a
-process of its own; all compile at once, and then are timed one after another.
+of an all-reduce alone. XLA reads its options once, and Python traces one model at a
+time, so that each model has a process of its own, with each set of options: all of them
+compile at once, and then are timed one after another.
 """
 
 import dataclasses
@@ -48,18 +49,23 @@ MESSAGES = (2**13, 2**15, 2**17, 2**19, 655360, 2**21, 2**23)
 TIME = f"wall clock of a block of steps, median of {ROUNDS}"
 
 
-def works(options: str, gpus: int, quick: bool) -> list[Work]:
-    """What a process measures; other options than the default matter to all-reduces."""
-    tensor = [Decoding("tensor", TENSOR, TENSOR_ROWS, n) for n in sorted({1, gpus})]
-    each = DATA_ROWS // gpus
-    data = [Decoding("data", DATA, DATA_ROWS, gpus), Decoding("data", DATA, each, 1)]
-    if gpus > 1:
-        data.append(Decoding("data", DATA, DATA_ROWS, 1))
-    messages = [AllReduce(size, gpus) for size in MESSAGES] if gpus > 1 else []
+def works(options: str, gpus: int, quick: bool) -> dict[str, list[Work]]:
+    """What each process measures, by name; other options than the default matter to
+    all-reduces."""
+    messages: list[Work] = [AllReduce(size, gpus) for size in MESSAGES]
+    messages = messages if gpus > 1 else []
+    tensor = Decoding("tensor", TENSOR, TENSOR_ROWS, gpus)
+    found: dict[str, list[Work]] = {f"heads on {gpus}": [*messages, tensor]}
     if options != "default":
-        tensor = tensor if gpus == 1 else [tensor[-1]]
-        data = []
-    return [*messages, *tensor, *([] if quick else data)]
+        return found
+    if gpus > 1:
+        found["heads on 1"] = [Decoding("tensor", TENSOR, TENSOR_ROWS, 1)]
+    if not quick:
+        pairs = (DATA_ROWS, gpus), (DATA_ROWS // gpus, 1), (DATA_ROWS, 1)
+        for rows, n in dict.fromkeys(pairs):
+            name = f"{rows} sequences on {n}"
+            found[name] = [Decoding("data", DATA, rows, n)]
+    return found
 
 
 def measure(work: Work, program: Any) -> dict[str, Any]:
@@ -101,11 +107,10 @@ def say(kind: str, what: Any) -> None:
     print(f"{kind} {json.dumps(what)}", flush=True)
 
 
-def run_worker(options: str, gpus: int, quick: bool) -> None:
+def run_worker(options: str, todo: list[Work]) -> None:
     """Compiles, says so, waits for a line, and gives a row for each of its works."""
     need_gpu()
     begin = time.perf_counter()
-    todo = works(options, gpus, quick)
     with ThreadPoolExecutor(COMPILERS) as pool:
         programs: dict[Work, Future] = {}
         for work in todo:  # traced here: what is traced depends on contexts
@@ -118,10 +123,10 @@ def run_worker(options: str, gpus: int, quick: bool) -> None:
             say("NOTE", f"compiled {work.title} by {seconds:.0f} s")
     say("READY", None)
     sys.stdin.readline()
-    if options == "default":
-        inputs = "normal weights, states and caches, made in shards; greedy"
-        result = header(inputs, ROUNDS) | {"time": TIME}
-        say("HEADER", result | {"copy_tb_per_s": timing.copy_bandwidth()})
+    inputs = "normal weights, states and caches, made in shards; greedy"
+    say("HEADER", header(inputs, ROUNDS) | {"time": TIME})
+    if todo[0].gpus == 1 or isinstance(todo[0], AllReduce):
+        say("COPY", timing.copy_bandwidth())
     for work in todo:
         row = dataclasses.asdict(work) | {"options": options, "flags": OPTIONS[options]}
         try:
@@ -136,8 +141,8 @@ def run_worker(options: str, gpus: int, quick: bool) -> None:
 class Worker:
     """A process with XLA's options, and what it says."""
 
-    def __init__(self, options: str, words: list[str]):
-        self.options = options
+    def __init__(self, options: str, name: str, words: list[str]):
+        self.name = f"{options}: {name}"
         flags = f"{os.environ.get('XLA_FLAGS', '')} {OPTIONS[options]}".strip()
         # The workers are on the same GPUs: none may take them before it is its turn.
         others = {
@@ -146,7 +151,7 @@ class Worker:
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         }
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", options, *words],
+            [sys.executable, __file__, "--worker", self.name, *words],
             env=os.environ | others,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -163,7 +168,7 @@ class Worker:
                 self.ready.set()
             elif kind == "NOTE":
                 self._print(json.loads(text))
-            elif kind in ("HEADER", "ROW"):
+            elif kind in ("HEADER", "COPY", "ROW"):
                 self.said.put((kind, json.loads(text)))
             else:
                 self._print(line.rstrip())
@@ -171,7 +176,7 @@ class Worker:
         self.ready.set()
 
     def _print(self, text: str) -> None:
-        console.print(f"[{self.options}] {text}", markup=False, highlight=False)
+        console.print(f"[{self.name}] {text}", markup=False, highlight=False)
 
     def go(self) -> None:
         if self.process.poll() is None:
@@ -189,7 +194,8 @@ def main(
     out: pathlib.Path | None = None,
 ) -> None:
     if worker:
-        run_worker(worker, gpus, quick)
+        named, _, name = worker.partition(": ")
+        run_worker(named, works(named, gpus, quick)[name])
         return
     names = [name.strip() for name in options.split(";")]
     if unknown := set(names) - OPTIONS.keys():
@@ -197,7 +203,11 @@ def main(
     names = ["default", *(name for name in names if name != "default")]
     words = ["--gpus", str(gpus), *(["--quick"] if quick else [])]
     begin = time.perf_counter()
-    workers = [Worker(name, words) for name in names]
+    workers = [
+        Worker(options, name, words)
+        for options in names
+        for name in works(options, gpus, quick)
+    ]
     for each in workers:
         each.ready.wait()
     console.print(f"all compiled by {time.perf_counter() - begin:.0f} s")
@@ -210,7 +220,9 @@ def main(
                 each._print(f"ended with {what}")
                 break
             if kind == "HEADER":
-                result = begin_file(what, names, gpus, quick, out)
+                result = result or begin_file(what, names, gpus, quick, out)
+            elif kind == "COPY":
+                result.setdefault("copy_tb_per_s", what)
             elif result:
                 result["rows"].append(commit_of(result) | what)
                 write(result, out)
@@ -235,7 +247,8 @@ def begin_file(
     measured = [
         dataclasses.asdict(work) | {"options": name}
         for name in names
-        for work in works(name, gpus, quick)
+        for todo in works(name, gpus, quick).values()
+        for work in todo
     ]
     paths = path_of(result, out), path_of(result, None)
     return result | {"rows": rows_besides(measured, *paths)}
