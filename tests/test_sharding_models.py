@@ -24,7 +24,7 @@ from gdn_jax.models import ShardedModel, parameters
 from gdn_jax.nn import ShardedLayer
 
 saved = checkpoints.saved
-pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers:UserWarning")
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 TOLERANCE = 1e-5
 KINDS = {
@@ -41,11 +41,15 @@ KINDS = {
 }
 
 
-def shared_of(kind, data, model):
+def mesh_of(data, model):
     if jax.device_count() < data * model:
         pytest.skip(f"needs {data * model} devices")
+    return sharding.make_mesh(data, model)
+
+
+def shared_of(kind, data, model):
     whole, params = engines.make(**KINDS[kind])
-    shared = ShardedModel(whole, sharding.make_mesh(data, model))
+    shared = ShardedModel(whole, mesh_of(data, model))
     return shared, shared.shard(params)
 
 
@@ -158,7 +162,7 @@ def test_generate_takes_a_row_for_each_group():
 def test_layers(kind, mesh):
     """Of four devices two share a key head."""
     layer, params = layers.make(kind)
-    shared = ShardedLayer(layer, sharding.make_mesh(*mesh))
+    shared = ShardedLayer(layer, mesh_of(*mesh))
     own = {"params": shared.shard(params["params"])}
     slots = np.array([1, 0, 5, 7], np.int32)
     x, found = layers.tokens(4, 3), []
@@ -180,7 +184,7 @@ def test_layers(kind, mesh):
 @pytest.mark.parametrize("name", ["next with experts", "3.5"])
 def test_loading(saved, name):
     folder, model, params = saved(name)
-    mesh = sharding.make_mesh(2, 2)
+    mesh = mesh_of(2, 2)
     shared, found = models.load_sharded(folder, mesh)
     assert_same(found, ShardedModel(model, mesh).shard(params))
     for path, array in parameters._flat(found).items():
@@ -198,7 +202,7 @@ def test_loading(saved, name):
 def test_only_own_parts_are_read(saved):
     """In one piece for each run of columns: no device's part is of all the rest."""
     _, model, params = saved("3.5")
-    shared = ShardedModel(model, sharding.make_mesh(1, 4))
+    shared = ShardedModel(model, mesh_of(1, 4))
     path = "layers_0/mixer/in_proj/qkv/kernel"
     target, array = parameters.find_targets(model)[path], params["layers_0"]["mixer"]
     array, sizes = np.asarray(array["in_proj"]["qkv"]["kernel"]), []
@@ -217,7 +221,7 @@ def test_only_own_parts_are_read(saved):
 def test_errors():
     whole, params = engines.make()
     says = functools.partial(pytest.raises, ValueError)
-    mesh = functools.partial(sharding.make_mesh, 1)
+    mesh = functools.partial(mesh_of, 1)
     with says(match="num_attention_heads must be a multiple of the 3.*1, 2, 4"):
         ShardedModel(whole, mesh(3))
     with says(match="linear_num_key_heads must .*they divide 6.*got 2.*: 1, 2, 6"):
@@ -226,7 +230,7 @@ def test_errors():
         ShardedModel(models.Model(config), mesh(3))
     with says(match="axes must be one mesh axis for all of these"):
         ShardedModel(whole, mesh(2), dict(sharding.AXES, mlp=None))
-    shared = ShardedModel(whole, sharding.make_mesh(2, 2))
+    shared = ShardedModel(whole, mesh_of(2, 2))
     with says(match="must lie on the mesh as.*got .*SingleDevice.*load_sharded"):
         Engine(shared, params, **engines.SIZES)
     params = shared.shard(params)
@@ -266,6 +270,8 @@ except NotImplementedError as error:
 
 def test_two_processes():
     """On JAX's own runtime: both axes of the mesh go from one to the other."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("they are compared with this one, on CPUs")
     with socket.socket() as server:
         server.bind(("localhost", 0))
         address = f"localhost:{server.getsockname()[1]}"
