@@ -95,9 +95,10 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         static["split"] = [size // parts for size in sizes]
 
     def local(*leaves: Array) -> Any:
-        tables = _own_tables(dict(zip(paths, leaves, strict=True)), entry, grid, static)
+        options, tables = dict(static), dict(zip(paths, leaves, strict=True))
+        tables = _own_tables(tables, entry, grid, options)
         own = jax.tree.unflatten(structure, [tables.pop(path) for path in paths])
-        return _call(op, grid, static | own | tables)
+        return _call(op, grid, options | own | tables)
 
     found: Any = jax.tree.unflatten(structure, specs.values())
     results = [_result_spec(path, specs, found) for path in entry.results]
@@ -150,7 +151,7 @@ def _shared(
 
 
 def _own_tables(
-    arrays: dict[str, Any], entry: Op, grid: Grid, static: dict[str, Any]
+    arrays: dict[str, Any], entry: Op, grid: Grid, options: dict[str, Any]
 ) -> dict[str, Any]:
     """With slots counted from the first of this device's part of the pool."""
     if grid.parts("rows") == 1:
@@ -158,10 +159,10 @@ def _own_tables(
     for path in arrays.keys() & {"cu_seqlens", "group_sizes"}:
         arrays[path] = arrays[path][0]
     pools = entry.pools
-    slots, null_slot = arrays.get("slots"), static.get("null_slot")
+    slots, null_slot = arrays.get("slots"), options.get("null_slot")
     if slots is not None and type(null_slot) is int:
         arrays["slots"] = slots = jnp.where(slots == null_slot, -1, slots)
-        static["null_slot"] = None
+        options["null_slot"] = None
     if slots is not None and "conv_slots" in pools and "conv_slots" not in arrays:
         arrays["conv_slots"] = slots if slots.ndim == 1 else slots[:, 0]
     for path in arrays.keys() & pools.keys():
