@@ -54,6 +54,26 @@ MODELS = {
     ),
 }
 
+# Of which no GPU has room for half the layers; without its prediction head.
+LARGE = {
+    "Qwen3.5-397B-A17B": dataclasses.replace(
+        geometry(
+            4096,
+            60,
+            32,
+            2,
+            model_type="qwen3_5_moe_text",
+            vocab_size=248320,
+            linear_num_value_heads=64,
+            num_experts=512,
+            num_experts_per_tok=10,
+            moe_intermediate_size=1024,
+            shared_expert_intermediate_size=1024,
+        ),
+        num_mtp_layers=0,
+    ),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

@@ -15,6 +15,7 @@ import reports.generate
 import reports.layer
 import reports.products
 import reports.replay
+import reports.sharded
 import reports.small
 import reports.speculate
 import reports.update
@@ -37,6 +38,7 @@ REPORTS = {
     "replay": reports.replay.replay,
     "schemes": reports.replay.schemes,
     "drift": reports.replay.drift,
+    "sharded": reports.sharded.sharded,
 }
 
 # The same for all the files together that a pattern finds in the devices' folders.

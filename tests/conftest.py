@@ -11,7 +11,7 @@ import sys
 import tempfile
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling ahead of time
-flags = {"xla_force_host_platform_device_count": "4"}  # for shard_map
+flags = {"xla_force_host_platform_device_count": "8"}  # for shard_map
 # Compiling is most of the suite's time, and most programs run once. XLA's older code
 # for loops on a CPU compiles in less than half of it; JAX 0.12 has it no more, and its
 # XLA passes over the option.
@@ -26,7 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
 
 # XLA's pool has a thread a core: on two, four devices' triangular solves took them all
 # and waited for each other for good (jaxlib 0.10.2).
-os.environ.setdefault("NPROC", "8")
+os.environ.setdefault("NPROC", "16")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -6,11 +6,11 @@ import inspect
 import pytest
 
 import gdn_jax
-from gdn_jax import models, nn
+from gdn_jax import models, nn, sharding
 
 NAMES = {
     f"{module.__name__}.{name}": inspect.getdoc(getattr(module, name)) or ""
-    for module in (gdn_jax, nn, models)
+    for module in (gdn_jax, nn, models, sharding)
     for name in getattr(module, "__all__", vars(module))
     if not name.startswith("_")
 }
@@ -23,6 +23,7 @@ def test_what_users_begin_with_has_examples():
     others = "causal_conv1d", "grouped_dot", "SlotPool", "generate", "Engine"
     wanted |= {f"gdn_jax.{name}" for name in others}
     wanted |= {"gdn_jax.nn.GatedDeltaNet", "gdn_jax.models.load"}
+    wanted |= {"gdn_jax.sharding.split", "gdn_jax.models.ShardedModel"}
     assert wanted <= set(WITH_EXAMPLES)
 
 

@@ -11,8 +11,7 @@ from gdn_jax.generation.engine import Engine
 from gdn_jax.generation.interrupts import Interrupts
 from gdn_jax.generation.requests import TokenIds, check_length, token_ids
 from gdn_jax.generation.sizes import integer, power_of_two
-from gdn_jax.models.model import Model
-from gdn_jax.models.parameters import check_params
+from gdn_jax.models.sharded import AnyModel, check_params, groups_of
 from gdn_jax.ops import checks
 
 MOST_ROWS = 64
@@ -39,7 +38,7 @@ class Result(NamedTuple):
 
 
 def generate(
-    model: Model,
+    model: AnyModel,
     params: Any,
     prompts: Sequence[TokenIds],
     *,
@@ -74,7 +73,7 @@ def generate(
     after it, or after a crash, run an `Engine`, which can be saved.
 
     Args:
-      model, params: as `models.load` gives them.
+      model, params: as `models.load` or `models.load_sharded` gives them.
       prompts: token ids, a sequence for each.
       max_tokens: most new tokens of each text.
       temperature: 0 takes the most likely token; otherwise of the softmax.
@@ -168,7 +167,7 @@ def _as_prompts(prompts: Any) -> Sequence[TokenIds]:
 
 
 def make_engine(
-    model: Model,
+    model: AnyModel,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -187,6 +186,8 @@ def make_engine(
     longest = max(map(len, prompts)) + max_tokens + drafts
     if num_rows is None:
         num_rows = min(power_of_two(len(prompts)), MOST_ROWS)
+        groups = groups_of(model)
+        num_rows = -(-num_rows // groups) * groups
     ends = model.config.eos_token_id
     if stop is not None:
         ends = token_ids("stop", stop, model.config.vocab_size)

@@ -25,8 +25,7 @@ from gdn_jax.generation.sizes import (
     too_large,
 )
 from gdn_jax.generation.state import Emitted, EngineState, init_state, state_bytes
-from gdn_jax.models.model import Model
-from gdn_jax.models.parameters import check_params
+from gdn_jax.models.sharded import AnyModel, check_params, groups_of
 from gdn_jax.ops import checks
 
 
@@ -60,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: AnyModel,
         params: Any,
         *,
         num_rows: int = 8,
@@ -75,8 +74,10 @@ class Engine:
         """Makes an engine with empty rows.
 
         Args:
-          model, params: as `models.load` gives them.
-          num_rows: P, texts that grow at once.
+          model, params: as `models.load` or `models.load_sharded` gives them. Of
+            several processes each makes the same engine and the same calls.
+          num_rows: P, texts that grow at once; of a `ShardedModel` a multiple of its
+            groups.
           num_positions: M, tokens of the longest prompt with its text and drafts.
           speculative: D, drafts of a step by the multi-token prediction head, 8 at
             most; 0 for plain decoding.
@@ -112,7 +113,7 @@ class Engine:
         with self._memory_errors():
             self.state: EngineState = init_state(model, sizes)
 
-    def _begin(self, model: Model, params: Any, sizes: Sizes) -> None:
+    def _begin(self, model: AnyModel, params: Any, sizes: Sizes) -> None:
         self.model, self.params, self.sizes = model, params, sizes
         self.queue: collections.deque[Request] = collections.deque()
         self.running: dict[int, Request] = {}
@@ -130,7 +131,7 @@ class Engine:
 
     @property
     def state_bytes(self) -> int:
-        """Of the device's memory, that the state takes."""
+        """Of a device's memory, that the state takes."""
         return state_bytes(self.model, self.sizes)
 
     def submit(
@@ -253,6 +254,7 @@ class Engine:
         Raises:
           IsADirectoryError, NotADirectoryError: no file can be there.
           RuntimeError: the state was lost in a call that failed.
+          NotImplementedError: other processes have parts of the state.
         """
         self._interrupts.deliver()
         self._check_state()
@@ -266,7 +268,9 @@ class Engine:
         saving.save(path, self.state, notes)
 
     @classmethod
-    def restore(cls, path: str | os.PathLike[str], model: Model, params: Any) -> Engine:
+    def restore(
+        cls, path: str | os.PathLike[str], model: AnyModel, params: Any
+    ) -> Engine:
         """The engine that was saved, with the model and parameters that it had.
 
         Its texts go on bit for bit as they would have, on the same device and versions.
@@ -309,17 +313,20 @@ class Engine:
 
     def _admit(self) -> None:
         free = [row for row in range(self.sizes.num_rows) if row not in self.running]
+        groups = groups_of(self.model)  # each has as many rows, and gets them in turn
+        free.sort(key=lambda row: row % (self.sizes.num_rows // groups))
         for row, _ in zip(free, range(len(self.queue)), strict=False):
             request = self.queue.popleft()
             request.row = row
             self.running[row] = request
 
     def _prefill(self, reading: list[Request]) -> list[Request]:
-        reading, prompts = next_pieces(reading, self.sizes)
+        placed, prompts = next_pieces(reading, self.sizes, groups_of(self.model))
         drafting = self.sizes.speculative > 0 and bool(prompts.is_last.any())
         emitted = self._call(steps.prefill, prompts, drafting)
-        for request, count in zip(reading, prompts.num_tokens.tolist(), strict=False):
-            request.prefilled += count
+        for request, count in zip(placed, prompts.num_tokens.tolist(), strict=True):
+            if request is not None:
+                request.prefilled += count
             self.figures.prefilled += count
         return self._take(emitted)
 

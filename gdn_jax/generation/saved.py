@@ -16,7 +16,7 @@ from gdn_jax.generation.requests import Figures, Request, make_request
 from gdn_jax.generation.sizes import Sizes, check_sizes
 from gdn_jax.generation.state import EngineState, Row, state_bytes
 from gdn_jax.models.config import Config
-from gdn_jax.models.model import Model
+from gdn_jax.models.sharded import AnyModel
 from gdn_jax.models.tokenizer import token_ids
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
@@ -35,7 +35,7 @@ def fields_of(kind: Any, value: Any) -> dict[str, Any]:
     return value
 
 
-def read_sizes(value: Any, model: Model, file_bytes: int) -> Sizes:
+def read_sizes(value: Any, model: AnyModel, file_bytes: int) -> Sizes:
     value = fields_of(Sizes, value)
     for name, size in value.items():
         if name not in ("recurrent_dtype", "decode"):
@@ -137,7 +137,7 @@ def faults_of_state(
             count = len(request.prompt) + len(request.tokens)
             is_so = position == count and length + accepted == count
             is_so = is_so and token == request.tokens[-1]
-        asked = _leaves(asked_rows([request], 1, sizes.max_stop))
+        asked = _leaves(asked_rows([request], sizes.max_stop))
         for wanted, got in zip(asked, rows, strict=True):
             is_so = is_so and np.array_equal(wanted[0], got[request.row])
         if not is_so:

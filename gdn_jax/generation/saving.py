@@ -13,7 +13,7 @@ from gdn_jax.generation import saved
 from gdn_jax.generation.requests import Figures, Request
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.generation.state import EngineState, init_state
-from gdn_jax.models.model import Model
+from gdn_jax.models.sharded import AnyModel, ShardedModel
 from gdn_jax.ops import checks
 
 
@@ -36,17 +36,24 @@ class Notes:
     submitted: int
 
 
-def fingerprint(model: Model) -> dict[str, Any]:
+def fingerprint(model: AnyModel) -> dict[str, Any]:
     """What a state depends on, as JSON gives it back."""
-    dtype = dict(dtype=jax.numpy.dtype(model.dtype).name)
-    return json.loads(json.dumps(dataclasses.asdict(model.config) | dtype))
+    others: dict[str, Any] = dict(dtype=jax.numpy.dtype(model.dtype).name)
+    if isinstance(model, ShardedModel) and model.split is not None:
+        others["parts"] = model.split.parts  # by which the state's channels lie
+    return json.loads(json.dumps(dataclasses.asdict(model.config) | others))
 
 
 def save(path: str | os.PathLike[str], state: EngineState, notes: Notes) -> None:
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+        raise NotImplementedError(
+            "an engine whose state lies on other processes' devices too cannot be "
+            "saved. Keep its requests, and submit them to a new one."
+        )
     _trees.save(pathlib.Path(path), state, dict(engine=dataclasses.asdict(notes)))
 
 
-def load_notes(path: str | os.PathLike[str], model: Model) -> Notes:
+def load_notes(path: str | os.PathLike[str], model: AnyModel) -> Notes:
     """
     Raises:
       FileNotFoundError: no such file.
@@ -77,7 +84,9 @@ def load_notes(path: str | os.PathLike[str], model: Model) -> Notes:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_state(path: str | os.PathLike[str], model: Model, notes: Notes) -> EngineState:
+def load_state(
+    path: str | os.PathLike[str], model: AnyModel, notes: Notes
+) -> EngineState:
     """
     Raises:
       ValueError: it is none of such an engine, or not that of its requests.
@@ -87,6 +96,8 @@ def load_state(path: str | os.PathLike[str], model: Model, notes: Notes) -> Engi
     vocab_size = model.config.vocab_size
     if faults := saved.faults_of_state(state, notes.sizes, notes.requests, vocab_size):
         raise ValueError(f"{path}: {checks.listed(faults)}. {saved.REMEDY}")
+    if isinstance(model, ShardedModel):
+        state = model.put(state)
     return state
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdn_jax import _triton
-from gdn_jax.models.model import Model
+from gdn_jax.models.sharded import AnyModel, ShardedModel
 from gdn_jax.nn import arguments
 from gdn_jax.ops import checks
 from gdn_jax.ops.gated_delta import tuning
@@ -38,7 +38,7 @@ class Sizes:
 
 
 def check_sizes(
-    model: Model, *, recurrent_dtype: Any, decode: str | None, **sizes: Any
+    model: AnyModel, *, recurrent_dtype: Any, decode: str | None, **sizes: Any
 ) -> Sizes:
     drafts = integer("speculative", sizes.pop("speculative"))
     if not 0 <= drafts <= MOST_DRAFTS:
@@ -52,6 +52,8 @@ def check_sizes(
     arguments.check_decode(decode, 1 + drafts)
     for name, size in sizes.items():
         checks.count(name, size, "It is a size.")
+    if isinstance(model, ShardedModel):
+        model.grid.check("rows", "num_rows", sizes["num_rows"])
     if sizes["prefill_tokens"] < SHORTEST_PIECE:
         wanted, remedy = f">= {SHORTEST_PIECE}", "Shorter pieces are padded to it."
         checks.fail("prefill_tokens", sizes["prefill_tokens"], wanted, remedy)
@@ -65,13 +67,15 @@ def check_sizes(
     return Sizes(speculative=drafts, recurrent_dtype=dtype.name, decode=decode, **sizes)
 
 
-def _fastest(model: Model, rows: int, drafts: int, dtype: Any) -> str:
+def _fastest(model: AnyModel, rows: int, drafts: int, dtype: Any) -> str:
     """Replay where the kernels run and it was measured to be faster for so many."""
     try:
         device_kind = _triton.device_kind(())
     except NotImplementedError:
         device_kind = ""
-    config = model.config
+    if isinstance(model, ShardedModel):
+        model, rows = model.part, rows // model.groups
+    config = model.own_config
     heads = config.linear_num_value_heads, config.linear_num_key_heads
     sizes = config.linear_value_head_dim, config.linear_key_head_dim
     state = jax.ShapeDtypeStruct((rows, heads[0], *sizes), dtype)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.generation.sampling import Options
+from gdn_jax.generation.shared import own_part
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.models.model import Model
+from gdn_jax.models.sharded import AnyModel, ShardedModel
 from gdn_jax.models.state import ModelState
 from gdn_jax.nn.attention import KVCache
 
@@ -85,8 +87,15 @@ class Emitted(NamedTuple):
     row_steps: Array
 
 
-def init_state(model: Model, sizes: Sizes) -> EngineState:
-    """Of empty rows."""
+def init_state(model: AnyModel, sizes: Sizes) -> EngineState:
+    """Of empty rows; on a mesh every device makes its own part."""
+    part, own = own_part(model, sizes)
+    if isinstance(model, ShardedModel):
+        return model.make(lambda _: _init_state(part, own), sizes.num_rows)
+    return _init_state(model, sizes)
+
+
+def _init_state(model: Model, sizes: Sizes) -> EngineState:
     drafts = sizes.speculative
 
     def zeros(*shape, dtype=jnp.int32):
@@ -118,7 +127,8 @@ def init_state(model: Model, sizes: Sizes) -> EngineState:
     )
 
 
-def state_bytes(model: Model, sizes: Sizes) -> int:
-    """How large `init_state` is, which it is not asked to make."""
-    state = jax.eval_shape(lambda: init_state(model, sizes))
+def state_bytes(model: AnyModel, sizes: Sizes) -> int:
+    """How large `init_state` is on a device, which it is not asked to make."""
+    part, own = own_part(model, sizes)
+    state = jax.eval_shape(lambda: _init_state(part, own))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -20,6 +20,7 @@ from gdn_jax.generation.sampling import (
     probabilities,
     sample,
 )
+from gdn_jax.generation.shared import on_every_device
 from gdn_jax.generation.speculative import draft, speculative_step
 from gdn_jax.generation.state import Emitted, EngineState, Row
 from gdn_jax.models.model import Model
@@ -50,6 +51,7 @@ class Prompts(NamedTuple):
 @functools.partial(
     jax.jit, static_argnames=("model", "drafting"), donate_argnames="state"
 )
+@on_every_device
 def prefill(
     model: Model,
     params: Any,
@@ -120,6 +122,7 @@ def prefill(
 @functools.partial(
     jax.jit, static_argnames=("model", "steps", "greedy"), donate_argnames="state"
 )
+@on_every_device
 def decode(
     model: Model, params: Any, state: EngineState, steps: int, greedy: bool = False
 ) -> tuple[EngineState, Emitted]:

@@ -6,7 +6,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,17 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from gdn_jax import sharding
 from gdn_jax.models import config_file, cover, files, placement, rules
 from gdn_jax.models.config import Config
-from gdn_jax.models.cover import Piece, Target
+from gdn_jax.models.cover import Target
 from gdn_jax.models.files import Folder
 from gdn_jax.models.model import Model
 from gdn_jax.models.parameters import Params, check_params, find_targets
-from gdn_jax.models.placement import AXES, MeshAxes
+from gdn_jax.models.placement import AXES
+from gdn_jax.models.sharded import ShardedModel
 from gdn_jax.ops import checks
+from gdn_jax.sharding.grid import MeshAxes, check_mesh
 
 GENERATION = "generation_config.json"
 
@@ -79,12 +82,65 @@ def load(
         lacks an axis.
       MemoryError: the devices have too little memory.
     """
+    if mesh is not None:
+        check_mesh(mesh, axes)
+
+    def place(name: str, target: Target, read: Read) -> jax.Array:
+        if mesh is None:
+            return jax.device_put(read())
+        sharding = placement.find_sharding(mesh, axes, target.names, target.shape)
+        return jax.make_array_from_callback(target.shape, sharding, read)
+
+    return _load(path, dtype, progress, lambda model: (model, place))
+
+
+def load_sharded(
+    path: str | pathlib.Path,
+    mesh: Mesh,
+    *,
+    dtype: Any = None,
+    axes: Mapping[str, MeshAxes] = sharding.AXES,
+    progress: bool | None = None,
+) -> tuple[ShardedModel, Params]:
+    """As `load`, but a `ShardedModel`, whose kernels run on every device of the mesh.
+
+    Parameters are read straight into the parts that devices have: no device holds all
+    of one that they share, and no process reads another's.
+
+    Args:
+      path, dtype, progress: as in `load`.
+      mesh: with axes of type Auto, such as `sharding.make_mesh` makes.
+      axes: which logical axis is split over which of the mesh's.
+
+    Raises:
+      ValueError: as in `load`; or the devices cannot share the model out, with the
+        sizes of the mesh that could.
+      FileNotFoundError, MemoryError: as in `load`.
+    """
+
+    def begin(model: Model) -> tuple[ShardedModel, Place]:
+        shared = ShardedModel(model, mesh, axes)
+        return shared, shared.place
+
+    return _load(path, dtype, progress, begin)
+
+
+Read = Callable[..., np.ndarray]  # of a parameter, or of a region of it
+Place = Callable[[str, Target, Read], jax.Array]
+AnyModel = TypeVar("AnyModel", Model, ShardedModel)
+
+
+def _load(
+    path: str | pathlib.Path,
+    dtype: Any,
+    progress: bool | None,
+    begin: Callable[[Model], tuple[AnyModel, Place]],
+) -> tuple[AnyModel, Params]:
+    """`begin` makes of the model what comes back, and says where parameters go."""
     path = pathlib.Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}. Download the model's files there.")
     config = _with_ends(Config.from_hf(path), path)
-    if mesh is not None:
-        placement.check_mesh(mesh, axes)
     folder = files.read_folder(path)
     names = [rules.canonical(tensor.name) for tensor in folder.tensors]
     names += map(rules.canonical, folder.lost or ())
@@ -102,14 +158,18 @@ def load(
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    found, place = begin(model)
     params = {}
     total = sum(target.nbytes for target in targets.values())
     with _bar(progress, f"loading {path.name}", total) as advance:
         for name, target in targets.items():
+            read = functools.partial(cover.read, pieces[name], target)
             with checks.memory_errors(lambda: _too_large(path, total)):
-                params[name] = _place(pieces[name], target, mesh, axes)
+                array = place(name, target, read)
+                array.block_until_ready()  # until then the host holds it as well
+                params[name] = array
             advance(target.nbytes)
-    return model, unflatten_dict(params, sep="/")
+    return found, unflatten_dict(params, sep="/")
 
 
 def save(
@@ -172,21 +232,6 @@ def save(
 def is_fused(config: Config) -> bool:
     """Whether published checkpoints have all experts in one tensor."""
     return config.model_type == "qwen3_5_moe_text"
-
-
-def _place(
-    pieces: list[Piece],
-    target: Target,
-    mesh: Mesh | None,
-    axes: Mapping[str, MeshAxes],
-) -> jax.Array:
-    read = functools.partial(cover.read, pieces, target)
-    if mesh is None:
-        array = jax.device_put(read())
-    else:
-        sharding = placement.find_sharding(mesh, axes, target.names, target.shape)
-        array = jax.make_array_from_callback(target.shape, sharding, read)
-    return array.block_until_ready()  # until then the host holds it as well
 
 
 def _too_large(path: pathlib.Path, total: int) -> str:

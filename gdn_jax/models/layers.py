@@ -13,6 +13,7 @@ from gdn_jax.nn.gated_delta_net import GatedDeltaNet
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts
 from gdn_jax.nn.norm import RMSNorm
+from gdn_jax.nn.split import Split, summed
 from gdn_jax.nn.state import GatedDeltaNetState
 
 
@@ -38,11 +39,12 @@ class DecoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      config: the model's.
+      config: the model's; of a part of it, the part's.
       mixer_type: an entry of `config.layer_types`.
       is_sparse: whether the MLP is a mixture of experts.
       dtype, param_dtype: of activations and of parameters.
       implementation: of the ops, as in `fused_update`.
+      split: as in `Model`.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class DecoderLayer(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
+    split: Split | None = None
 
     def setup(self):
         config = self.config
@@ -61,19 +64,22 @@ class DecoderLayer(nn.Module):
         self.mixer_norm = RMSNorm(**norm)
         self.mlp_norm = RMSNorm(**norm)
         self.mixer = make_mixer(config, self.mixer_type, **dtypes)
-        self.mlp = make_mlp(config, self.is_sparse, self.implementation, **dtypes)
+        self.mlp = make_mlp(
+            config, self.is_sparse, self.implementation, self.split, **dtypes
+        )
 
     def __call__(
         self, stream: Stream, state: LayerState | None, tokens: Tokens
     ) -> tuple[Stream, Any]:
         x, y = stream.add(self.mixer_norm, self.implementation)
         parts, state = self.mix(y, state, tokens)
+        parts = summed(parts, self.split, self.dtype)
         x, y = Stream(x, parts).add(self.mlp_norm, self.implementation)
         if self.is_sparse:
             parts = self.mlp(y, live=tokens.live)[None]
         else:
             parts = self.mlp.parts(y, self.implementation)
-        return Stream(x, parts), state
+        return Stream(x, summed(parts, self.split, self.dtype)), state
 
     def mix(self, x: Array, state: Any, tokens: Tokens) -> tuple[Array, Any]:
         """The mixer's parts [S, N, T, D], and its state."""
@@ -128,6 +134,7 @@ def make_mlp(
     config: Config,
     is_sparse: bool,
     implementation: str | None,
+    split: Split | None,
     dtype: Any,
     param_dtype: Any,
 ) -> nn.Module:
@@ -142,6 +149,7 @@ def make_mlp(
         config.shared_expert_intermediate_size,
         norm_topk=config.norm_topk_prob,
         implementation=implementation,
+        split=split,
         **dtypes,
     )
 

@@ -15,9 +15,11 @@ from gdn_jax.models.layers import (
     make_mixer,
 )
 from gdn_jax.models.mtp import MultiTokenPrediction
+from gdn_jax.models.shares import own_config
 from gdn_jax.models.state import ModelState, find_tokens, new_length
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.norm import RMSNorm
+from gdn_jax.nn.split import Split
 from gdn_jax.ops import checks
 
 
@@ -42,45 +44,53 @@ class Model(nn.Module):
       dtype: of activations, caches and the convolutions' states.
       param_dtype: of parameters (A_log and dt_bias are float32).
       implementation: of the ops, as in `fused_update`.
+      split: given inside of `shard_map` alone, see `ShardedModel`: this is the part of
+        the model that a device has.
     """
 
     config: Config
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
+    split: Split | None = None
 
     def setup(self):
-        config = self.config
+        config = self.own_config
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        parts: dict[str, Any] = dict(
+            implementation=self.implementation, split=self.split, **dtypes
+        )
         init = nn.initializers.normal(0.02)
+        vocab_size = config.vocab_size
+        if self.split is not None and self.split.vocab:
+            vocab_size //= self.split.parts
         self.embed = nn.Embed(
-            config.vocab_size,
+            vocab_size,
             config.hidden_size,
             embedding_init=nn.with_logical_partitioning(init, ("vocab", "embed")),
             **dtypes,
         )
         self.layers = [
-            DecoderLayer(
-                config,
-                kind,
-                config.is_sparse(i),
-                implementation=self.implementation,
-                **dtypes,
-            )
+            DecoderLayer(config, kind, config.is_sparse(i), **parts)
             for i, kind in enumerate(config.layer_types)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
         if not config.tie_word_embeddings:
             self.head = nn.Dense(
-                config.vocab_size,
+                vocab_size,
                 use_bias=False,
                 kernel_init=nn.with_logical_partitioning(init, ("embed", "vocab")),
                 **dtypes,
             )
         if config.num_mtp_layers:
-            self.mtp = MultiTokenPrediction(
-                config, implementation=self.implementation, **dtypes
-            )
+            self.mtp = MultiTokenPrediction(config, **parts)
+
+    @property
+    def own_config(self) -> Config:
+        """Of the heads and columns that there are here."""
+        return (
+            self.config if self.split is None else own_config(self.config, self.split)
+        )
 
     def __call__(
         self,
@@ -162,9 +172,11 @@ class Model(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         """[..., vocab_size] of [..., D]."""
-        if self.config.tie_word_embeddings:
-            return self.embed.attend(hidden)
-        return self.head(hidden)
+        tied = self.config.tie_word_embeddings
+        logits = self.embed.attend(hidden) if tied else self.head(hidden)
+        if self.split is not None and self.split.vocab:
+            return self.split.gathered(logits)
+        return logits
 
     def draft(
         self,
@@ -209,6 +221,8 @@ class Model(nn.Module):
         up in that dtype, which in bfloat16, where many tokens are the same, costs a
         GPU far more than all the rest."""
         table = self.embed.embedding
+        if self.split is not None and self.split.vocab:
+            return self.split.embedded(table, tokens).astype(self.dtype)
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
 
     @nn.nowrap
@@ -240,7 +254,7 @@ class Model(nn.Module):
         kinds = self.config.layer_types
         layers = (
             init_layer_state(
-                make_mixer(self.config, kind, self.dtype, self.param_dtype),
+                make_mixer(self.own_config, kind, self.dtype, self.param_dtype),
                 num_rows,
                 num_positions,
                 1 + drafts,
@@ -256,7 +270,8 @@ class Model(nn.Module):
         self, num_rows: int, num_positions: int
     ) -> tuple[KVCache, ...]:
         """An empty cache of the multi-token prediction head."""
-        mixer = make_mixer(self.config, "full_attention", self.dtype, self.param_dtype)
+        config = self.own_config
+        mixer = make_mixer(config, "full_attention", self.dtype, self.param_dtype)
         return tuple(
             mixer.init_cache(num_rows, num_positions)
             for _ in range(self.config.num_mtp_layers)

@@ -12,6 +12,7 @@ from gdn_jax.models.state import Tokens
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.norm import RMSNorm
 from gdn_jax.nn.projections import Matrices
+from gdn_jax.nn.split import Split
 
 
 class MultiTokenPrediction(nn.Module):
@@ -27,6 +28,7 @@ class MultiTokenPrediction(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
+    split: Split | None = None
 
     def setup(self):
         config = self.config
@@ -44,6 +46,7 @@ class MultiTokenPrediction(nn.Module):
                 "full_attention",
                 config.is_sparse(i),
                 implementation=self.implementation,
+                split=self.split,
                 **dtypes,
             )
             for i in range(config.num_mtp_layers)

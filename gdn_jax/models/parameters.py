@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -79,13 +80,19 @@ def check_params(model: Any, params: Any) -> dict[str, jax.Array]:
     remedy = "Give model and params as models.load does, in this order."
     if not isinstance(model, Model):
         checks.fail("model", _type(model), "a gdn_jax.models.Model", remedy)
+    return check_arrays(params, find_targets(model), remedy)
+
+
+def check_arrays(
+    params: Any, targets: Mapping[str, Target], remedy: str
+) -> dict[str, jax.Array]:
+    """As `check_params`, of these parameters."""
     if not isinstance(params, dict | FrozenDict):
         checks.fail("params", _type(params), "a tree of parameters", remedy)
     if params.keys() == {"params"}:
         remedy = "Give params['params']."
         checks.fail("params", "it under 'params'", "the tree of parameters", remedy)
     arrays = nn.meta.unbox(_flat(params))
-    targets = find_targets(model)
     faults = [f"{path} is missing" for path in targets.keys() - arrays.keys()]
     faults += [f"{path} is no parameter" for path in arrays.keys() - targets.keys()]
     for path in arrays.keys() & targets.keys():

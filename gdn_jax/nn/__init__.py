@@ -8,4 +8,5 @@ from gdn_jax.nn.initializers import decay_rate as decay_rate
 from gdn_jax.nn.initializers import time_step as time_step
 from gdn_jax.nn.mlp import GatedMLP as GatedMLP
 from gdn_jax.nn.moe import MixtureOfExperts as MixtureOfExperts
+from gdn_jax.nn.sharded import ShardedLayer as ShardedLayer
 from gdn_jax.nn.state import GatedDeltaNetState as GatedDeltaNetState

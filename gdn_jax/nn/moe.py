@@ -13,6 +13,7 @@ from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.mlp import GatedMLP
 from gdn_jax.nn.projections import Matrices, multiply
+from gdn_jax.nn.split import Split
 from gdn_jax.ops import checks
 from gdn_jax.ops.routing.api import route, why_not
 from gdn_jax.ops.routing.call import Routes
@@ -53,6 +54,9 @@ class MixtureOfExperts(nn.Module):
       implementation: of the experts' products, as in `grouped_dot`, and of the other
         products and the choice of experts, whose kernels are for up to 128 tokens; what
         they cannot take is XLA's.
+      split: given inside of `shard_map` alone, where devices share the experts out, and
+        the shared one's columns, of which `shared_size` are this device's: y is to be
+        summed over the devices.
 
     Parameters: `router` [D, E], `experts_gate_up` [E, D, 2 F] (gate first),
     `experts_down` [E, F, D], `shared` (a `GatedMLP`), `shared_gate` [D, 1]; their
@@ -69,6 +73,7 @@ class MixtureOfExperts(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.normal(0.02)
     implementation: str | None = None
+    split: Split | None = None
 
     def __post_init__(self):
         _check_fields(self)
@@ -76,16 +81,17 @@ class MixtureOfExperts(nn.Module):
 
     def setup(self):
         D, E, F = self.hidden_size, self.num_experts, self.expert_size
+        own = E if self.split is None else E // self.split.parts
 
         def experts(name, shape, *axes) -> Any:
             init = nn.with_logical_partitioning(self.kernel_init, ("experts", *axes))
-            return self.param(name, init, shape, self.param_dtype)
+            return self.param(name, init, (own, *shape), self.param_dtype)
 
         made = self.dtype, self.param_dtype, self.kernel_init
         matrices = Matrices(*made)
         self.router = matrices.dense(E, "embed", "experts")
-        self.experts_gate_up = experts("experts_gate_up", (E, D, 2 * F), "embed", "mlp")
-        self.experts_down = experts("experts_down", (E, F, D), "mlp", "embed")
+        self.experts_gate_up = experts("experts_gate_up", (D, 2 * F), "embed", "mlp")
+        self.experts_down = experts("experts_down", (F, D), "mlp", "embed")
         self.shared = GatedMLP(D, self.shared_size, *made)
         self.shared_gate = matrices.dense(1, "embed", None)
 
@@ -132,6 +138,8 @@ class MixtureOfExperts(nn.Module):
 
     def mix(self, x: Array, routes: Routes) -> Array:
         """[L D] float32: the experts' part."""
+        if self.split is not None:
+            routes = self.split.own_routes(routes)
         rows = x[routes.token]
         gate, up = jnp.split(self.by_experts(rows, self.experts_gate_up, routes), 2, -1)
         y = self.by_experts(jax.nn.silu(gate) * up, self.experts_down, routes)

@@ -1,0 +1,65 @@
+"""Whether devices can share a model out, and what a part of it is."""
+
+import dataclasses
+
+from gdn_jax.models.config import Config
+from gdn_jax.nn.split import Split
+from gdn_jax.ops import checks
+from gdn_jax.sharding.grid import Grid
+
+
+def find_split(config: Config, grid: Grid) -> Split | None:
+    """None where there is but one part.
+
+    Raises:
+      ValueError: the devices cannot share the model out.
+    """
+    kinds = set(config.layer_types)
+    kinds |= {"full_attention"} if config.num_mtp_layers else set()
+    layers = range(max(len(config.layer_types), config.num_mtp_layers))
+    sparse = {config.is_sparse(i) for i in layers}
+    names = set()
+
+    def check(name: str, field: str, others: str | None = None) -> None:
+        read_by = getattr(config, others) if others else 0
+        grid.check(name, f"config.{field}", getattr(config, field), read_by)
+        names.add(name)
+
+    if "full_attention" in kinds:
+        check("heads", "num_attention_heads")
+        check("kv_heads", "num_key_value_heads", "num_attention_heads")
+    if "linear_attention" in kinds:
+        check("gdn_value_heads", "linear_num_value_heads")
+        check("gdn_key_heads", "linear_num_key_heads", "linear_num_value_heads")
+        names.add("gdn_channels")
+    if False in sparse:
+        check("mlp", "intermediate_size")
+    if True in sparse:
+        check("experts", "num_experts")
+        check("mlp", "shared_expert_intermediate_size")
+    over = {name: grid.over(name) for name in sorted(names)}
+    if len(set(over.values())) > 1:
+        remedy = "One sum over devices is for all heads, or all columns, of a layer."
+        checks.fail("axes", over, "one mesh axis for all of these", remedy)
+    axes, parts = over["mlp"], grid.parts("mlp")
+    if parts == 1:
+        return None
+    vocab = grid.over("vocab") == axes and config.vocab_size % parts == 0
+    return Split(axes, parts, vocab)
+
+
+def own_config(config: Config, split: Split) -> Config:
+    """Of a part: with the heads and columns that it has."""
+
+    def own(size: int) -> int:
+        return -(-size // split.parts)  # of fewer key heads than parts each has one
+
+    return dataclasses.replace(
+        config,
+        num_attention_heads=own(config.num_attention_heads),
+        num_key_value_heads=own(config.num_key_value_heads),
+        linear_num_key_heads=own(config.linear_num_key_heads),
+        linear_num_value_heads=own(config.linear_num_value_heads),
+        intermediate_size=own(config.intermediate_size),
+        shared_expert_intermediate_size=own(config.shared_expert_intermediate_size),
+    )

@@ -1,0 +1,189 @@
+"""Which axes of arrays are split over which of a mesh's: one table for everything."""
+
+from __future__ import annotations  # so that help() names types and expands none
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from gdn_jax.ops import checks
+
+MeshAxes = str | tuple[str, ...] | None
+
+# Logical axes to a mesh's. Of two in one array the first here is split.
+AXES: Mapping[str, MeshAxes] = dict(
+    rows="data",  # sequences of a call, and the slots of their states
+    vocab="model",
+    heads="model",  # of attention; of its keys and values:
+    kv_heads="model",
+    gdn_key_heads="model",
+    gdn_value_heads="model",
+    gdn_channels="model",  # by parts, see `by_parts`
+    experts="model",
+    mlp="model",
+    embed=None,  # whole: every projection sums over it
+)
+MOST_SHOWN = 12  # sizes that an error names
+
+
+def make_mesh(data: int = 1, model: int = 1, *, devices: Any = None) -> Mesh:
+    """A mesh for `AXES`: `data` groups of `model` devices, which lie side by side.
+
+    Args:
+      devices: of all processes, `data * model` of them; None: the first of JAX's.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    checks.count("data", data, "It is a count of groups.")
+    checks.count("model", model, "It is a count of devices.")
+    if data * model > len(devices):
+        remedy = "Take fewer, or start JAX with more."
+        wanted = f"at most {len(devices)} devices together"
+        checks.fail("data * model", data * model, wanted, remedy)
+    kinds = (AxisType.Auto,) * 2
+    names = ("data", "model")
+    chosen = devices[: data * model]
+    return jax.make_mesh((data, model), names, axis_types=kinds, devices=chosen)
+
+
+class Grid:
+    """A mesh, and what of arrays is split over its axes; one that it lacks splits
+    nothing.
+
+    Raises:
+      ValueError: it has none of them, or one is explicit.
+    """
+
+    def __init__(self, mesh: Mesh, axes: Mapping[str, MeshAxes] = AXES):
+        self.mesh = mesh
+        there = set(mesh.axis_names)
+        self.axes = {
+            name: tuple(axis for axis in names_of(value) if axis in there)
+            for name, value in axes.items()
+        }
+        used = {axis for value in self.axes.values() for axis in value}
+        if not used:
+            wanted = {axis for value in axes.values() for axis in names_of(value)}
+            _refuse_names(mesh, wanted)
+        check_kinds(mesh, used)
+
+    def parts(self, name: str | None) -> int:
+        """Between how many an axis of this name is shared out."""
+        return math.prod(self.mesh.shape[axis] for axis in self.over(name))
+
+    def over(self, name: str | None) -> tuple[str, ...]:
+        return self.axes.get(name, ()) if name else ()
+
+    def index(self, name: str | None) -> Array | int:
+        """Which part this device has, inside of shard_map."""
+        return lax.axis_index(self.over(name)) if self.parts(name) > 1 else 0
+
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        return PartitionSpec(*(self.over(name) or None for name in names))
+
+    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """`function` on each device's own. Kernels' results have no types that say
+        over what they vary, and the interpreter's can have none: so not checked."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            check_vma=False,
+        )
+
+    def check(self, name: str, what: str, size: int, others: int = 0) -> None:
+        """
+        Raises:
+          ValueError: the parts of `name` cannot share `what`, of this size; see `fits`.
+        """
+        parts = self.parts(name)
+        if fits(size, parts, others):
+            return
+        most = range(1, max(size, others) + 1)
+        possible = [str(n) for n in most if fits(size, n, others)]
+        axes = " * ".join(map(repr, self.over(name)))
+        wanted = f"a multiple of the {parts} devices of the mesh's {axes}"
+        if others:
+            wanted += f", or a divisor of them where they divide {others}, its readers"
+        more = ", .." if len(possible) > MOST_SHOWN else ""
+        shown = ", ".join(possible[:MOST_SHOWN]) + more
+        checks.fail(what, size, wanted, f"Possible sizes of {axes}: {shown}.")
+
+
+def fits(size: int, parts: int, others: int = 0) -> bool:
+    """Whether so many parts can share an axis: all have as much of it; or, of key heads
+    whose value heads are `others`, each is several parts' of whose value heads it is.
+    """
+    return size % parts == 0 or (
+        others > 0 and parts % size == 0 and others % parts == 0
+    )
+
+
+def names_of(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def check_mesh(mesh: Mesh, axes: Mapping[str, MeshAxes]) -> None:
+    """
+    Raises:
+      ValueError: the mesh lacks an axis, or one is explicit.
+    """
+    used = {name for value in axes.values() for name in names_of(value)}
+    if lacking := used - set(mesh.axis_names):
+        _refuse_names(mesh, lacking)
+    check_kinds(mesh, used)
+
+
+def _refuse_names(mesh: Mesh, lacking: set[str]) -> None:
+    checks.fail(
+        "mesh",
+        f"axes {mesh.axis_names}",
+        f"one with {', '.join(map(repr, sorted(lacking)))}",
+        "Name the mesh's axis so, or say in axes=dict(..) which logical axis is "
+        "split over which of the mesh's.",
+    )
+
+
+def check_kinds(mesh: Mesh, used: set[str]) -> None:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kinds[name] == AxisType.Explicit for name in used):
+        remedy = "Make it with jax.make_mesh(.., axis_types=(AxisType.Auto,) * n)."
+        checks.fail("mesh", "explicit axes", "of axis type Auto", remedy)
+
+
+def by_parts(
+    x: ArrayLike, sizes: tuple[int, ...], parts: int, *, axis: int = -1
+) -> Array:
+    """Reorders an axis of groups, such as [q | k | v], so that each of its `parts` has
+    its share of every group: [q_0 | k_0 | v_0 | q_1 | k_1 | v_1 ..].
+
+    Args:
+      sizes: of the groups, each a multiple of `parts`.
+    """
+    x = jnp.asarray(x)
+    if sum(sizes) != x.shape[axis] or any(size % parts for size in sizes):
+        wanted = f"multiples of {parts} that add up to {x.shape[axis]}"
+        checks.fail("sizes", sizes, wanted, "They are the groups of the axis.")
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    groups = [jnp.split(group, parts, axis) for group in jnp.split(x, ends, axis)]
+    shares = [share for part in zip(*groups, strict=True) for share in part]
+    return jnp.concatenate(shares, axis)
+
+
+def own_groups(group_sizes: Array, axes: tuple[str, ...]) -> tuple[Array, Array]:
+    """Of rows that lie group after group, inside of shard_map: the sizes of the groups
+    that this device has of all [E], and the first row of theirs."""
+    own = group_sizes.shape[0] // lax.axis_size(axes)
+    first = lax.axis_index(axes) * own
+    before = jnp.arange(group_sizes.shape[0]) < first
+    sizes = lax.dynamic_slice_in_dim(group_sizes, first, own)
+    return sizes, jnp.sum(jnp.where(before, group_sizes, 0), dtype=jnp.int32)

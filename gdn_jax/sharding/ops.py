@@ -1,0 +1,179 @@
+"""An op whose heads and rows the devices of a mesh share out."""
+
+from __future__ import annotations  # so that help() names types and expands none
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from gdn_jax.ops import checks
+from gdn_jax.sharding.grid import AXES, Grid, MeshAxes, own_groups
+from gdn_jax.sharding.table import OPS, Names, Op, key_of, of_pools
+
+
+def split(
+    op: Callable[..., Any], mesh: Mesh, *, axes: Mapping[str, MeshAxes] = AXES
+) -> Callable[..., Any]:
+    """An op of this library as it is, but that a mesh's devices share it out.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from gdn_jax import fused_update, sharding
+        >>> mesh = sharding.make_mesh(model=1)      # of one device: data=1
+        >>> step = jax.jit(sharding.split(fused_update, mesh), donate_argnums=0)
+        >>> N, H, HV, K, V = 2, 2, 4, 16, 16
+        >>> q = jnp.ones((N, H, K))
+        >>> gates = jnp.zeros(HV), jnp.zeros((N, HV)), jnp.zeros((N, HV)), jnp.zeros(HV)
+        >>> state = jnp.zeros((N, HV, V, K))
+        >>> state, out = step(state, q, q, jnp.ones((N, HV, V)), *gates)
+
+    Arguments are whole arrays, split over the mesh already or not, and so are results,
+    which stay split. To be called under `jax.jit`.
+
+    Heads: where there are fewer key heads than devices of their axis, each is several
+    devices', if these divide the value heads; a `ReplayState` has a key head for each
+    device then. Channels of a convolution, and `qkvz` and `ba` of a flat layout, lie by
+    parts, see `by_parts`, as does a `ConvState`'s buffer.
+
+    Rows: a row's slot lies in the same part of the pool as the row in the batch; one of
+    another part is null. Packed rows have `cu_seqlens` [parts, N / parts + 1], each
+    part's own, and a `grouped_dot` `group_sizes` [parts, E].
+
+    Experts: each device multiplies the rows of its own, and the results are summed over
+    the devices, an all-reduce, which is the only one of an op.
+
+    Args:
+      op: one of `OPS`, such as `gdn_jax.fused_update`.
+      mesh: with axes of type Auto.
+      axes: which logical axis is split over which of the mesh's.
+
+    Raises:
+      ValueError: it is no such op, or the mesh has none of the axes; and at a call that
+        an axis cannot be shared out, with the sizes of the mesh that could.
+    """
+    name = getattr(op, "__name__", repr(op))
+    if name not in (*OPS, "copy_slots"):
+        wanted = f"one of {', '.join((*OPS, 'copy_slots'))}"
+        checks.fail("op", name, wanted, "Put others into jax.shard_map yourself.")
+    grid, signature = Grid(mesh, axes), inspect.signature(op)
+
+    @functools.wraps(op)
+    def shared(*args: Any, **keywords: Any) -> Any:
+        call = dict(signature.bind(*args, **keywords).arguments)
+        entry = of_pools(call["state"]) if name == "copy_slots" else OPS[name]
+        return _run(op, entry, grid, call)
+
+    return shared
+
+
+def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) -> Any:
+    named = {path.partition(".")[0] for path in entry.arrays}
+    given = {k: v for k, v in call.items() if k in named and v is not None}
+    static = {k: v for k, v in call.items() if k not in given}
+    leaves, structure = jax.tree.flatten(given, is_leaf=lambda x: isinstance(x, list))
+    paths = [
+        ".".join(map(key_of, path))
+        for path, _ in jax.tree_util.tree_leaves_with_path(
+            jax.tree.unflatten(structure, leaves), is_leaf=lambda x: isinstance(x, list)
+        )
+    ]
+    arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
+    names = {path: _axes_of(path, arrays, entry.arrays[path]) for path in paths}
+    order = list(given)  # an error names the first of a call's arguments
+    in_order = sorted(paths, key=lambda path: order.index(path.partition(".")[0]))
+    arrays |= {path: _shared(path, arrays, names, grid) for path in in_order}
+    specs = {path: grid.spec(names[path]) for path in paths}
+    if (sizes := static.get("split")) is not None:
+        for i, size in enumerate(sizes):
+            grid.check("gdn_channels", f"split[{i}]", size)
+        parts = grid.parts("gdn_channels")
+        static["split"] = [size // parts for size in sizes]
+
+    def local(*leaves: Array) -> Any:
+        options, tables = dict(static), dict(zip(paths, leaves, strict=True))
+        tables = _own_tables(tables, entry, grid, options)
+        own = jax.tree.unflatten(structure, [tables.pop(path) for path in paths])
+        return _call(op, grid, options | own | tables)
+
+    found: Any = jax.tree.unflatten(structure, specs.values())
+    results = [_result_spec(path, specs, found) for path in entry.results]
+    if call.get("per_token_states"):
+        results[0] = results[1]
+    out_specs = tuple(results) if results[1:] else results[0]
+    return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
+
+
+def _call(op: Callable[..., Any], grid: Grid, call: dict[str, Any]) -> Any:
+    if op.__name__ != "grouped_dot" or grid.parts("experts") == 1:
+        return op(**call)
+    axes = grid.over("experts")
+    sizes, first = own_groups(call["group_sizes"], axes)
+    x = jnp.roll(call["x"], -first, axis=0)  # rows past the last group give zeros
+    y = op(**call | dict(x=x, group_sizes=sizes))
+    return lax.psum(jnp.roll(y, first, axis=0), axes)
+
+
+def _axes_of(path: str, arrays: Mapping[str, Array], names: Names) -> Names:
+    ndim = arrays[path].ndim
+    if per_token := {"a": "b", "log_decay": "beta"}.get(path):  # KDA: K behind
+        names += (None,) * (ndim - arrays[per_token].ndim)
+    if ... not in names:
+        return (names + (None,) * ndim)[:ndim]
+    at = names.index(...)
+    behind = names[at + 1 :][-ndim:] if ndim else ()
+    return (*names[:at], *[None] * ndim)[: ndim - len(behind)] + behind
+
+
+def _shared(
+    path: str, arrays: Mapping[str, Array], names: Mapping[str, Names], grid: Grid
+) -> Array:
+    """The array, if its axes can be shared out; its key heads as often as need be."""
+    x = arrays[path]
+    if path in ("cu_seqlens", "group_sizes") and grid.parts("rows") > 1:
+        wanted = f"[{grid.parts('rows')}, ..], each part's own"
+        if x.ndim != 2:
+            checks.fail(path, x.shape, wanted, "Each part's tokens are its own rows'.")
+    for axis, (name, size) in enumerate(zip(names[path], x.shape, strict=True)):
+        if name is None:
+            continue
+        repeats = name == "gdn_key_heads" and path in ("q", "k")
+        others = arrays["v"].shape[-2] if repeats else 0
+        grid.check(name, f"{path}'s axis {axis} ({name})", size, others)
+        parts = grid.parts(name)
+        if size % parts:
+            x = jnp.repeat(x, parts // size, axis)
+    return x
+
+
+def _own_tables(
+    arrays: dict[str, Any], entry: Op, grid: Grid, options: dict[str, Any]
+) -> dict[str, Any]:
+    """With slots counted from the first of this device's part of the pool."""
+    if grid.parts("rows") == 1:
+        return arrays
+    for path in arrays.keys() & {"cu_seqlens", "group_sizes"}:
+        arrays[path] = arrays[path][0]
+    pools = entry.pools
+    slots, null_slot = arrays.get("slots"), options.get("null_slot")
+    if slots is not None and type(null_slot) is int:
+        arrays["slots"] = slots = jnp.where(slots == null_slot, -1, slots)
+        options["null_slot"] = None
+    if slots is not None and "conv_slots" in pools and "conv_slots" not in arrays:
+        arrays["conv_slots"] = slots if slots.ndim == 1 else slots[:, 0]
+    for path in arrays.keys() & pools.keys():
+        size = arrays[pools[path]].shape[0]
+        there = arrays[path] - grid.index("rows") * size
+        arrays[path] = jnp.where(arrays[path] < 0, -1, there)
+    return arrays
+
+
+def _result_spec(path: str, specs: Mapping[str, PartitionSpec], found: Any) -> Any:
+    if path in specs:
+        return specs[path]
+    whole = found[path]
+    return whole if path == "state" else whole[0]

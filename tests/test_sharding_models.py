@@ -1,0 +1,304 @@
+"""Models, layers and engines that devices share out: as on one."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import checkpoints
+import engines
+import jax
+import layers
+import numpy as np
+import pytest
+from checkpoints import assert_same
+
+from gdn_jax import Engine, models, sharding, testing
+from gdn_jax.generation.api import make_engine
+from gdn_jax.models import ShardedModel, parameters
+from gdn_jax.nn import ShardedLayer
+
+saved = checkpoints.saved
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+TOLERANCE = 1e-5
+KINDS = {
+    "dense": dict(vocab_size=52),
+    "tied": dict(tie_word_embeddings=True),
+    "experts": dict(
+        model_type="qwen3_next",
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        intermediate_size=0,
+    ),
+}
+
+
+def mesh_of(data, model):
+    if jax.device_count() < data * model:
+        pytest.skip(f"needs {data * model} devices")
+    return sharding.make_mesh(data, model)
+
+
+def shared_of(kind, data, model):
+    whole, params = engines.make(**KINDS[kind])
+    shared = ShardedModel(whole, mesh_of(data, model))
+    return shared, shared.shard(params)
+
+
+def count(text):
+    return {
+        name: len(re.findall(rf"\s{name}(?:-start)?\(", text))
+        for name in ("all-reduce", "all-gather", "collective-permute", "all-to-all")
+    }
+
+
+@functools.cache
+def steps_of(kind):
+    """The logits of a prompt, and of a token behind it."""
+    whole, params = engines.make(**KINDS[kind])
+    apply = jax.jit(whole.apply)
+    state = whole.init_state(4, 16)
+    prompt, state = apply({"params": params}, tokens(), state)
+    step, _ = apply({"params": params}, tokens()[:, :1], state)
+    return prompt, step
+
+
+def tokens():
+    return jax.random.randint(jax.random.key(3), (4, 6), 0, 50)
+
+
+# Of four devices two share a key head, and the heads of keys and values.
+@pytest.mark.parametrize(
+    ("kind", "data", "model"),
+    [("dense", 2, 4), ("tied", 1, 2), ("experts", 1, 4), ("experts", 4, 2)],
+)
+def test_steps(kind, data, model):
+    shared, params = shared_of(kind, data, model)
+    want = steps_of(kind)
+    apply = jax.jit(shared.apply, donate_argnums=2)
+    state = shared.init_state(4, 16)
+    got, state = apply({"params": params}, tokens(), state)
+    assert testing.relative_error(got, want[0]) < TOLERANCE
+    args = {"params": params}, tokens()[:, :1], state
+    text = apply.lower(*args).compile().as_text()
+    # Two a layer, and of a vocabulary that is shared out one of the embedding and one
+    # of logits.
+    vocab = int(shared.split.vocab)
+    layers = len(shared.config.layer_types)
+    wanted = {"all-reduce": 2 * layers + vocab, "all-gather": vocab}
+    wanted |= {"collective-permute": 0, "all-to-all": 0}
+    assert count(text) == wanted
+    got, _ = apply(*args)
+    assert testing.relative_error(got, want[1]) < TOLERANCE
+
+
+def test_rows_of_groups():
+    """Each group's rows are of its part of the state."""
+    shared, params = shared_of("dense", 2, 2)
+    whole, own = engines.make(**KINDS["dense"])
+    rows = np.array([1, 2], np.int32)
+    got, want = [], []
+    for model, variables, found in ((shared, params, got), (whole, own, want)):
+        apply, state = jax.jit(model.apply), model.init_state(4, 16)
+        for piece in (tokens()[:2], tokens()[2:]):
+            logits, state = apply({"params": variables}, piece, state, rows=rows)
+        found += [logits, state.length]
+    np.testing.assert_array_equal(got[1], want[1])
+    assert testing.relative_error(got[0], want[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("data", "model", "drafts"), [(2, 2, 2), (1, 2, 0)])
+def test_engine(data, model, drafts):
+    shared, params = shared_of("dense", data, model)
+    whole, own = engines.make(**KINDS["dense"])
+    found = []
+    for each, variables in ((shared, params), (whole, own)):
+        engine = Engine(each, variables, **engines.SIZES, speculative=drafts)
+        options = engines.MIXED if not drafts else None
+        requests = engines.write(
+            engine, engines.PROMPTS, options, **dict(max_tokens=9, stop=())
+        )
+        found.append((engines.tokens(requests), engine.figures))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].prefilled == found[1][1].prefilled
+
+
+def test_an_engine_is_restored(tmp_path):
+    shared, params = shared_of("dense", 1, 2)
+    engine = Engine(shared, params, **engines.SIZES)
+    request = engine.submit(engines.PROMPTS[0], max_tokens=12, stop=())
+    for _ in range(2):
+        engine.step()
+    engine.save(tmp_path / "engine")
+    restored = Engine.restore(tmp_path / "engine", shared, params)
+    [again] = restored.requests
+    for each in (engine, restored):
+        engines.finish(each)
+    assert again.tokens == request.tokens
+    whole, own = engines.make(**KINDS["dense"])
+    with pytest.raises(ValueError, match="parts is None, was 2"):
+        Engine.restore(tmp_path / "engine", whole, own)
+
+
+def test_generate_takes_a_row_for_each_group():
+    """However few prompts there are."""
+    shared, params = shared_of("dense", 4, 2)
+    engine = make_engine(shared, params, engines.PROMPTS[:1], max_tokens=5, drafts=0)
+    assert engine.sizes.num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("Qwen3.5", (2, 4)), ("Qwen3-Next", (1, 4)), ("OLMo-hybrid", (1, 2))],
+)
+def test_layers(kind, mesh):
+    """Of four devices two share a key head."""
+    layer, params = layers.make(kind)
+    shared = ShardedLayer(layer, mesh_of(*mesh))
+    own = {"params": shared.shard(params["params"])}
+    slots = np.array([1, 0, 5, 7], np.int32)
+    x, found = layers.tokens(4, 3), []
+    for each, variables in ((shared, own), (layer, params)):
+        state = each.init_state(8)
+        first, state = jax.jit(each.apply)(variables, x, state, slots=slots)
+        apply = jax.jit(each.apply)
+        text = apply.lower(variables, x[:, :1], state, slots=slots).compile().as_text()
+        last, _ = apply(variables, x[:, :1], state, slots=slots)
+        found.append((first, last, count(text)["all-reduce"]))
+    assert testing.relative_error(found[0][0], found[1][0]) < TOLERANCE
+    assert testing.relative_error(found[0][1], found[1][1]) < TOLERANCE
+    assert [each[2] for each in found] == [1, 0]
+    y, _ = jax.jit(shared.apply)(own, x)
+    assert testing.relative_error(y, layers.apply(layer, params, x)[0]) < TOLERANCE
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["next with experts", "3.5"])
+def test_loading(saved, name):
+    folder, model, params = saved(name)
+    mesh = mesh_of(2, 2)
+    shared, found = models.load_sharded(folder, mesh)
+    assert_same(found, ShardedModel(model, mesh).shard(params))
+    for path, array in parameters._flat(found).items():
+        target = shared.targets[path]
+        assert array.shape == target.shape and array.dtype == target.dtype
+        own = {x.data.size for x in array.addressable_shards}
+        is_split = array.sharding.spec != jax.sharding.PartitionSpec()
+        assert own == {array.size // (2 if is_split else 1)}
+    split = found["layers_0"]["mixer"]["in_proj"]
+    for each in split.values():
+        assert each["kernel"].sharding.spec[1] in ("model", ("model",))
+
+
+@pytest.mark.once
+def test_only_own_parts_are_read(saved):
+    """In one piece for each run of columns: no device's part is of all the rest."""
+    _, model, params = saved("3.5")
+    shared = ShardedModel(model, mesh_of(1, 4))
+    path = "layers_0/mixer/in_proj/qkv/kernel"
+    target, array = parameters.find_targets(model)[path], params["layers_0"]["mixer"]
+    array, sizes = np.asarray(array["in_proj"]["qkv"]["kernel"]), []
+
+    def read(index):
+        sizes.append(array[index].shape)
+        return array[index]
+
+    got = shared.place(path, target, read)
+    # Two key heads of four for four devices, which two of them share; four value heads.
+    assert sizes == [(16, 4)] * 12 and got.shape == (16, 48)
+    np.testing.assert_array_equal(got[:, 12:16], array[:, 0:4])
+
+
+@pytest.mark.once
+def test_errors():
+    whole, params = engines.make()
+    says = functools.partial(pytest.raises, ValueError)
+    mesh = functools.partial(mesh_of, 1)
+    with says(match="num_attention_heads must be a multiple of the 3.*1, 2, 4"):
+        ShardedModel(whole, mesh(3))
+    with says(match="linear_num_key_heads must .*they divide 6.*got 2.*: 1, 2, 6"):
+        fields = dict(linear_num_value_heads=6, layer_types=("linear_attention",))
+        config = dataclasses.replace(whole.config, num_mtp_layers=0, **fields)
+        ShardedModel(models.Model(config), mesh(3))
+    with says(match="axes must be one mesh axis for all of these"):
+        ShardedModel(whole, mesh(2), dict(sharding.AXES, mlp=None))
+    shared = ShardedModel(whole, mesh_of(2, 2))
+    with says(match="must lie on the mesh as.*got .*SingleDevice.*load_sharded"):
+        Engine(shared, params, **engines.SIZES)
+    params = shared.shard(params)
+    with says(match="num_rows must be a multiple of the 2 devices.*got 3"):
+        Engine(shared, params, **engines.SIZES | dict(num_rows=3))
+    with says(match="method must be one of __call__, hidden"):
+        shared.apply({"params": params}, tokens(), method="setup")
+    with says(match="argument 0's axis 0 must be a multiple of the 2"):
+        shared.apply({"params": params}, tokens()[:3])
+
+
+PROCESS = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.config.update("jax_disable_most_optimizations", True)
+import engines
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from gdn_jax.models import ShardedModel
+from gdn_jax import Engine
+first, second, third, fourth = jax.devices()  # two of each process
+devices = np.array([[first, third], [fourth, second]])
+mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+model, params = engines.make(num_mtp_layers=0)
+shared = ShardedModel(model, mesh)
+engine = Engine(shared, shared.shard(params), **engines.SIZES)
+texts = engines.tokens(
+    engines.write(engine, engines.PROMPTS, engines.MIXED, **dict(max_tokens=9, stop=()))
+)
+try:
+    engine.save("nowhere")
+except NotImplementedError as error:
+    print("TEXTS", json.dumps([texts, str(error)]))
+"""
+
+
+def test_two_processes():
+    """On JAX's own runtime: both axes of the mesh go from one to the other."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("they are compared with this one, on CPUs")
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        address = f"localhost:{server.getsockname()[1]}"
+    flags = re.sub(r"device_count=\d+", "device_count=2", os.environ["XLA_FLAGS"])
+    folder = pathlib.Path(__file__).parent
+    paths = [str(folder), *map(str, filter(None, sys.path))]
+    env = os.environ | dict(XLA_FLAGS=flags, PYTHONPATH=os.pathsep.join(paths))
+    env |= dict(JAX_PLATFORMS="cpu")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(number)],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]
+    texts = []
+    for process in processes:
+        out, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-4000:]
+        [line] = [line for line in out.splitlines() if line.startswith("TEXTS ")]
+        texts.append(json.loads(line.removeprefix("TEXTS ")))
+    engine = Engine(*engines.make(num_mtp_layers=0), **engines.SIZES)
+    options = dict(max_tokens=9, stop=())
+    want = engines.write(engine, engines.PROMPTS, engines.MIXED, **options)
+    for got, error in texts:
+        assert got == engines.tokens(want)
+        assert "other processes' devices too cannot be saved" in error
