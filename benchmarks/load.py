@@ -31,9 +31,9 @@ from load_parts import (
     Load,
     Text,
     cut,
+    load_model,
     make_asked,
     make_engine,
-    small_model,
     submit,
     text_of,
 )
@@ -125,10 +125,10 @@ def waves(
             return
 
 
-def by_generate(
-    model: Any, params: Any, load: Load, want: Sequence[Text]
-) -> dict[str, Any]:
-    """The same prompts by `generate`, whose callback first raises on the way."""
+def by_generate(engine: Engine, load: Load, want: Sequence[Text]) -> dict[str, Any]:
+    """The same prompts and model by `generate`, whose callback first raises on the
+    way."""
+    model, params = engine.model, engine.params
     prompts = [each.prompt for each in make_asked(load)]
     given: dict[int, list[int]] = {}
     left = random.Random(0).randrange(1, len(prompts))
@@ -216,20 +216,22 @@ def main(
     kills: int = 2,
     drafts: int = 0,
     decode: str | None = None,
+    model: pathlib.Path | None = None,
     quick: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
     if quick:
         prompts, rows, seconds, kills = 40, 4, 0.0, 1
-    load = Load(prompts, rows, drafts, decode)
+    folder = None if model is None else str(model)
+    load = Load(prompts, rows, drafts, decode, folder=folder)
     result = header(
         f"{prompts} slices of this package's sources, 1 to {load.prompt} bytes, "
         f"greedy, 1 to {load.new} new tokens, a third of the texts up to a line's end"
     )
     result["time"] = "wall clock"
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (f"load_{drafts}_drafts.json" if drafts else "load.json")
+    path = out or RESULTS / result["device"].lower().replace(" ", "_")
+    path.mkdir(parents=True, exist_ok=True)
+    path /= f"load_{drafts}_drafts.json" if drafts else "load.json"
     result |= {"load": dataclasses.asdict(load), "rows": []}
 
     def write(**more: Any) -> None:
@@ -239,8 +241,7 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         cache = pathlib.Path(temporary) / "programs"
         load_killed.share_programs(cache)
-        model, params = small_model()
-        engine = make_engine(model, params, load)
+        engine = make_engine(*load_model(load), load)
         begin = time.perf_counter()
         want = alone(engine, load)
         write(alone_seconds=time.perf_counter() - begin)
@@ -249,7 +250,7 @@ def main(
             result["rows"].append(row)
             write()
             console.print(row)
-        write(generate=by_generate(model, params, load, want))
+        write(generate=by_generate(engine, load, want))
         console.print(result["generate"])
         folder_of_kills = pathlib.Path(temporary) / "killed"
         few = dataclasses.replace(load, count=min(prompts, KILLED))

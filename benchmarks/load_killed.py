@@ -22,9 +22,9 @@ from load_parts import (
     Load,
     Text,
     cut,
+    load_model,
     make_asked,
     make_engine,
-    small_model,
     submit,
 )
 
@@ -139,7 +139,7 @@ def read(
 
 def work(folder: pathlib.Path, load: Load) -> None:
     """Goes on from what was saved last, or begins."""
-    model, params = small_model()
+    model, params = load_model(load)
     saved = folder / SAVED
     if saved.is_file():
         engine = Engine.restore(saved, model, params)

@@ -21,7 +21,8 @@ class Asked(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Load:
     """How many prompts, of how many tokens at most, for texts of how many at most; on
-    so many rows of an engine, with drafts and decode as `Engine` has them."""
+    so many rows of an engine, with drafts and decode as `Engine` has them; by the
+    model that is in a folder, of None by the shipped one."""
 
     count: int
     rows: int
@@ -29,6 +30,7 @@ class Load:
     decode: str | None = None
     prompt: int = 160
     new: int = 48
+    folder: str | None = None
 
 
 class Text(NamedTuple):
@@ -54,12 +56,10 @@ def make_asked(load: Load) -> list[Asked]:
     return asked
 
 
-def small_model() -> tuple[models.Model, Any]:
+def load_model(load: Load) -> tuple[models.Model, Any]:
     """In its own dtype on a GPU, in the CPU's there."""
-    on_cpu = jax.default_backend() == "cpu"
-    return models.load(
-        models.SMALL, dtype="float32" if on_cpu else None, progress=False
-    )
+    dtype = "float32" if jax.default_backend() == "cpu" else None
+    return models.load(load.folder or models.SMALL, dtype=dtype, progress=False)
 
 
 def make_engine(model: models.Model, params: Any, load: Load) -> Engine:

@@ -31,9 +31,9 @@ CPU_PATHS = ("reference", "xla", "interpret")
 
 # What LLVM makes of XLA's loops on a CPU is not tested either;
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests that too.
-unoptimized = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
 if jax.default_backend() == "cpu":
-    jax.config.update("jax_disable_most_optimizations", unoptimized)
+    unless = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", unless != "0")
 
 
 # Tracing makes many objects and few cycles of them.
@@ -67,15 +67,6 @@ def exact_products():
     jax.config.update("jax_default_matmul_precision", "highest")
     yield
     jax.config.update("jax_default_matmul_precision", before)
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """For few programs that run long, also in processes that a test starts."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_disable_most_optimizations", unoptimized)
 
 
 def pytest_configure(config):

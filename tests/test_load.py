@@ -3,10 +3,14 @@ not."""
 
 import importlib
 import json
+import os
 import pathlib
 
 import jax
 import pytest
+from engines import make
+
+from gdn_jax import models
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("exact_products")]
 
@@ -23,12 +27,13 @@ def modules():
 
 
 @pytest.fixture(scope="module")
-def loaded(modules, optimized):
+def loaded(modules, tmp_path_factory):
     """(engine, load, texts alone)"""
     load, parts, *_ = modules
-    model, params = parts.small_model()
-    small = parts.Load(COUNT, ROWS, prompt=64, new=24)
-    engine = parts.make_engine(model, params, small)
+    folder = tmp_path_factory.mktemp("model")
+    models.save(folder, *make(vocab_size=256))
+    small = parts.Load(COUNT, ROWS, prompt=60, new=24, folder=str(folder))
+    engine = parts.make_engine(*parts.load_model(small), small)
     return engine, small, load.alone(engine, small)
 
 
@@ -45,8 +50,24 @@ def test_texts_under_load_are_those_alone(modules, loaded):
         assert row["memory"]["live"] == rows[0]["memory"]["live"]
 
 
-def test_a_killed_process_loses_nothing_that_was_given(modules, loaded, tmp_path):
-    """SIGKILL at any moment, and on from what was saved in a new process."""
+def test_generate_gives_the_same_again(modules, loaded):
+    """Behind a callback that raised, of which nothing is left."""
+    load, *_ = modules
+    found = load.by_generate(*loaded)
+    assert found["callback_raised"] and found["texts_with_tokens_given_before"]
+    assert found["texts"] == COUNT
+    assert found["of_these_not_the_same_again"] == 0
+    assert found["live_bytes_left_by_the_raise"] == 0
+    assert found["largest_gap_of_log_probabilities"] < 1e-3
+
+
+def test_a_killed_process_loses_nothing_that_was_given(
+    modules, loaded, tmp_path, monkeypatch
+):
+    """SIGKILL at any moment, and on from what was saved in a new process, which
+    compiles as this one does."""
+    unless = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", unless)
     killed = modules[3]
     found = killed.kill_and_restore(tmp_path / "killed", *loaded[1:], 1, None)
     assert found["faults"] == []
@@ -56,8 +77,7 @@ def test_a_killed_process_loses_nothing_that_was_given(modules, loaded, tmp_path
 @pytest.mark.parametrize("fault", ["two owners", "leaked", "another's state", "token"])
 def test_faults_are_seen(fault, modules, loaded):
     parts, serve = modules[1:3]
-    model, params = loaded[0].model, loaded[0].params
-    engine = parts.make_engine(model, params, loaded[1])
+    engine = parts.make_engine(loaded[0].model, loaded[0].params, loaded[1])
     watch = serve.Watch()
     requests = [
         engine.submit([65 + i] * 3, max_tokens=24, stop=()) for i in range(ROWS - 1)
