@@ -3,12 +3,15 @@
 `fused_update` in place, a token at a time, on states of each dtype; against float64,
 which sees the same inputs. Heads forget and write at different rates, from those that
 forget everything at once to those that hardly do. Nothing is stored: a step's inputs
-are drawn on the device from a key that counts. Writes results/<device>/horizon.json as
-it goes; runs on a CPU too, by XLA, where --quick is a small part.
+are drawn on the device from a key that counts. 16-bit states are rounded to nearest and
+stochastically; what the latter costs is timed on a GPU. Writes
+results/<device>/horizon.json as it goes; runs on a CPU too, by XLA, where --quick is a
+small part.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -19,16 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from common import RESULTS, console, header
+import update
+from common import REPEATS, RESULTS, console, header, wait
 from jax import lax
 from rich.table import Table
 
 import gdn_jax
-from gdn_jax import testing
+from gdn_jax import testing, timing
 
 N, K, V = 2, 128, 128
 MARKS = 25  # steps at which errors are told, evenly spaced on a logarithmic scale
 QUANTILES = 4096
+TIMED = (64, 256)  # rows of a step that is timed, of Qwen3.5's heads
 
 
 class Head(NamedTuple):
@@ -65,9 +70,20 @@ INPUTS = (
 @dataclasses.dataclass(frozen=True)
 class Contender:
     state_dtype: str
+    rounding: str = "nearest"
+
+    @property
+    def title(self) -> str:
+        return self.state_dtype + ", stochastic" * (self.rounding == "stochastic")
 
 
-CONTENDERS = tuple(map(Contender, ("float32", "bfloat16", "float16")))
+CONTENDERS = (
+    Contender("float32"),
+    Contender("bfloat16"),
+    Contender("bfloat16", "stochastic"),
+    Contender("float16"),
+    Contender("float16", "stochastic"),
+)
 
 
 class Tables(NamedTuple):
@@ -149,14 +165,17 @@ def advance(
 
     def step(i, states):
         q, k, v, a, b = draw(tables, i)
+        key = jax.random.fold_in(jax.random.key(1), i)
         return [
             gdn_jax.fused_update(
                 pool,
                 *(q, k, v, tables.A_log, a, b, tables.dt_bias),
                 implementation=implementation,
                 out_dtype=jnp.float32,
+                state_rounding=each.rounding,
+                rounding_key=key if each.rounding == "stochastic" else None,
             )
-            for _, (pool, _) in zip(contenders, states, strict=True)
+            for each, (pool, _) in zip(contenders, states, strict=True)
         ]
 
     return lax.fori_loop(first, end, step, states)
@@ -218,6 +237,43 @@ def measure(contenders: tuple[Contender, ...], steps: int, implementation: str):
         yield rows
 
 
+def time_rounding(N: int, state_dtype: str) -> dict[str, Any]:
+    """Microseconds of a decoding step of N rows, by how its states are rounded."""
+    problem = update.Problem(N, state_dtype=state_dtype)
+    inputs = update.make_inputs(problem)
+    tokens = tuple(inputs[name] for name in update.TOKENS)
+    pool, keys = inputs.pop("state"), jax.random.split(jax.random.key(2), 64)
+    row: dict[str, Any] = dict(N=N, state_dtype=state_dtype)
+    for rounding in ("nearest", "stochastic"):
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(pool, tokens, slots, key, rounding=rounding):
+            return gdn_jax.fused_update(
+                pool,
+                *tokens,
+                slots=slots,
+                implementation="triton",
+                state_rounding=rounding,
+                rounding_key=key if rounding == "stochastic" else None,
+            )
+
+        held = dict(pool=jnp.copy(pool))
+
+        def run(i, step=step, held=held):
+            slots = inputs["slots"][i % len(inputs["slots"])]
+            held["pool"], _ = step(held["pool"], tokens, slots, keys[i % len(keys)])
+
+        run(0)
+        found = timing.measure(run, REPEATS, wait=wait, belongs=is_update)
+        row[f"{rounding}_us"] = found.median_us
+    return row
+
+
+def is_update(kernel: str) -> bool:
+    """The kernel itself: a caller makes its keys as it likes."""
+    return "fused_update" in kernel
+
+
 def main(
     steps: int = 100_000,
     quick: bool = False,
@@ -225,7 +281,7 @@ def main(
 ) -> None:
     steps = min(steps, 2_000) if quick else steps
     result = header(INPUTS)
-    result["time"] = "none"
+    result["time"] = f"the kernel alone, median of {REPEATS} calls"
     implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     result |= {"steps": steps, "implementation": implementation, "rows": []}
     folder = out or RESULTS / result["device"].lower().replace(" ", "_")
@@ -236,12 +292,18 @@ def main(
         result["seconds"] = time.perf_counter() - begin
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"step {rows[0]['step']:,}: {result['seconds']:.0f} s")
-    console.print(table(result["rows"]), f"wrote {path}")
+    console.print(table(result["rows"]))
+    if implementation == "triton":
+        sizes = itertools.product(TIMED, ("bfloat16", "float16"))
+        result["times"] = [time_rounding(*size) for size in sizes]
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(result["times"])
+    console.print(f"wrote {path}")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    shown = Table("head", *(each.state_dtype for each in CONTENDERS))
+    shown = Table("head", *(each.title for each in CONTENDERS))
     for head in HEADS:
         errors = [row["error"] for row in last if row["head"] == head.name]
         shown.add_row(head.name, *(f"{error:.1e}" for error in errors))
