@@ -12,6 +12,7 @@ import re
 import reports.chunked
 import reports.conv
 import reports.generate
+import reports.horizon
 import reports.layer
 import reports.products
 import reports.replay
@@ -37,6 +38,7 @@ REPORTS = {
     "replay": reports.replay.replay,
     "schemes": reports.replay.schemes,
     "drift": reports.replay.drift,
+    "horizon": reports.horizon.horizon,
 }
 
 # The same for all the files together that a pattern finds in the devices' folders.

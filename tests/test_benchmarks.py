@@ -22,7 +22,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 SUITES = ["decode", "verify", "prefill", "train", "conv", "experts"]
-SUITES += ["layer", "layer_step", "few_rows", "generate", "replay", "load"]
+SUITES += ["layer", "layer_step", "few_rows", "generate", "replay", "load", "horizon"]
 
 
 @pytest.mark.parametrize("suite", SUITES)
