@@ -130,7 +130,8 @@ def test_the_verdict_is_of_every_part(modules):
         live_bytes_left_by_the_raise=0,
         largest_gap_of_log_probabilities=1e-6,
     )
-    right = dict(rows=rows, generate=of_generate, killed=dict(faults=[]))
+    told = dict(dtype="float32") | of_generate
+    right = dict(rows=rows, generate=told, killed=dict(faults=[]))
     assert load.verdict(right) == []
     wrong_rows = (
         dict(texts_not_as_alone=1),
@@ -142,7 +143,7 @@ def test_the_verdict_is_of_every_part(modules):
     for change in wrong_rows:
         assert load.verdict(right | dict(rows=[*rows[:2], rows[2] | change]))
     for name in of_generate:
-        assert load.verdict(right | dict(generate=of_generate | {name: 1}))
+        assert load.verdict(right | dict(generate=told | {name: 1}))
     assert load.verdict(right | dict(killed=dict(faults=["one"])))
 
 
