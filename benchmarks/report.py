@@ -12,6 +12,7 @@ import re
 import reports.chunked
 import reports.conv
 import reports.generate
+import reports.horizon
 import reports.layer
 import reports.products
 import reports.replay
@@ -39,6 +40,7 @@ REPORTS = {
     "schemes": reports.replay.schemes,
     "drift": reports.replay.drift,
     "sharded": reports.sharded.sharded,
+    "horizon": reports.horizon.horizon,
 }
 
 # The same for all the files together that a pattern finds in the devices' folders.

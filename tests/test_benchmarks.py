@@ -23,6 +23,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 SUITES = ["decode", "verify", "prefill", "train", "conv", "experts"]
 SUITES += ["layer", "layer_step", "few_rows", "generate", "replay", "sharded"]
+SUITES += ["load", "horizon"]
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -205,3 +205,18 @@ def test_a_pool_that_is_not_donated_is_copied_once():
     shapes = _shapes(2, 2, 4, 128, 128, "float32")
     compiled = aot.compile_for_h200(_update, *shapes)
     assert len(aot.copies(compiled, shapes[0])) == 1
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "float16"])
+@pytest.mark.parametrize("modes", [{}, {"T": 4, "columns": 4}, {"kda": True}], ids=str)
+def test_rounding_at_random_is_of_the_same_launch(modes, state):
+    def update(state, tokens, kwargs, words):
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        keywords = dict(state_rounding="stochastic", rounding_key=key)
+        return _update(state, tokens, kwargs | keywords)
+
+    H = 32 if modes.get("kda") else 16
+    shapes = _shapes(64, H, 32, 128, 128, state, **modes)
+    words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    compiled = aot.compile_for_h200(update, *shapes, words, donate_argnums=0)
+    _one_launch_in_place(compiled, _bytes(shapes[0]))

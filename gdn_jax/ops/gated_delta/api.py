@@ -49,6 +49,8 @@ def fused_update(
     gate_lower_bound: float | None = None,
     per_token_states: bool = False,
     out_dtype: Any = None,
+    state_rounding: str = "nearest",
+    rounding_key: Array | None = None,
     implementation: str | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Array, Array]:
@@ -102,6 +104,12 @@ def fused_update(
       gate_lower_bound: if given, < 0, decay = exp(gate_lower_bound *
         sigmoid(exp(A_log) * (a + dt_bias))) instead (KDA of GLM and Kimi-K3).
       per_token_states: leave the pool alone and return the state after every token.
+      state_rounding: of 16-bit states where they are stored, "nearest" or "stochastic":
+        up or down at random, right on the average, where nearest would leave a state
+        as it is whose steps are small (docs/numerics.md).
+      rounding_key: with "stochastic" alone, a typed key, another one each call: states
+        are rounded by it and where they are stored, and by nothing else. Under
+        `shard_map` fold in the shard's index.
       out_dtype: of `out`; v's if None. float16 overflows past 65504: ask for float32.
       implementation: "triton" (one Pallas kernel; NVIDIA, compute capability >= 8.0),
         "interpret" (that kernel in Pallas' interpreter, any machine), "xla",
@@ -191,6 +199,8 @@ def fused_update(
         qk_l2norm=qk_l2norm,
         per_token_states=per_token_states,
         out_dtype=out_dtype,
+        state_rounding=state_rounding,
+        rounding_key=rounding_key,
         gating=arguments.gate_options(
             softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
         ),
@@ -215,6 +225,8 @@ def recurrent_update(
     qk_l2norm: bool = True,
     per_token_states: bool = False,
     out_dtype: Any = None,
+    state_rounding: str = "nearest",
+    rounding_key: Array | None = None,
     implementation: str | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Array, Array]:
@@ -259,6 +271,8 @@ def recurrent_update(
         qk_l2norm=qk_l2norm,
         per_token_states=per_token_states,
         out_dtype=out_dtype,
+        state_rounding=state_rounding,
+        rounding_key=rounding_key,
         gating=GateOptions(),
     )
     return _update(x, options, unpack, implementation, config)

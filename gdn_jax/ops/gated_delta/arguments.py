@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -20,6 +22,7 @@ from gdn_jax.ops.gated_delta.call import (
     Inputs,
     Options,
 )
+from gdn_jax.ops.gated_delta.rounding import ROUNDINGS
 
 AnyGates = TypeVar("AnyGates", GateLogits, Gates)
 
@@ -41,6 +44,8 @@ def pack(
     per_token_states,
     out_dtype,
     gating: GateOptions,
+    state_rounding="nearest",
+    rounding_key=None,
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
     """(inputs, options, unpack): `unpack` gives a packed result the caller's axes."""
     state, q, k, v = (
@@ -70,6 +75,7 @@ def pack(
         packed(v),
         gates._replace(**per_token),
         *tables,
+        rounding=rounding_words(state_rounding, rounding_key, state.dtype),
     )
     options = Options(
         tokens_per_row=tokens,
@@ -83,6 +89,32 @@ def pack(
         gating=gating,
     )
     return inputs, options, unpack
+
+
+def rounding_words(state_rounding: Any, key: Any, dtype: Any) -> Any:
+    """A key's, [W] uint32; None where states are rounded to nearest."""
+    if state_rounding not in ROUNDINGS:
+        got, wanted = repr(state_rounding), f"one of {', '.join(ROUNDINGS)}"
+        checks.fail("state_rounding", got, wanted, "It is of 16-bit states.")
+    if state_rounding == "nearest":
+        if key is not None:
+            wanted = "None where state_rounding is 'nearest'"
+            remedy = "Pass state_rounding='stochastic', or leave the key out."
+            checks.fail("rounding_key", "a key", wanted, remedy)
+        return None
+    if dtype == jnp.float32:
+        remedy = "A float32 state is stored as it is: nothing is rounded."
+        got, wanted = "'stochastic' of a float32 state", "'nearest' of it"
+        checks.fail("state_rounding", got, wanted, remedy)
+    wanted = "a typed key where state_rounding is 'stochastic'"
+    remedy = "Give each call another one: jax.random.fold_in(jax.random.key(0), step)."
+    if not jnp.issubdtype(getattr(key, "dtype", object), jax.dtypes.prng_key):
+        got = "None" if key is None else type(key).__name__
+        checks.fail("rounding_key", got, wanted, remedy)
+    if key.shape != ():
+        checks.fail("rounding_key", f"keys {key.shape}", "one key", remedy)
+    words: Any = key
+    return jax.random.key_data(words).ravel()
 
 
 def gate_options(

@@ -49,6 +49,9 @@ class Gates(NamedTuple):
 
 
 class Inputs(NamedTuple):
+    """`rounding` [W] uint32 are the words of a key by which stored states are rounded
+    stochastically; None: to nearest."""
+
     state: t.State
     q: t.Query
     k: t.Key
@@ -58,6 +61,7 @@ class Inputs(NamedTuple):
     cu_seqlens: t.Boundaries | None = None
     num_accepted: t.Accepted | None = None
     has_state: t.HasState | None = None
+    rounding: Array | None = None
 
     @property
     def num_rows(self) -> int:

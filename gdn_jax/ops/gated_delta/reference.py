@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from gdn_jax.ops.batch import find_owners
+from gdn_jax.ops.gated_delta import rounding
 from gdn_jax.ops.gated_delta.call import (
     GateLogits,
     GateOptions,
@@ -37,12 +38,12 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
     lanes = 1 if options.tokens_per_row is None else x.num_rows
     timeline = jax.tree.map(
         lambda y: y.reshape(lanes, -1, *y.shape[1:]).swapaxes(0, 1),
-        (tokens, row, step, live, write),
+        (tokens, row, step, live, write, _places(x, options, write)),
     )
 
     def body(carry, now):
         pool, state, last = carry
-        (q, k, v, a, b), row, step, live, write = now
+        (q, k, v, a, b), row, step, live, write, place = now
         state = where((step == 0) | (row != last), start[row], state)
         if isinstance(gates, Gates):
             log_decay, beta = a, b
@@ -50,14 +51,15 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
             log_decay, beta = reference_gates(gates, a, b, options.gating)
         new, out, *_ = rule(state, q, k, v, log_decay, beta, options)
         state = where(live, new, state)
-        stored = state.astype(x.state.dtype)
+        stored = rounding.stored(state, x.rounding, place, x.state.dtype)
         pool = pool.at[write].set(stored, mode="drop")
         out = where(live, out, 0.0).astype(options.out_dtype)
         kept = where(live, stored, 0.0) if options.per_token_states else None
         return (pool, state, row), (out, kept)
 
     if options.per_token_states:
-        timeline = (*timeline[:-1], jnp.full_like(timeline[-1], num_slots))
+        nowhere = jnp.full_like(timeline[4], num_slots)
+        timeline = (*timeline[:4], nowhere, timeline[5])
     state = where(jnp.zeros(lanes, bool), start[:lanes], 0.0)
     carry = (x.state, state, jnp.full_like(timeline[1][0], -1))
     (pool, *_), (out, kept) = lax.scan(body, carry, timeline)
@@ -65,6 +67,15 @@ def reference(x: Inputs, options: Options) -> tuple[Array, Array]:
         lambda y: y.swapaxes(0, 1).reshape(-1, *y.shape[2:]), (out, kept)
     )
     return (kept if options.per_token_states else pool), out
+
+
+def _places(x: Inputs, options: Options, write: Array) -> Array | None:
+    """Where the state after each token is stored, which rounding depends on."""
+    if x.rounding is None:
+        return None
+    if options.per_token_states:
+        return jnp.arange(x.q.shape[0], dtype=jnp.int32)
+    return write
 
 
 def reference_gates(logits: GateLogits, a: Array, b: Array, gating: GateOptions):

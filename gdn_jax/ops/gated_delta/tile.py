@@ -40,6 +40,7 @@ class Tile:
     row: Array  # [R W LV 1 1], row numbers
     v: Array  # [R W LV LK 1], the same for each lane that holds some of a row
     k: Chunks  # [1 1 1 LK E], column numbers
+    lane: Array  # [1 1 1 LK 1], numbers of the lanes along K
     in_row: Array | None  # None where no row is out of range
     in_v: Array | None
     in_k: Chunks | None
@@ -69,6 +70,7 @@ class Tile:
             row,
             v,
             k,
+            lk,
             None if fills else row < V,
             None if fills else v < V,
             None if K % chunk == 0 else tuple(columns < K for columns in k),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
-from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta import rounding, rule
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
@@ -61,7 +61,10 @@ def fused_update_kernel(
         length = jnp.where(is_row, row.length, 0)
         row = row._replace(length=length, live=row.live & is_row)
     tokens = Tokens.of(x, head, tiles[0], options, arithmetic)
-    store = Store(x, new_ref, out_ref, head, row, options)
+    # with the tokens, so that no store waits for them
+    count = 0 if x.rounding is None else x.rounding.shape[0]
+    words = tuple(x.rounding[i] for i in range(count))
+    store = Store(x, new_ref, out_ref, head, row, options, words)
 
     # All loads before any work: what is in flight decides the speed.
     reads = row.live & row.keeps_state
@@ -192,7 +195,7 @@ def _members() -> Array:
 
 
 class Store(NamedTuple):
-    """Where a row's results go."""
+    """Where a row's results go; with a key's `words` states are rounded at random."""
 
     x: Any
     new_ref: Any
@@ -200,6 +203,7 @@ class Store(NamedTuple):
     head: Array
     row: Rows
     options: Options
+    words: tuple[Array, ...] = ()
 
     def target(self, step: Array | np.int32) -> Array | None:
         """The slot named for the state after that step, where there is a table."""
@@ -219,19 +223,26 @@ class Store(NamedTuple):
     def keep(self, tile: Tile, step, state, target: Array | None, live) -> None:
         at = self.row.begin + step
         if self.options.per_token_states:
-            tile.store_state(self.new_ref, state, True, at, self.head)
+            self._state(tile, state, True, at)
         elif target is not None:
             wanted = (step < self.x.slots.shape[1]) & live
             wanted &= self.options.is_live_slot(target, self.x.state.shape[0])
             target = jnp.where(wanted, target, 0)
-            tile.store_state(self.new_ref, state, wanted, target, self.head)
+            self._state(tile, state, wanted, target)
 
     def end(self, tile: Tile, state) -> None:
         """After the last token, where only its state is stored."""
         one_slot = self.x.slots is None or len(self.x.slots.shape) == 1
         if one_slot and not self.options.per_token_states:
             row = self.row
-            tile.store_state(self.new_ref, state, row.live, row.read, self.head)
+            self._state(tile, state, row.live, row.read)
+
+    def _state(self, tile: Tile, state, wanted: Array | bool, place: Array) -> None:
+        if self.words:
+            K, dtype = self.x.state.shape[3], self.new_ref.dtype
+            seeds = rounding.seeds(self.words, place, self.head)
+            state = rounding.stored_tile(state, tile, seeds, K, dtype)
+        tile.store_state(self.new_ref, state, wanted, place, self.head)
 
     def clear(self, tile: Tile, length: Array) -> None:
         begin, head = self.row.begin, self.head

@@ -4,7 +4,7 @@ the longest row, one scatter."""
 import jax.numpy as jnp
 from jax import Array, lax
 
-from gdn_jax.ops.gated_delta import rule
+from gdn_jax.ops.gated_delta import rounding, rule
 from gdn_jax.ops.gated_delta.call import (
     Gates,
     Inputs,
@@ -32,7 +32,10 @@ def xla(x: Inputs, options: Options) -> tuple[Array, Array]:
         out = out.at[token].set(now[..., 0].astype(out.dtype), mode="drop")
         if stored is not None:
             place = token if options.per_token_states else step
-            stored = stored.at[place].set(state.astype(stored.dtype), mode="drop")
+            kept = state.astype(stored.dtype)
+            if options.per_token_states:
+                kept = rounding.stored(state, x.rounding, token, stored.dtype)
+            stored = stored.at[place].set(kept, mode="drop")
         return state, stored, out
 
     carry = (
@@ -95,7 +98,9 @@ def _storage(x: Inputs, options: Options, state: Array) -> Array | None:
     if options.per_token_states:
         return _zeros((x.q.shape[0], *state.shape[1:]), x.state.dtype, state)
     if x.slots is not None and x.slots.ndim == 2:
-        return _zeros((x.slots.shape[1], *state.shape), x.state.dtype, state)
+        # rounded at random they are where they have their slots
+        dtype = x.state.dtype if x.rounding is None else jnp.float32
+        return _zeros((x.slots.shape[1], *state.shape), dtype, state)
     return None
 
 
@@ -108,7 +113,8 @@ def _scatter(
         row, step = row[None, :], jnp.arange(stored.shape[0])[:, None]  # [S N]
         state = stored
     slot = write_slots(x, options, rows, row, step)
-    return x.state.at[slot].set(state.astype(x.state.dtype), mode="drop")
+    stored = rounding.stored(state, x.rounding, slot, x.state.dtype)
+    return x.state.at[slot].set(stored, mode="drop")
 
 
 def _select(condition: Array, chosen: Array) -> Array:
