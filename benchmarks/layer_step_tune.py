@@ -42,7 +42,7 @@ ONE = (
     (32, 2, 4, 2),
 )
 MORE = ((128, 2, 16, 1), (64, 2, 8, 2))
-ROWS = {SIZES[0]: (1, 8, 64, 256), SIZES[1]: (1,)}
+ROWS = {SIZES[0]: (1, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
 
 
 def time_step(problem: Problem, inputs: Inputs, step: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import reports.conv
 import reports.generate
 import reports.horizon
 import reports.layer
+import reports.layer_step
 import reports.products
 import reports.replay
 import reports.sharded
@@ -32,6 +33,7 @@ REPORTS = {
     "prefill": reports.chunked.prefill,
     "train": reports.chunked.train,
     "layer": reports.layer.layer,
+    "layer_step": reports.layer_step.layer_step,
     "conv": reports.conv.conv,
     "few_rows": reports.products.few_rows,
     "experts": reports.products.experts,

@@ -47,11 +47,13 @@ def size_of(result: dict) -> float:
     return max((row["gigabytes"]["weights"] for row in timed), default=0.0)
 
 
-def saved(row: dict) -> str:
+def saved(row: dict, name: str = "saved") -> str:
     """With the quartiles of single rounds, where the file has them."""
-    spread = row.get("saved_us_quartiles")
+    if f"{name}_us_a_layer" not in row:
+        return "-"
+    spread = row.get(f"{name}_us_quartiles")
     within = "" if spread is None else " ({:.1f} to {:.1f})".format(*spread)
-    return f"{row['saved_us_a_layer']:.1f}{within}"
+    return f"{row[f'{name}_us_a_layer']:.1f}{within}"
 
 
 CELLS = {
@@ -60,6 +62,7 @@ CELLS = {
     ),
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
     "us saved a layer": saved,
+    "us of those by one launch": lambda row: saved(row, "saved_in_one"),
 }
 
 
@@ -69,13 +72,10 @@ def table(result: dict) -> list[str]:
     for drafts in DRAFTS:
         rows = rows_of(result, drafts)
         timed = {N: row for N, row in rows.items() if "absent" not in row}
-        shown += [
-            (
-                f"{title_of(drafts)}, {what}",
-                [form(timed[N]) if N in timed else "-" for N in batches],
-            )
-            for what, form in CELLS.items()
-        ]
+        for what, form in CELLS.items():
+            cells = [form(timed[N]) if N in timed else "-" for N in batches]
+            if set(cells) != {"-"}:
+                shown.append((f"{title_of(drafts)}, {what}", cells))
         absences += [
             f"Absent: {title_of(drafts)}, N = {N}, which needs {row['absent']}.\n"
             for N, row in rows.items()
