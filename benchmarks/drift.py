@@ -1,9 +1,10 @@
 """How far states drift over a long text: python benchmarks/drift.py [--steps 10000]
 
 Speculative steps of four tokens, of which one to four stand at random, on states of
-each dtype: by replay, in two and in three parts, and token by token in place; against
-float64, which sees the same rounded inputs. Half of the heads forget slowly. Writes
-results/<device>/drift.json; runs on a CPU too, by XLA.
+each dtype: by replay, in two and in three parts and with records rounded to bfloat16,
+and token by token in place; against float64, which sees the same rounded inputs. Half
+of the heads forget slowly. Writes results/<device>/drift.json; runs on a CPU too, by
+XLA.
 """
 
 import functools
@@ -23,6 +24,7 @@ from gdn_jax import ReplayConfig, ReplayState, testing
 
 N, T, H, HV, K, V = 4, 4, 2, 4, 128, 128
 DTYPES = ("float32", "bfloat16", "float16")
+ROUNDED = "records", "bfloat16"
 MARKS = 40  # steps at which errors are told, evenly spaced on a logarithmic scale
 SLOWEST, FASTEST = 1e-3, 16.0  # A of the first and the last head
 INPUTS = (
@@ -57,13 +59,19 @@ def arguments(tokens: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def by_replay(state: ReplayState, tokens, stood, options) -> ReplayState:
-    """`stood` [steps, N], of each step's step before."""
+    """`stood` [steps, N], of each step's step before. With ROUNDED among the options
+    records are, after each step."""
+    rounds = ROUNDED in options
+    keywords = dict(option for option in options if option != ROUNDED)
 
     def step(state, x):
         tokens, num_accepted = x
         state, _ = gdn_jax.replay_update(
-            state, *arguments(tokens), num_accepted=num_accepted, **dict(options)
+            state, *arguments(tokens), num_accepted=num_accepted, **keywords
         )
+        if rounds:
+            u = jax.lax.reduce_precision(state.u, exponent_bits=8, mantissa_bits=7)
+            state = state._replace(u=u)
         return state, None
 
     return jax.lax.scan(step, state, (tokens, stood))[0]
@@ -134,6 +142,8 @@ def measure(dtypes: tuple[str, ...], steps: int, way: str) -> list[dict[str, Any
         for parts in (2, 3):
             config = ("config", ReplayConfig(parts=parts))
             options[f"replay, {parts} parts"] = (*plain, config)
+    first = list(options)[1]
+    options["replay, bfloat16 records"] = (*options[first], ROUNDED)
     for dtype in dtypes:
         begin = pool.astype(dtype)
         for name in options:

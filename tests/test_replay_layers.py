@@ -256,6 +256,23 @@ def test_an_engine_decodes_by_what_was_measured(
 
 
 @pytest.mark.once
+def test_where_replay_pays_was_measured_on_an_h200():
+    """For each way that models of Qwen3.5 decode; the more tokens, the sooner."""
+    found = {
+        (row.state_dtype, row.tokens): row.heads
+        for row in tuning.crossovers("NVIDIA H200")
+        if (row.K, row.V, row.group) == (128, 128, 2)
+    }
+    for dtype in ("float32", "bfloat16"):
+        heads = [found[dtype, tokens] for tokens in (1, 2, 4)]
+        assert heads == sorted(heads, reverse=True) and min(heads) > 32
+        state = jax.ShapeDtypeStruct((1, 32, 128, 128), dtype)
+        least = heads[2] // 32
+        assert tuning.replay_pays("NVIDIA H200", 4, state, 16, least)
+        assert not tuning.replay_pays("NVIDIA H200", 4, state, 16, least - 1)
+
+
+@pytest.mark.once
 def test_an_engine_that_replays_is_saved_and_goes_on(tmp_path):
     model, params = small()
     engine = gdn_jax.Engine(

@@ -21,6 +21,7 @@ LOOKS = {
     "replay": ("replay", "#D55E00", "-"),
     "replay, 2 parts": ("replay", "#D55E00", "-"),
     "replay, 3 parts": ("replay, three parts", "#009E73", "-."),
+    "replay, bfloat16 records": ("replay, records rounded to bfloat16", "#CC79A7", ":"),
 }
 
 

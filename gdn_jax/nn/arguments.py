@@ -1,4 +1,4 @@
-"""Checks of a layer's fields and of its calls, and the choice of the rule's path."""
+"""Checks of a layer's fields and of its calls, and what paths are chosen by."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.nn.projections import LAYOUTS
+from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.gated_delta.replay_state import WINDOWS
 from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
+from gdn_jax.ops.layer_step.tuning import Step
 
 PATHS = ("fused", "chunk")
 # Dense rows up to here are walked token by token: a chunk would be mostly empty.
@@ -117,3 +119,15 @@ def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> st
         return path
     short = x.ndim == 3 and x.shape[1] <= LONGEST_FUSED and not replay
     return "fused" if speculative or short or single else "chunk"
+
+
+def step_of(
+    x: Array, state: GatedDeltaNetState, given: Batch, width: int, num_key_heads: int
+) -> Step:
+    """A call of tokens whose states are arrays, as `fused_layer_step` would have it."""
+    rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
+    columns = state.conv.buffer.shape[2] - width + 1
+    recurrent = jnp.asarray(state.recurrent)
+    HV, V, K = recurrent.shape[1:]
+    sizes = num_key_heads, HV, K, V, recurrent.dtype.name
+    return Step(rows, tokens, columns, given.num_accepted is not None, *sizes)

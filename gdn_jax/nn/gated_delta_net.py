@@ -17,7 +17,7 @@ from gdn_jax._dispatch import where_it_can
 from gdn_jax.nn import arguments, initializers
 from gdn_jax.nn.initializers import Initializer
 from gdn_jax.nn.projections import LAYOUTS, Heads, Matrices, flat
-from gdn_jax.nn.state import GatedDeltaNetState, check_type, pools_of
+from gdn_jax.nn.state import GatedDeltaNetState, check_type, pools_of, zeros
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
@@ -26,7 +26,7 @@ from gdn_jax.ops.gated_delta.call import dtype_before_norm
 from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
 from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
-from gdn_jax.ops.layer_step.tuning import Step, pays
+from gdn_jax.ops.layer_step.tuning import pays
 from gdn_jax.ops.tables import Tables, find_tables
 
 
@@ -265,12 +265,7 @@ class GatedDeltaNet(nn.Module):
         known = self.layout in LAYOUTS_OF_STEPS and self.gate_rank is None
         if state.is_replay or self.per_key_decay or not known:
             return False
-        rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
-        columns = state.conv.buffer.shape[2] - self.conv_width + 1
-        verifies = given.num_accepted is not None
-        sizes = self.heads.H, self.heads.HV, self.heads.K, self.heads.V
-        dtype = jnp.asarray(state.recurrent).dtype.name
-        step = Step(rows, tokens, columns, verifies, *sizes, dtype)
+        step = arguments.step_of(x, state, given, self.conv_width, self.num_key_heads)
         return pays(implementation, x, step)
 
     def _step(
@@ -390,7 +385,9 @@ class GatedDeltaNet(nn.Module):
             num_conv_slots = num_slots
         arguments.check_pools(num_slots, num_conv_slots, recurrent_dtype)
         arguments.check_decode(decode, columns)
-        state = self._zeros(num_slots, num_conv_slots, columns, recurrent_dtype)
+        state = self._zeros(
+            num_slots, num_conv_slots, columns=columns, recurrent_dtype=recurrent_dtype
+        )
         if decode != "replay":
             return state
         recurrent = ReplayState.from_dense(
@@ -403,18 +400,12 @@ class GatedDeltaNet(nn.Module):
         return state._replace(recurrent=recurrent)
 
     @nn.nowrap
-    def _zeros(
-        self, num_slots: int, num_conv_slots: int, columns: int, recurrent_dtype: Any
-    ) -> GatedDeltaNetState:
-        heads, width = self.heads, self.conv_width
-        conv = ConvState.zeros(
-            num_conv_slots, heads.channels, width, self.dtype, columns=columns
-        )
-        shape = (num_slots, heads.HV, heads.V, heads.K)
-        return GatedDeltaNetState(conv, jnp.zeros(shape, recurrent_dtype))
+    def _zeros(self, *num_slots: int, **options: Any) -> GatedDeltaNetState:
+        width, dtype = self.conv_width, self.dtype
+        return zeros(self.heads, *num_slots, width=width, dtype=dtype, **options)
 
     @nn.nowrap
     def _begin(self, x: Array, given: Batch) -> GatedDeltaNetState:
         arguments.check_begins_from_zeros(given)
         num_rows, _, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
-        return self._zeros(num_rows, num_rows, 1, jnp.float32)  # also of no rows
+        return self._zeros(num_rows, num_rows)  # also of no rows

@@ -2,7 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from gdn_jax import _types as t
+from gdn_jax.nn.projections import Heads
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.causal_conv1d.call import ConvState
@@ -31,6 +34,23 @@ class GatedDeltaNetState(NamedTuple):
         if isinstance(self.recurrent, ReplayState):
             return 1
         return self.recurrent.shape[0] // self.conv.buffer.shape[0]
+
+
+def zeros(
+    heads: Heads,
+    num_slots: int,
+    num_conv_slots: int,
+    *,
+    width: int,
+    dtype: Any,
+    columns: int = 1,
+    recurrent_dtype: Any = jnp.float32,
+) -> GatedDeltaNetState:
+    conv = ConvState.zeros(
+        num_conv_slots, heads.channels, width, dtype, columns=columns
+    )
+    shape = (num_slots, heads.HV, heads.V, heads.K)
+    return GatedDeltaNetState(conv, jnp.zeros(shape, recurrent_dtype))
 
 
 def check_type(state: Any) -> GatedDeltaNetState:
