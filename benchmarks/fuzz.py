@@ -73,7 +73,8 @@ class Run:
         """That replay a call."""
         words = f"python benchmarks/fuzz.py --seed {self.seed} --case {case}"
         subject = f"--op {self.subject.op} --against {self.subject.against}"
-        return f"{words} --sets {self.sets} {subject}"
+        path = f"--implementation {self.subject.implementation}"
+        return f"{words} --sets {self.sets} {subject} {path}"
 
     def __call__(self) -> bool:
         """Whether all went well."""

@@ -117,9 +117,9 @@ def time_program(problem: Problem, inputs: Inputs, program: Any) -> dict[str, An
             run(i)
         wait()
     each = len(kernels) // PROGRAMS
-    if len(kernels) % PROGRAMS:
-        names = sorted({kernel.name for kernel in kernels})
-        raise RuntimeError(f"{len(kernels)} kernels in {PROGRAMS} programs: {names}")
+    names = [kernel.name for kernel in kernels]
+    if names != names[:each] * PROGRAMS:
+        raise RuntimeError(f"{PROGRAMS} programs are not of the same kernels: {names}")
     spans, busy = [], []
     for i in range(0, len(kernels), each):
         mine = kernels[i : i + each]

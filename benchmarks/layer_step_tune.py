@@ -174,8 +174,9 @@ def write_table(
     parts = [{key: row[key] for key in ("tokens", "state_dtype")} for row in tuned]
     about = {key: result[key] for key in ("device", "date", "commit", "versions")}
     rows = [*rows_besides(parts, package), *(commit_of(result) | row for row in tuned)]
-    for row in rows:  # said once for all, where it is
-        del row["date"], row["commit"]
+    for row in rows:  # said once for all of this run
+        if row.get("commit") == result["commit"]:
+            del row["date"], row["commit"]
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     console.print(f"wrote {path}")

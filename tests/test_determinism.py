@@ -369,7 +369,7 @@ def test_many_launches_leave_the_same_bits_under_load(name):
             assert _chain(call, arrays, 200, wait=False) == want
 
 
-def test_a_chain_of_steps_repeats(monkeypatch):
+def test_a_chain_of_steps_repeats():
     """What the test above does, interpreted and with little to do."""
     op, arrays, options = _made("verify", "interpret")
     call = jax.jit(functools.partial(op.call, **options), donate_argnums=0)

@@ -70,8 +70,8 @@ def _half(hashed: Array, odd: Array | int) -> Array:
 def stochastic(x: Array, bits: Array, dtype: Any) -> Array:
     """float32 x as float32 values that dtype has, bfloat16 or float16.
 
-    Up, away from zero, where the share of a last place that is beyond the value below
-    is larger than `bits` / 2^16. So a value that dtype has stays, and infinities and
+    Up, away from zero, for as many of the 2^16 `bits` as are the share of a last place
+    that is beyond the value below. So a value that dtype has stays, and infinities and
     NaN do.
     """
     if dtype == jnp.bfloat16:

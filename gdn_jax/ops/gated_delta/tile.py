@@ -76,7 +76,8 @@ class Tile:
             None if K % chunk == 0 else tuple(columns < K for columns in k),
         )
 
-    def sum_k(self, x: Array) -> Array:
+    @staticmethod
+    def sum_k(x: Array) -> Array:
         """[R W LV LK 1] -> [R W LV 1 1]"""
         return jnp.sum(x[..., 0], axis=3)[..., None, None]
 

@@ -68,7 +68,8 @@ def fused_layer_step(
     Args:
       state: (`ConvState` of C = 2 H K + HV V channels, [P or N, HV, V, K]). Donate it
         under `jax.jit` and both are updated in place. Channels are all heads' q, then
-        all k and v, whatever the layout.
+        all k and v, whatever the layout. `start` is a column of the ring in every slot
+        that a row names, also of a row that begins afresh.
       qkvz: [N, T, C + HV V] (dense) or [L, C + HV V] (packed), or two arrays, of q, k
         and v [.., C] and of z [.., HV V], where the layout is flat.
       ba: [.., 2 HV], or two arrays [.., HV], b and a.
@@ -97,8 +98,8 @@ def fused_layer_step(
 
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
-      NotImplementedError: the kernel was asked for and cannot run here, or K or V are
-        above 256.
+      NotImplementedError: the kernel was asked for and cannot run here, or this call
+        has more than 9 tokens a row, K or V above 256, or HV above 255.
 
     Numerics: float32 inside; q, k, v and out are rounded to qkvz's dtype on their way,
     as separate ops do, so that a result may be the neighbour of theirs. With `config`

@@ -113,16 +113,17 @@ def _projected(
     C = conv.buffer.shape[1]
     keys = C - HV * V
     H = keys // (2 * K) if K else 0
-    if H < 1 or keys != H * 2 * K or HV % H:
+    if min(H, HV, V) < 1 or keys != H * 2 * K or HV % H:
         wanted = f"[P, C, R] with C = 2 H K + HV V, of HV = {HV}, V = {V} and K = {K}"
-        remedy = "HV is a multiple of H."
+        remedy = "HV is a multiple of H, and none of them is 0."
         checks.fail("state[0].buffer", conv.buffer.shape, wanted, remedy)
     apart = isinstance(qkvz, tuple)
     sizes = [len(x) if isinstance(x, tuple) else 1 for x in (qkvz, ba)]
-    if sizes not in ([1, 1], [2, 2]) or (apart and layout != "flat"):
+    is_list = isinstance(qkvz, list) or isinstance(ba, list)
+    if is_list or sizes not in ([1, 1], [2, 2]) or (apart and layout != "flat"):
         remedy = "Two arrays each, of layout='flat', or one each."
         got = f"{type(qkvz).__name__} beside ba {type(ba).__name__}, layout {layout!r}"
-        checks.fail("qkvz", got, "an array, or with ba a pair of them", remedy)
+        checks.fail("qkvz", got, "an array, or with ba a tuple of two", remedy)
     if apart:
         names = "qkvz[0]", "qkvz[1]", "ba[0]", "ba[1]"
         widths, given = (C, HV * V, HV, HV), (*qkvz, *ba)

@@ -6,7 +6,6 @@ hold no history, so that a program may come late; and where the ring begins is t
 apart from where it will begin until the last program of the row has read it (`Ring`).
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ from jax import Array
 
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.causal_conv1d.triton import MINUS_LOG2_E
 from gdn_jax.ops.layer_step.call import Inputs
 
-MINUS_LOG2_E = -math.log2(math.e)
 ADDED = 2**20  # by a program of a row but one; more than a ring has columns
 
 Window = list[Array]  # of some inputs, oldest first

@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from gdn_jax import _triton
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.blocks import indices
+from gdn_jax.ops.causal_conv1d.triton import MINUS_LOG2_E
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.tile import Tile, unpack
 from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.layer_step.call import Options
-from gdn_jax.ops.layer_step.conv import MINUS_LOG2_E, Channels
+from gdn_jax.ops.layer_step.conv import Channels
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 
 
@@ -35,12 +36,12 @@ class Program(NamedTuple):
     arithmetic: rule.Arithmetic
 
     @property
-    def tiles(self) -> int:
+    def num_tiles(self) -> int:
         return self.config.tiles(self.options.heads.V)
 
     def tile(self, number: Any) -> Tile:
-        """Of its own."""
-        number = self.part * np.int32(self.tiles) + number
+        """The `number`-th of this program's tiles."""
+        number = self.part * np.int32(self.num_tiles) + number
         config = self.config.tile(self.options.heads.V)
         return Tile.of(self.x.recurrent, number, config)
 

@@ -62,10 +62,17 @@ def layer_step_kernel(
     states = RuleInputs(x.recurrent, none, none, out_ref, none, *x.tables)
     store = Store(states, new_ref, out_ref, head, row, options.rule)
     multiply_add = (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add
-    sum_k = Tile.of(x.recurrent, part, config.tile(heads.V)).sum_k
-    arithmetic = rule.Arithmetic(sum_k, multiply_add)
-    of_row = row, steps, store, arithmetic
-    program = Program(x, options, config, head, part, *of_row)
+    program = Program(
+        x,
+        options,
+        config,
+        head=head,
+        part=part,
+        row=row,
+        steps=steps,
+        store=store,
+        arithmetic=rule.Arithmetic(Tile.sum_k, multiply_add),
+    )
 
     # All loads before any work, what takes longest first.
     first, ring = program.load_state(program.tile(0)), Ring.of(x, conv_row)
@@ -75,23 +82,24 @@ def layer_step_kernel(
     convolved = walk.convolution.run(x.projected.z.dtype, multiply_add)
     if not interpret:
         _triton.barrier()  # all warps have read `start`
-    number = head * np.int32(config.programs) + part
+    own = head * np.int32(config.programs) + part
     programs = heads.HV * config.programs
-    ring.move(start_ref, number, programs)
+    ring.move(start_ref, own, programs)
     walk.convolution.keep(buffer_ref)
     walk.run(first, convolved, gates)
 
     if x.tables.cu_seqlens is not None:
         known = np.int32(len(steps))  # rows that are longer are null
         begin, rest = row.begin + known, jnp.maximum(row.length - known, 0)
-        for i in range(program.tiles):
+        for i in range(program.num_tiles):
             clear(new_ref, out_ref, begin, rest, head, program.tile(i), options.rule)
-        of_call = number, programs, config.tile(heads.V), options.rule
-        pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *of_call))
+        shared_out = own, programs, config.tile(heads.V), options.rule
+        pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *shared_out))
 
 
 def _normalised(x: Inputs, out: Array, options: Options) -> Array:
-    """In a launch of its own. Out of a null row stays 0, whatever z is."""
+    """In a launch of its own. Out of 0 stays 0, as it is of a dead token, whatever z
+    is: which tokens are dead would take launches to find."""
     _, z, _, _ = apart(x.projected, options.heads)
     y = gated_rms_norm(
         out,

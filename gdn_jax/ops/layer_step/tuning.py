@@ -12,7 +12,7 @@ from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
-MOST_OF_A_WHOLE_HEAD = 5
+MOST_OF_A_WHOLE_HEAD = 5  # tokens: with more, a head of 128 spills for an H200
 # conv.py's Ring counts a row's programs by 2**20s in the int32 `start`: up to 2**11
 MAX_HEADS, MAX_PROGRAMS = 255, 8
 
@@ -38,8 +38,8 @@ class LayerStepConfig:
         check_tile(self)
         if self.programs > MAX_PROGRAMS:
             raise ValueError(
-                f"programs must be at most {MAX_PROGRAMS}, that many share out a head; "
-                f"got {self.programs}."
+                f"programs must be at most {MAX_PROGRAMS}, more of a head than which a "
+                f"slot's start does not count; got {self.programs}."
             )
 
     def tiles(self, V: int) -> int:
@@ -110,7 +110,7 @@ class Tuned:
 
 @functools.cache
 def table(device_kind: str) -> tuple[Tuned, ...]:
-    """What benchmarks/layer_step.py measured on a device, if it ever ran there."""
+    """What benchmarks/layer_step_tune.py measured on a device, if it ran there."""
     name = device_kind.lower().replace(" ", "_")
     folder = importlib.resources.files("gdn_jax.ops.layer_step")
     file = folder / "tuned" / f"{name}.json"

@@ -32,8 +32,8 @@ class Walk(NamedTuple):
     @classmethod
     def load(cls, program: Program, ring: Ring) -> "Walk":
         heads, config = program.options.heads, program.config
-        tiles = [program.tile(i) for i in range(program.tiles)]
-        pieces = Pieces.of(heads.K, program.tiles * config.block_v)
+        tiles = [program.tile(i) for i in range(program.num_tiles)]
+        pieces = Pieces.of(heads.K, program.num_tiles * config.block_v)
         channels = pieces.channels(heads, program.head, program.part)
         convolution = Convolution.load(program.x, ring, channels, program.steps)
         norms = []
