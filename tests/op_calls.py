@@ -64,7 +64,11 @@ def _layer_step(P, N, HV, implementation="triton"):
 
     def call(state, qkvz, ba, weights, slots):
         return gdn_jax.fused_layer_step(
-            state, qkvz, ba, slots=slots, implementation=implementation, **weights
+            *(state, qkvz, ba),
+            layout="flat",
+            slots=slots,
+            implementation=implementation,
+            **weights,
         )
 
     state, z = (conv, _pool(P, HV)), HV * V

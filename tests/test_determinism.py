@@ -172,7 +172,9 @@ def _layer(draw, sizes):
 
 
 def _step(state, rows, others, **options):
-    return gdn_jax.fused_layer_step(state, **rows, **others, **options)
+    return gdn_jax.fused_layer_step(
+        state, layout="interleaved", **rows, **others, **options
+    )
 
 
 def _cache(draw, sizes):

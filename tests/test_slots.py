@@ -43,6 +43,7 @@ def _conv(state, tokens, **keywords):
 
 def _layer_step(state, tokens, **keywords):
     weights = dict(conv_weight=FILTER, norm_weight=jnp.ones(V), **PER_HEAD)
+    weights |= dict(layout="interleaved")
     return gdn_jax.fused_layer_step(state, *tokens, **weights, **keywords)
 
 

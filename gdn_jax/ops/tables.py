@@ -80,9 +80,9 @@ def check_tables(
     if conv_slots is None and given.slots is not None and pools.conv < pools.recurrent:
         checks.fail(
             "conv_slots",
-            f"None for {pools.conv} slots of state.conv",
-            f"given where it has not the {pools.recurrent} of state.recurrent",
-            "Pass each row's slot of it, or make the state without num_conv_slots.",
+            f"None for the {pools.conv} slots of the convolution's state",
+            f"given where those are not the {pools.recurrent} of the rule's",
+            "Pass each row's slot of it, or make both states with as many.",
         )
 
 

@@ -32,7 +32,7 @@ def fused_layer_step(
     qkvz: Projections,
     ba: Projections,
     *,
-    layout: str = "interleaved",
+    layout: str,
     conv_weight: ArrayLike,
     A_log: ArrayLike,
     dt_bias: ArrayLike,
