@@ -398,15 +398,18 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
     with pytest.raises(RuntimeError, match="could be timed"):
         tune.tuned_row(problem, rows[:2])
 
-    monkeypatch.setattr(tune, "FOLDER", tmp_path)
+    folder = tmp_path / "tuned"
+    monkeypatch.setattr(tune, "FOLDER", folder)
     about = dict.fromkeys(("device", "date", "commit", "versions"), "told")
     for tokens in (1, 4, 1):  # a part measured again keeps the other rows
-        tune.write_table(about, [found | dict(tokens=tokens)], tmp_path / "gpu.json")
-    kept = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert sorted(row["tokens"] for row in kept) == [1, 4]
-    for row in kept:
-        made = row | {"config": gdn_jax.LayerStepConfig(**row["config"])}
-        tuning.Tuned(**made)
+        told = about | dict(commit=f"of {tokens}")
+        tune.write_table(told, [found | dict(tokens=tokens)], folder / "gpu.json")
+    kept = json.loads((folder / "gpu.json").read_text())["rows"]
+    assert {row["tokens"]: row.get("commit") for row in kept} == {1: None, 4: "of 4"}
+    monkeypatch.setattr(tuning.importlib.resources, "files", lambda _: tmp_path)
+    rows = tuning.table.__wrapped__("gpu")
+    assert sorted(row.tokens for row in rows) == [1, 4]
+    assert {row.config for row in rows} == {gdn_jax.LayerStepConfig(**launch)}
 
 
 def test_what_pinning_a_launch_costs(monkeypatch):

@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 from safetensors.numpy import load_file
 
 from gdn_jax import _trees, models
-from gdn_jax.models import checkpoint, files, parameters, rules
+from gdn_jax.models import files, parameters, rules
 
 saved, copied = checkpoints.saved, checkpoints.copied
 
@@ -195,7 +195,7 @@ def test_too_little_memory_says_what_to_do(copied, monkeypatch):
     def fail(*_):
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(checkpoint, "_place", fail)
+    monkeypatch.setattr(jax, "device_put", fail)
     with pytest.raises(MemoryError, match="bfloat16, on a mesh of several devices"):
         models.load(copied("3.5 tied"))
 

@@ -116,9 +116,13 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     file = folder / "tuned" / f"{name}.json"
     if not file.is_file():
         return ()
-    return tuple(
-        Tuned(**row | {"config": LayerStepConfig(**row["config"])})
+    of_a_row = [field.name for field in dataclasses.fields(Tuned)]
+    rows = [
+        {name: row[name] for name in of_a_row}  # without the commit it may be of
         for row in json.loads(file.read_text())["rows"]
+    ]
+    return tuple(
+        Tuned(**row | {"config": LayerStepConfig(**row["config"])}) for row in rows
     )
 
 
