@@ -127,15 +127,16 @@ class ShardedModel:
         static = {k: v for k, v in keywords.items() if v is None or type(v) is int}
         arrays = args, {k: v for k, v in keywords.items() if k not in static}
         arrays = jax.tree.map(jnp.asarray, arrays)
-        leaves = jax.tree_util.tree_leaves_with_path(dict(enumerate(arrays[0])))
-        for path, leaf in (*leaves, *arrays[1].items()):
+        named = {f"argument {i}": x for i, x in enumerate(arrays[0])} | arrays[1]
+        for [what, *_], leaf in jax.tree_util.tree_leaves_with_path(named):
             if jnp.ndim(leaf):
-                what = path if isinstance(path, str) else f"argument {path[0].key}"
-                self.grid.check("rows", f"{what}'s axis 0", leaf.shape[0])
+                self.grid.check("rows", f"{what.key}'s axis 0", leaf.shape[0])
 
         def run(variables: Any, args: Any, tables: Any) -> Any:
             if "rows" in tables:
-                tables = tables | dict(rows=self.own_rows(tables["rows"], args))
+                tables = tables | dict(
+                    rows=self.own_rows(tables["rows"], (args, tables))
+                )
             call: dict[str, Any] = static | tables
             return self.part.apply(variables, *args, method=method, **call)
 
@@ -152,7 +153,10 @@ class ShardedModel:
         """Rows of all groups' state as this group counts them, inside of shard_map."""
         of_states = [x.length for x in _leaves(state, ModelState)]
         num_rows = (of_states or [x.k for x in _leaves(state, KVCache)])[0].shape[0]
-        return rows - self.grid.index("rows") * num_rows
+        own = rows - self.grid.index("rows") * num_rows
+        return jnp.where(
+            own < 0, num_rows, own
+        )  # another group's: of none, not the last
 
     def specs(self, tree: Any) -> Any:
         """Of states and tables: all have a row for each sequence, and states of layers
@@ -255,9 +259,10 @@ def check_params(model: AnyModel, params: Any) -> None:
     # The whole model's may be of the same shapes, with columns in another order.
     for path, array in arrays.items():
         there = NamedSharding(model.mesh, model.spec_of(path))
-        if not array.sharding.is_equivalent_to(there, array.ndim):
+        got = getattr(array, "sharding", None)  # NumPy's has none
+        if got is None or not got.is_equivalent_to(there, array.ndim):
             wanted = f"params/{path} must lie on the mesh as {there.spec}"
-            raise ValueError(f"{wanted}; got {array.sharding}. {remedy}")
+            raise ValueError(f"{wanted}; got {got or type(array)}. {remedy}")
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:

@@ -96,6 +96,12 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
 
     def local(*leaves: Array) -> Any:
         options, tables = dict(static), dict(zip(paths, leaves, strict=True))
+        if (key := options.get("rounding_key")) is not None:
+            # slots and heads are counted from 0 on every device: else all draw alike
+            over = dict.fromkeys(grid.over("rows") + grid.over("gdn_value_heads"))
+            for axis in (axis for axis in over if grid.mesh.shape[axis] > 1):
+                key = jax.random.fold_in(key, lax.axis_index(axis))
+            options["rounding_key"] = key
         tables = _own_tables(tables, entry, grid, options)
         own = jax.tree.unflatten(structure, [tables.pop(path) for path in paths])
         return _call(op, grid, options | own | tables)
