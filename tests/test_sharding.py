@@ -199,6 +199,25 @@ def test_nothing_is_sent():
     assert {x.data.shape for x in state.addressable_shards} == {(2, 2, V, K)}
 
 
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (1, 1)])
+def test_devices_round_by_bits_of_their_own(mesh):
+    """Of two devices' values, alike before they are rounded, and the same each time."""
+    one = [jnp.broadcast_to(normal(i, K), (2, HV, K)) for i in (1, 2)]
+    heads, gates = jnp.zeros(HV), jnp.zeros((2, HV))
+    alike = *one, jnp.ones((2, HV, V)), heads, gates, gates, heads
+    state = jnp.broadcast_to(normal(8, V, K), (2, HV, V, K)).astype(jnp.bfloat16)
+    key = dict(state_rounding="stochastic", rounding_key=jax.random.key(5))
+    op = sharding.split(gdn_jax.fused_update, mesh_of(*mesh))
+    nearest = np.asarray(run(op, (state, *alike), {})[0], np.float32)
+    assert np.ptp(nearest, axis=(0, 1)).max() == 0
+    got, again = (np.asarray(run(op, (state, *alike), key)[0]) for _ in range(2))
+    np.testing.assert_array_equal(got, again)
+    first, second = (got[0], got[1]) if mesh[0] == 2 else (got[:, :4], got[:, 4:])
+    assert (first != second).any()
+    one = np.asarray(run(gdn_jax.fused_update, (state, *alike), key)[0])
+    assert (got == one).all() == (mesh == (1, 1))
+
+
 def test_replay_with_a_key_head_for_each_device():
     args, keywords = replay_case(8)
     shared = sharding.split(gdn_jax.replay_update, mesh_of(1, 8))

@@ -71,6 +71,10 @@ def steps_of(kind):
     return prompt, step
 
 
+def assert_equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def tokens():
     return jax.random.randint(jax.random.key(3), (4, 6), 0, 50)
 
@@ -115,6 +119,35 @@ def test_rows_of_groups():
     assert testing.relative_error(got[0], want[0]) < TOLERANCE
 
 
+def test_rows_of_another_group_are_null():
+    shared, params = shared_of("dense", 2, 1)
+    state = shared.init_state(4, 16)
+    rows = np.array([1, 0], np.int32)  # the second is the first group's
+    apply = jax.jit(shared.apply)
+    _, new = apply({"params": params}, tokens()[:2], state, rows=rows)
+    np.testing.assert_array_equal(new.length, [0, 6, 0, 0])
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+        np.testing.assert_array_equal(x[2:], y[2:])
+
+
+def test_a_state_by_its_name():
+    shared, params = shared_of("dense", 2, 2)
+    variables, state = {"params": params}, shared.init_state(4, 16)
+    logits, new = jax.jit(shared.apply)(variables, tokens(), state)
+    rows = np.arange(4, dtype=np.int32)
+    keywords = dict(state=state, rows=rows)
+    named, also = jax.jit(shared.apply)(variables, tokens(), **keywords)
+    assert_equal((named, also), (logits, new))
+    hidden = jax.jit(functools.partial(shared.apply, method="hidden"))
+    x, _ = hidden(variables, tokens(), **keywords)
+    draft = jax.jit(functools.partial(shared.apply, method="draft"))
+    args = variables, tokens(), x
+    cache, start = shared.init_draft_cache(4, 16), np.zeros(4, np.int32)
+    want = draft(*args, cache, start=start, rows=rows)
+    got = draft(*args, cache=cache, start=start, rows=rows)
+    assert_equal(got, want)
+
+
 @pytest.mark.parametrize(("data", "model", "drafts"), [(2, 2, 2), (1, 2, 0)])
 def test_engine(data, model, drafts):
     shared, params = shared_of("dense", data, model)
@@ -153,6 +186,28 @@ def test_generate_takes_a_row_for_each_group():
     shared, params = shared_of("dense", 4, 2)
     engine = make_engine(shared, params, engines.PROMPTS[:1], max_tokens=5, drafts=0)
     assert engine.sizes.num_rows == 4
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_null_slot_of_a_layer(columns):
+    """As all groups count it: the second's slot of that number is a live one."""
+    layer, params = layers.make()
+    shared = ShardedLayer(layer, mesh_of(2, 2))
+    own = {"params": shared.shard(params["params"])}
+    slots = np.array([1, 0, 5, 4], np.int32)
+    more = {}
+    if columns == 2:  # of drafts, with slots of the convolution beside them
+        slots = np.array([[2, 3], [0, 1], [9, 8], [12, 13]], np.int32)
+        more = dict(num_accepted=np.array([1, 1, 2, 1], np.int32))
+    x, found = layers.tokens(4, columns), []
+    for each, variables in ((shared, own), (layer, params)):
+        state = each.init_state(8 * columns, columns=columns)
+        apply = jax.jit(functools.partial(each.apply, null_slot=0))
+        found.append(apply(variables, x, state, slots=slots, **more))
+    (y, state), (want, want_state) = found
+    live = np.array([0, 2, 3])
+    assert testing.relative_error(y[live], want[live]) < TOLERANCE
+    assert testing.relative_error(state.recurrent, want_state.recurrent) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,9 @@ class ShardedModel:
         """As `Model.apply`, of "__call__", "hidden", "logits" and "draft".
 
         Several groups share a call's sequences out in order: of n groups the first has
-        the first N / n, whose `rows` of the state are among its first P / n.
+        the first N / n, whose `rows` of the state are among its first P / n. A row of
+        another group's part is null: the state stays as it is, and what comes back for
+        the sequence is of no use.
         """
         if method not in METHODS:
             wanted = f"one of {', '.join(METHODS)}"
@@ -154,9 +156,7 @@ class ShardedModel:
         of_states = [x.length for x in _leaves(state, ModelState)]
         num_rows = (of_states or [x.k for x in _leaves(state, KVCache)])[0].shape[0]
         own = rows - self.grid.index("rows") * num_rows
-        return jnp.where(
-            own < 0, num_rows, own
-        )  # another group's: of none, not the last
+        return jnp.where(own < 0, num_rows, own)  # another group's are not its last
 
     def specs(self, tree: Any) -> Any:
         """Of states and tables: all have a row for each sequence, and states of layers

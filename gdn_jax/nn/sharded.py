@@ -117,8 +117,7 @@ class ShardedLayer:
             self.grid.check("rows", f"{name}'s axis 0", jnp.shape(array)[0])
 
         def run(variables: Any, state: Any, arrays: dict[str, Any]) -> Any:
-            own = self._own_slots(state, arrays, keywords.get("null_slot"))
-            call = keywords | own
+            call = keywords | self._own_slots(state, arrays, keywords)
             x = call.pop("x")
             parts, new = self.part.apply(variables, x, state, method="parts", **call)
             return summed(parts, self.split, self.layer.dtype)[0], new
@@ -136,26 +135,17 @@ class ShardedLayer:
         return jax.eval_shape(lambda: self.layer.init_state(rows))
 
     def _own_slots(
-        self, state: Any, arrays: dict[str, Any], null_slot: int | None
+        self, state: Any, arrays: dict[str, Any], keywords: dict[str, Any]
     ) -> dict[str, Any]:
-        """Counted from the first of this group's part of each pool."""
+        """The arrays, with slots counted from the first of this group's part of each
+        pool."""
         if state is None or "slots" not in arrays or self.grid.parts("rows") == 1:
             return dict(arrays)
         recurrent = jax.tree.leaves(state.recurrent)[0].shape[0]
-        slots = jnp.asarray(arrays["slots"])
-        if null_slot is not None:  # as all groups count: of one's own it is a live one
-            slots = jnp.where(slots == null_slot, -1, slots)
-        conv = arrays.get("conv_slots", slots if slots.ndim == 1 else slots[:, 0])
-        part = self.grid.index("rows")
-        sizes = dict(slots=(slots, recurrent), conv_slots=(conv, len(state.conv.start)))
-        return (
-            arrays
-            | dict(null_slot=None)
-            | {
-                name: jnp.where(table < 0, -1, table - part * size)
-                for name, (table, size) in sizes.items()
-            }
-        )
+        sizes = dict(slots=recurrent, conv_slots=state.conv.start.shape[0])
+        null_slot = keywords.get("null_slot")
+        tables, null_slot = self.grid.own_slots(arrays, sizes, null_slot)
+        return tables | dict(null_slot=null_slot)
 
     def _specs(self, state: Any) -> Any:
         rows = self.grid.over("rows") or None

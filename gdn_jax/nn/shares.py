@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gdn_jax.nn.projections import Heads
 from gdn_jax.nn.split import Split
+from gdn_jax.sharding.grid import AXES
 
 Run = tuple[int, int]  # where it begins along an axis, and ends
 Region = tuple[slice, ...]
@@ -22,8 +23,7 @@ Read = Callable[[Region], np.ndarray]  # of a whole parameter
 Names = tuple[str | None, ...]  # of its logical axes
 
 # Of two in a parameter the first here is split.
-SPLIT = ("experts", "vocab", "heads", "kv_heads", "mlp")
-SPLIT += ("gdn_key_heads", "gdn_value_heads", "gdn_channels")
+SPLIT = tuple(name for name in AXES if name not in ("rows", "embed"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,10 @@ def split(
     another part is null. Packed rows have `cu_seqlens` [parts, N / parts + 1], each
     part's own, and a `grouped_dot` `group_sizes` [parts, E].
 
+    Rounding: with `state_rounding="stochastic"` each device folds its place on the mesh
+    into `rounding_key`, over axes of more than one part. So the bits depend on the
+    mesh, and are one device's on a mesh of one part alone.
+
     Experts: each device multiplies the rows of its own, and the results are summed over
     the devices, an all-reduce, which is the only one of an op.
 
@@ -97,11 +101,7 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
     def local(*leaves: Array) -> Any:
         options, tables = dict(static), dict(zip(paths, leaves, strict=True))
         if (key := options.get("rounding_key")) is not None:
-            # slots and heads are counted from 0 on every device: else all draw alike
-            over = dict.fromkeys(grid.over("rows") + grid.over("gdn_value_heads"))
-            for axis in (axis for axis in over if grid.mesh.shape[axis] > 1):
-                key = jax.random.fold_in(key, lax.axis_index(axis))
-            options["rounding_key"] = key
+            options["rounding_key"] = _own_key(key, grid)
         tables = _own_tables(tables, entry, grid, options)
         own = jax.tree.unflatten(structure, [tables.pop(path) for path in paths])
         return _call(op, grid, options | own | tables)
@@ -112,6 +112,19 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         results[0] = results[1]
     out_specs = tuple(results) if results[1:] else results[0]
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
+
+
+def _own_key(key: Any, grid: Grid) -> Any:
+    """Another one on each device, where slots and heads are counted from 0: with one
+    key all would draw alike."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape:
+        return key  # which the op refuses
+    for axis in grid.over("rows") + grid.over("gdn_value_heads"):
+        if grid.mesh.shape[axis] > 1:
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+    return key
 
 
 def _call(op: Callable[..., Any], grid: Grid, call: dict[str, Any]) -> Any:
@@ -164,18 +177,13 @@ def _own_tables(
         return arrays
     for path in arrays.keys() & {"cu_seqlens", "group_sizes"}:
         arrays[path] = arrays[path][0]
-    pools = entry.pools
-    slots, null_slot = arrays.get("slots"), options.get("null_slot")
-    if slots is not None and type(null_slot) is int:
-        arrays["slots"] = slots = jnp.where(slots == null_slot, -1, slots)
-        options["null_slot"] = None
-    if slots is not None and "conv_slots" in pools and "conv_slots" not in arrays:
-        arrays["conv_slots"] = slots if slots.ndim == 1 else slots[:, 0]
-    for path in arrays.keys() & pools.keys():
-        size = arrays[pools[path]].shape[0]
-        there = arrays[path] - grid.index("rows") * size
-        arrays[path] = jnp.where(arrays[path] < 0, -1, there)
-    return arrays
+    sizes = {table: arrays[pool].shape[0] for table, pool in entry.pools.items()}
+    tables = {path: arrays[path] for path in arrays.keys() & sizes.keys()}
+    null_slot = options.get("null_slot")
+    tables, null_slot = grid.own_slots(tables, sizes, null_slot)
+    if "null_slot" in options:
+        options["null_slot"] = null_slot
+    return arrays | tables
 
 
 def _result_spec(path: str, specs: Mapping[str, PartitionSpec], found: Any) -> Any:
