@@ -329,6 +329,16 @@ def test_wrong_calls():
         sharding.make_mesh(1, many)
 
 
+def test_copies_between_parts():
+    """Are an error where the host knows of them, and no copies where it does not."""
+    copy = sharding.split(gdn_jax.copy_slots, mesh_of(2, 1))
+    with says("src and dst must be of one part.*of 4 slots.*got .0, 4.; .7, 2.*free"):
+        copy(pool(), [0, 1, 7, 8], np.array([4, 2, 2, 0]))
+    copy(pool(), [9, -1], [0, 5])  # pairs of none
+    got = jax.jit(copy)(pool(), jnp.array([0, 1]), jnp.array([4, 2]))
+    np.testing.assert_array_equal(got, pool().at[2].set(pool()[1]))
+
+
 def test_wrong_meshes():
     mesh_of(1, 2)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from checkpoints import assert_same
 
-from gdn_jax import Engine, models, sharding, testing
+from gdn_jax import Engine, _trees, models, sharding, testing
 from gdn_jax.generation.api import make_engine
 from gdn_jax.models import ShardedModel, parameters
 from gdn_jax.nn import ShardedLayer
@@ -104,6 +104,46 @@ def test_steps(kind, data, model):
     assert testing.relative_error(got, want[1]) < TOLERANCE
 
 
+def assert_gradients(shared, whole, params, loss):
+    """As on one device, also of parameters that several devices have."""
+    want = jax.jit(jax.grad(functools.partial(loss, whole)))(params)
+    own = shared.shard(params)
+    got = jax.jit(jax.grad(functools.partial(loss, shared)))(own)
+    assert_lie_at(got, jax.tree.map(lambda x: x.sharding, own))
+    for x, y in zip(*map(jax.tree.leaves, (got, shared.shard(want))), strict=True):
+        assert testing.relative_error(np.asarray(x), np.asarray(y)) < 1e-4
+
+
+# Of four devices two share a key head, and the heads of keys and values.
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("dense", (2, 2)), ("tied", (1, 4)), ("experts", (2, 2)), ("experts", (1, 4))],
+)
+def test_gradients_of_a_model(kind, mesh):
+    whole, params = engines.make(**KINDS[kind], num_mtp_layers=0)
+
+    def loss(model, params):
+        logits = model.apply({"params": params}, tokens())
+        return (jax.nn.log_softmax(logits)[..., 7] ** 2).mean()
+
+    assert_gradients(ShardedModel(whole, mesh_of(*mesh)), whole, params, loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [("Qwen3.5", (2, 2)), ("Qwen3-Next", (2, 4)), ("Kimi-Linear", (1, 4))],
+)
+def test_gradients_of_a_layer(kind, mesh):
+    layer, params = layers.make(kind)
+
+    def loss(layer, params):
+        y, state = layer.apply({"params": params}, layers.tokens(2, 5))
+        return (y**2).sum() + (state.recurrent**2).sum()
+
+    shared = ShardedLayer(layer, mesh_of(*mesh))
+    assert_gradients(shared, layer, params["params"], loss)
+
+
 def test_rows_of_groups():
     """Each group's rows are of its part of the state."""
     shared, params = shared_of("dense", 2, 2)
@@ -164,14 +204,41 @@ def test_engine(data, model, drafts):
     assert found[0][1].prefilled == found[1][1].prefilled
 
 
-def test_an_engine_is_restored(tmp_path):
-    shared, params = shared_of("dense", 1, 2)
-    engine = Engine(shared, params, **engines.SIZES)
-    request = engine.submit(engines.PROMPTS[0], max_tokens=12, stop=())
+def on_one_device():
+    return sum(len(x.sharding.device_set) == 1 for x in jax.live_arrays())
+
+
+def assert_lie_at(tree, shardings):
+    def is_there(x, where):
+        assert x.sharding.is_equivalent_to(where, x.ndim), (x.sharding, where)
+
+    jax.tree.map(is_there, tree, shardings)
+
+
+@pytest.mark.parametrize(("data", "model", "drafts"), [(1, 2, 0), (2, 2, 2)])
+def test_an_engine_is_restored(data, model, drafts, tmp_path, monkeypatch):
+    """Each array goes from the host to where it lies; none is on one device first."""
+    shared, params = shared_of("dense", data, model)
+    engine = Engine(shared, params, **engines.SIZES, speculative=drafts)
+    request = engine.submit(engines.PROMPTS[0], max_tokens=40, stop=())
     for _ in range(2):
         engine.step()
     engine.save(tmp_path / "engine")
+    like, whole = _trees._like, []
+
+    def watched(got, *args):
+        alone = on_one_device()
+        whole.append(like(got, *args))
+        assert on_one_device() == alone
+        return whole[-1]
+
+    monkeypatch.setattr(_trees, "_like", watched)
     restored = Engine.restore(tmp_path / "engine", shared, params)
+    for x in (engine.state, restored.state):
+        assert_lie_at(x, shared.shardings(x))
+    assert whole and all(
+        x is y for x, y in zip(whole, jax.tree.leaves(restored.state), strict=True)
+    )
     [again] = restored.requests
     for each in (engine, restored):
         engines.finish(each)
@@ -297,6 +364,31 @@ def test_errors():
         shared.apply({"params": params}, tokens()[:3])
 
 
+def test_a_whole_models_parameters_are_refused():
+    whole, params = engines.make()
+    shared = ShardedModel(whole, mesh_of(1, 2))
+    wrong = pytest.raises(ValueError, match=r"must lie on the mesh as.*model\.shard")
+    with wrong:
+        shared.apply({"params": params}, tokens())
+    with wrong:
+        jax.jit(lambda x: shared.apply({"params": params}, x))(tokens())
+    with pytest.raises(ValueError, match="params must be a tree of parameters"):
+        shared.apply({}, tokens())
+
+
+@pytest.mark.parametrize(
+    ("model", "text"), [(2, "must lie on the mesh as"), (4, r"must be .* on the mesh")]
+)
+def test_a_whole_layers_parameters_are_refused(model, text):
+    layer, params = layers.make()
+    shared = ShardedLayer(layer, mesh_of(1, model))
+    with pytest.raises(ValueError, match=f"{text}.*Give what shard"):
+        shared.apply(params, layers.tokens(2, 3))
+    numpy = jax.tree.map(np.asarray, shared.shard(params["params"]))
+    with pytest.raises(ValueError, match=r"got .*ndarray"):
+        shared.apply({"params": numpy}, layers.tokens(2, 3))
+
+
 PROCESS = """
 import json, sys
 import jax
@@ -312,21 +404,34 @@ devices = np.array([[first, third], [fourth, second]])
 mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 model, params = engines.make(num_mtp_layers=0)
 shared = ShardedModel(model, mesh)
-engine = Engine(shared, shared.shard(params), **engines.SIZES)
+params = shared.shard(params)
+restored = Engine.restore(sys.argv[3], shared, params)
+again = restored.requests
+engines.finish(restored)
+engine = Engine(shared, params, **engines.SIZES)
 texts = engines.tokens(
     engines.write(engine, engines.PROMPTS, engines.MIXED, **dict(max_tokens=9, stop=()))
 )
 try:
     engine.save("nowhere")
 except NotImplementedError as error:
-    print("TEXTS", json.dumps([texts, str(error)]))
+    print("TEXTS", json.dumps([texts, engines.tokens(again), str(error)]))
 """
 
 
-def test_two_processes():
-    """On JAX's own runtime: both axes of the mesh go from one to the other."""
+def test_two_processes(tmp_path):
+    """On JAX's own runtime: both axes of the mesh go from one to the other. They go on
+    with what one process has saved, too."""
     if jax.default_backend() != "cpu":
         pytest.skip("they are compared with this one, on CPUs")
+    options = dict(max_tokens=9, stop=())
+    model, params = engines.make(num_mtp_layers=0)
+    shared = ShardedModel(model, mesh_of(2, 2))
+    engine = Engine(shared, shared.shard(params), **engines.SIZES)
+    begun = [engine.submit(prompt, **options) for prompt in engines.PROMPTS[:3]]
+    while not engines.tokens(begun)[0]:
+        engine.step()
+    engine.save(tmp_path / "engine")
     with socket.socket() as server:
         server.bind(("localhost", 0))
         address = f"localhost:{server.getsockname()[1]}"
@@ -337,7 +442,7 @@ def test_two_processes():
     env |= dict(JAX_PLATFORMS="cpu")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(number)],
+            [sys.executable, "-c", PROCESS, address, str(number), tmp_path / "engine"],
             env=env,
             text=True,
             stdout=subprocess.PIPE,
@@ -351,9 +456,10 @@ def test_two_processes():
         assert process.returncode == 0, errors[-4000:]
         [line] = [line for line in out.splitlines() if line.startswith("TEXTS ")]
         texts.append(json.loads(line.removeprefix("TEXTS ")))
-    engine = Engine(*engines.make(num_mtp_layers=0), **engines.SIZES)
-    options = dict(max_tokens=9, stop=())
+    engines.finish(engine)
+    engine = Engine(model, params, **engines.SIZES)
     want = engines.write(engine, engines.PROMPTS, engines.MIXED, **options)
-    for got, error in texts:
+    for got, again, error in texts:
         assert got == engines.tokens(want)
+        assert again == engines.tokens(begun)
         assert "other processes' devices too cannot be saved" in error

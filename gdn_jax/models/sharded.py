@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +24,7 @@ from gdn_jax.models.shares import find_split
 from gdn_jax.models.state import ModelState
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.projections import Heads
-from gdn_jax.nn.shares import Read, Shares
+from gdn_jax.nn.shares import Read, Shares, is_traced
 from gdn_jax.nn.split import Split
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
@@ -50,6 +51,10 @@ class ShardedModel:
     layer's mixer and behind its MLP, an all-reduce each, and, of a vocabulary that is
     shared out, one for the embedding and an all-gather of logits; nothing around the
     rule, and nothing between groups of `data`.
+
+    Gradients are those of one device. Where several devices have a head, its parameters
+    are there as often, and each copy has the gradient of all: an optimiser of single
+    numbers keeps them alike, and a norm over all counts each.
 
     Attributes:
       model: what is shared out.
@@ -122,7 +127,18 @@ class ShardedModel:
         the first N / n, whose `rows` of the state are among its first P / n. A row of
         another group's part is null: the state stays as it is, and what comes back for
         the sequence is of no use.
+
+        Parameters are as `load_sharded` or `shard` give them. The whole model's may be
+        of the same shapes, with columns in another order: they are refused where they
+        are there to look at, and under `jax.jit`, which does not say where its
+        arguments lie, give wrong numbers.
+
+        Raises:
+          ValueError: the method is another one, the groups cannot share the sequences
+            out, or the parameters do not lie where the model's do.
         """
+        if not is_traced(variables):
+            check_params(self, dict(variables).get("params"))
         if method not in METHODS:
             wanted = f"one of {', '.join(METHODS)}"
             checks.fail("method", method, wanted, "Others are not shared out.")
@@ -149,6 +165,10 @@ class ShardedModel:
         if method in ("hidden", "draft") or (method == "__call__" and carried):
             results = results, back
         specs = dict(params=self.param_specs), *map(self.specs, arrays)
+        params = flatten_dict(unfreeze(variables["params"]), sep="/")
+        targets = parameters.find_targets(self.model)
+        boxes = {path: (target.names, target.shape) for path, target in targets.items()}
+        variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))
         return self.grid.run(run, specs, results)(variables, *arrays)
 
     def own_rows(self, rows: Array, state: Any) -> Array:
@@ -192,13 +212,11 @@ class ShardedModel:
         init = self.part.init_draft_cache
         return self.make(lambda rows: init(rows, num_positions), num_rows)
 
-    def put(self, state: Any) -> Any:
-        """Of a state of such a model, each device's part on it."""
-
-        def put(x: Any, spec: PartitionSpec) -> Any:
-            return jax.device_put(x, NamedSharding(self.mesh, spec))
-
-        return jax.tree.map(put, state, self.specs(state))
+    def shardings(self, tree: Any) -> Any:
+        """Of states and tables: where each array lies."""
+        return jax.tree.map(
+            functools.partial(NamedSharding, self.mesh), self.specs(tree)
+        )
 
     def shard(self, params: Any) -> Params:
         """Parameters of the whole model, put where they belong on the mesh.
@@ -256,13 +274,8 @@ def check_params(model: AnyModel, params: Any) -> None:
         "Give model and params as models.load_sharded does, or model.shard(params)."
     )
     arrays = parameters.check_arrays(params, model.targets, remedy)
-    # The whole model's may be of the same shapes, with columns in another order.
-    for path, array in arrays.items():
-        there = NamedSharding(model.mesh, model.spec_of(path))
-        got = getattr(array, "sharding", None)  # NumPy's has none
-        if got is None or not got.is_equivalent_to(there, array.ndim):
-            wanted = f"params/{path} must lie on the mesh as {there.spec}"
-            raise ValueError(f"{wanted}; got {got or type(array)}. {remedy}")
+    names = {path: target.names for path, target in model.targets.items()}
+    model.shares.check_places(arrays, names, remedy)
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:

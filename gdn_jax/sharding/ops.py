@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gdn_jax.ops import checks
 from gdn_jax.sharding.grid import AXES, Grid, MeshAxes, own_groups
 from gdn_jax.sharding.table import OPS, Names, Op, key_of, of_pools
+
+COPIES = ("src", "dst")
 
 
 def split(
@@ -41,8 +44,10 @@ def split(
     parts, see `by_parts`, as does a `ConvState`'s buffer.
 
     Rows: a row's slot lies in the same part of the pool as the row in the batch; one of
-    another part is null. Packed rows have `cu_seqlens` [parts, N / parts + 1], each
-    part's own, and a `grouped_dot` `group_sizes` [parts, E].
+    another part is null. `copy_slots` copies within a part: a pair of two parts is an
+    error where src and dst are the host's, and skipped where they are JAX's arrays.
+    Packed rows have `cu_seqlens` [parts, N / parts + 1], each part's own, and a
+    `grouped_dot` `group_sizes` [parts, E].
 
     Rounding: with `state_rounding="stochastic"` each device folds its place on the mesh
     into `rounding_key`, over axes of more than one part. So the bits depend on the
@@ -58,7 +63,8 @@ def split(
 
     Raises:
       ValueError: it is no such op, or the mesh has none of the axes; and at a call that
-        an axis cannot be shared out, with the sizes of the mesh that could.
+        an axis cannot be shared out, with the sizes of the mesh that could, or that
+        slots would be copied from one part to another.
     """
     name = getattr(op, "__name__", repr(op))
     if name not in (*OPS, "copy_slots"):
@@ -69,8 +75,10 @@ def split(
     @functools.wraps(op)
     def shared(*args: Any, **keywords: Any) -> Any:
         call = dict(signature.bind(*args, **keywords).arguments)
-        entry = of_pools(call["state"]) if name == "copy_slots" else OPS[name]
-        return _run(op, entry, grid, call)
+        if name != "copy_slots":
+            return _run(op, OPS[name], grid, call)
+        _check_copies(grid, call)
+        return _run(op, of_pools(call["state"]), grid, call)
 
     return shared
 
@@ -112,6 +120,30 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         results[0] = results[1]
     out_specs = tuple(results) if results[1:] else results[0]
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
+
+
+def _check_copies(grid: Grid, call: dict[str, Any]) -> None:
+    """
+    Raises:
+      ValueError: a slot's copy would be in another part, as far as the host knows.
+    """
+    shapes = [jnp.shape(pool) for pool in jax.tree.leaves(call["state"])]
+    if grid.parts("rows") == 1 or any(isinstance(call[x], Array) for x in COPIES):
+        return
+    try:
+        src, dst = (np.asarray(call[name]) for name in COPIES)
+    except jax.errors.TracerArrayConversionError:  # a list of them
+        return
+    P = min((shape[0] for shape in shapes if shape), default=0)
+    if src.shape != dst.shape or P % grid.parts("rows"):
+        return  # errors of their own
+    own = P // grid.parts("rows")
+    real = (src >= 0) & (src < P) & (dst >= 0) & (dst < P)
+    if (across := real & (src // max(own, 1) != dst // max(own, 1))).any():
+        pairs = [*zip(src[across].tolist(), dst[across].tolist(), strict=True)]
+        wanted = f"of one part of the pool, of {own} slots each"
+        remedy = "Devices keep their sequences: take a free slot of the same part."
+        checks.fail("src and dst", checks.listed(map(str, pairs)), wanted, remedy)
 
 
 def _own_key(key: Any, grid: Grid) -> Any:
