@@ -1,6 +1,7 @@
 """Ops that devices share out: as on one, whatever the mesh."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +325,13 @@ def test_wrong_calls():
         sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
     with says("op must be one of fused_update.*shard_map yourself"):
         sharding.split(jnp.dot, mesh_of(1, 1))
+    with says("state must be an array; got ReplayState.*replay_update"):
+        replay, _ = replay_case(H)
+        untyped = inspect.unwrap(gdn_jax.fused_update)  # as without the suite's hook
+        sharding.split(untyped, mesh_of(1, 2))(*replay)
+    with says("key heads of conv.*the 8 devices.*'model'; got 4.*'model': 1, 2, 4"):
+        step, keywords = step_case("flat")
+        sharding.split(gdn_jax.fused_layer_step, mesh_of(1, 8))(*step, **keywords)
     many = jax.device_count() + 1
     with says(f"at most {many - 1} devices"):
         sharding.make_mesh(1, many)
@@ -344,6 +352,9 @@ def test_wrong_meshes():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     with says("mesh must be one with 'data', 'model'.*axes=dict"):
         sharding.split(gdn_jax.gates, mesh)
+    with says("axes must be other axes of the mesh for rows than for .*'model'"):
+        axes = dict(sharding.AXES, rows="model")
+        sharding.split(gdn_jax.gates, mesh_of(1, 2), axes=axes)
     with says("of axis type Auto"):
         mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
         sharding.split(gdn_jax.gates, mesh)

@@ -20,6 +20,9 @@ from checkpoints import assert_same
 
 from gdn_jax import Engine, _trees, models, sharding, testing
 from gdn_jax.generation.api import make_engine
+from gdn_jax.generation.prompts import next_pieces
+from gdn_jax.generation.requests import make_request
+from gdn_jax.generation.sizes import Sizes
 from gdn_jax.models import ShardedModel, parameters
 from gdn_jax.nn import ShardedLayer
 
@@ -248,6 +251,23 @@ def test_an_engine_is_restored(data, model, drafts, tmp_path, monkeypatch):
         Engine.restore(tmp_path / "engine", whole, own)
 
 
+def test_each_group_reads_prompts():
+    """As many tokens a call as an engine of its rows alone."""
+    sizes = Sizes(8, 64, 0, 4, prefill_tokens=32, max_stop=1, recurrent_dtype="float32")
+    one = dict(max_tokens=4, config=engines.make()[0].config, sizes=sizes)
+    others = dict(temperature=0.0, top_p=1.0, top_k=0, seed=0, stop=())
+    reading = []
+    for row in range(8):
+        reading.append(make_request(row, prompt=[1] * 16, **others, **one))
+        reading[row].row = row
+    _, prompts = next_pieces(reading, sizes, 4)
+    assert prompts.rows.tolist() == [*range(8)]
+    _, prompts = next_pieces(reading, sizes, 2)
+    assert prompts.rows.tolist() == [0, 1, 4, 5]
+    _, prompts = next_pieces(reading, sizes)
+    assert prompts.rows.tolist() == [0, 1]
+
+
 def test_generate_takes_a_row_for_each_group():
     """However few prompts there are."""
     shared, params = shared_of("dense", 4, 2)
@@ -337,6 +357,17 @@ def test_only_own_parts_are_read(saved):
     # Two key heads of four for four devices, which two of them share; four value heads.
     assert sizes == [(16, 4)] * 12 and got.shape == (16, 48)
     np.testing.assert_array_equal(got[:, 12:16], array[:, 0:4])
+
+
+@pytest.mark.once
+def test_fields_of_layers_that_are_not_there_are_left_alone():
+    """Three heads of keys and values could not be shared out."""
+    fields = dict(num_attention_heads=6, num_key_value_heads=3, num_mtp_layers=0)
+    layers = dict(layer_types=("linear_attention",))
+    config = dataclasses.replace(engines.make()[0].config, **fields, **layers)
+    own = ShardedModel(models.Model(config), mesh_of(1, 2)).part.own_config
+    assert (own.num_attention_heads, own.num_key_value_heads) == (6, 3)
+    assert (own.linear_num_value_heads, own.linear_num_key_heads) == (2, 1)
 
 
 @pytest.mark.once

@@ -154,8 +154,9 @@ def _leaves(rows: Row) -> list[np.ndarray]:
 
 def _whole(x: Any) -> np.ndarray:
     """Also what lies on other processes' devices, which all have to ask for it."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        where = NamedSharding(x.sharding.mesh, PartitionSpec())
+    lies = getattr(x, "sharding", None)
+    if isinstance(lies, NamedSharding) and not lies.is_fully_addressable:
+        where = NamedSharding(lies.mesh, PartitionSpec())
         x = jax.jit(lambda x: x, out_shardings=where)(x)
     return np.asarray(x)
 

@@ -165,7 +165,7 @@ class ShardedModel:
         if method in ("hidden", "draft") or (method == "__call__" and carried):
             results = results, back
         specs = dict(params=self.param_specs), *map(self.specs, arrays)
-        params = flatten_dict(unfreeze(variables["params"]), sep="/")
+        params: Any = flatten_dict(unfreeze(variables["params"]), sep="/")
         targets = parameters.find_targets(self.model)
         boxes = {path: (target.names, target.shape) for path, target in targets.items()}
         variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gdn_jax.nn.projections import Heads
@@ -218,7 +219,7 @@ tie.defvjp(_tie_forwards, _tie_backwards)
 
 
 def is_traced(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _run(begin: int, size: int, heads: int, part: int, parts: int) -> Run:

@@ -94,7 +94,13 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
             jax.tree.unflatten(structure, leaves), is_leaf=lambda x: isinstance(x, list)
         )
     ]
+    if not entry.arrays.keys() >= set(paths):
+        op(**call)  # which says what is wrong
+        wanted = f"among {', '.join(sorted(entry.arrays))}"
+        checks.fail("arrays", ", ".join(paths), wanted, "Give what the op takes.")
     arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
+    if "conv_weight" in arrays:
+        _check_key_heads(grid, arrays)
     names = {path: _axes_of(path, arrays, entry.arrays[path]) for path in paths}
     order = list(given)  # an error names the first of a call's arguments
     in_order = sorted(paths, key=lambda path: order.index(path.partition(".")[0]))
@@ -120,6 +126,17 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         results[0] = results[1]
     out_specs = tuple(results) if results[1:] else results[0]
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
+
+
+def _check_key_heads(grid: Grid, arrays: Mapping[str, Array]) -> None:
+    """Of a layer's step, whose channels alone say how many there are."""
+    pool, weight = arrays["state.1"], arrays["conv_weight"]
+    if pool.ndim != 4 or weight.ndim != 2:
+        return
+    _, HV, V, K = pool.shape
+    key_heads, rest = divmod(weight.shape[0] - HV * V, 2 * K)
+    if key_heads > 0 and rest == 0:
+        grid.check("gdn_key_heads", "key heads of conv_weight's channels", key_heads)
 
 
 def _check_copies(grid: Grid, call: dict[str, Any]) -> None:
