@@ -27,7 +27,7 @@ Region = tuple[slice, ...]
 Read = Callable[[Region], np.ndarray]  # of a whole parameter
 Names = tuple[str | None, ...]  # of its logical axes
 
-# Of two in a parameter the first here is split.
+# In the order of the table: of two in a parameter the first is split.
 SPLIT = tuple(name for name in AXES if name not in ("rows", "embed"))
 
 

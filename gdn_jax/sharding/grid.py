@@ -17,8 +17,8 @@ from gdn_jax.ops import checks
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Logical axes to a mesh's. No array of an op has two that lie over one of the mesh's;
-# of two of a parameter, an expert's width among them, the first here is split.
+# Logical axes to a mesh's. No array of an op has two that lie over the same of the
+# mesh's; of two that a parameter has the first here is split.
 AXES: Mapping[str, MeshAxes] = dict(
     rows="data",  # sequences of a call, and the slots of their states
     vocab="model",
