@@ -395,6 +395,9 @@ def test_a_whole_models_parameters_are_refused():
         shared.apply({"params": params}, tokens())
     with wrong:
         jax.jit(lambda x: shared.apply({"params": params}, x))(tokens())
+    four = ShardedModel(whole, mesh_of(1, 4))  # whose heads are more, with copies
+    with pytest.raises(ValueError, match=r"params are not this model's.*wanted"):
+        jax.jit(four.apply)({"params": params}, tokens())
     with pytest.raises(ValueError, match="params must be a tree of parameters"):
         shared.apply({}, tokens())
 
@@ -407,6 +410,9 @@ def test_a_whole_layers_parameters_are_refused(model, text):
     shared = ShardedLayer(layer, mesh_of(1, model))
     with pytest.raises(ValueError, match=f"{text}.*Give what shard"):
         shared.apply(params, layers.tokens(2, 3))
+    if model == 4:  # of other shapes, which are known under `jit` too
+        with pytest.raises(ValueError, match=text):
+            jax.jit(shared.apply)(params, layers.tokens(2, 3))
     numpy = jax.tree.map(np.asarray, shared.shard(params["params"]))
     with pytest.raises(ValueError, match=r"got .*ndarray"):
         shared.apply({"params": numpy}, layers.tokens(2, 3))

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -137,8 +136,7 @@ class ShardedModel:
           ValueError: the method is another one, the groups cannot share the sequences
             out, or the parameters do not lie where the model's do.
         """
-        if not is_traced(variables):
-            check_params(self, dict(variables).get("params"))
+        params = check_params(self, dict(variables).get("params"))
         if method not in METHODS:
             wanted = f"one of {', '.join(METHODS)}"
             checks.fail("method", method, wanted, "Others are not shared out.")
@@ -165,7 +163,6 @@ class ShardedModel:
         if method in ("hidden", "draft") or (method == "__call__" and carried):
             results = results, back
         specs = dict(params=self.param_specs), *map(self.specs, arrays)
-        params: Any = flatten_dict(unfreeze(variables["params"]), sep="/")
         targets = parameters.find_targets(self.model)
         boxes = {path: (target.names, target.shape) for path, target in targets.items()}
         variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))
@@ -261,21 +258,23 @@ def groups_of(model: AnyModel) -> int:
     return model.groups if isinstance(model, ShardedModel) else 1
 
 
-def check_params(model: AnyModel, params: Any) -> None:
-    """As `parameters.check_params`, of a shared model's parameters on its mesh too.
+def check_params(model: AnyModel, params: Any) -> dict[str, Array]:
+    """As `parameters.check_params`, of a shared model's parameters on its mesh too,
+    where that is known: not of traced ones.
 
     Raises:
       ValueError: as that.
     """
     if not isinstance(model, ShardedModel):
-        parameters.check_params(model, params)
-        return
+        return parameters.check_params(model, params)
     remedy = (
         "Give model and params as models.load_sharded does, or model.shard(params)."
     )
     arrays = parameters.check_arrays(params, model.targets, remedy)
-    names = {path: target.names for path, target in model.targets.items()}
-    model.shares.check_places(arrays, names, remedy)
+    if not is_traced(params):
+        names = {path: target.names for path, target in model.targets.items()}
+        model.shares.check_places(arrays, names, remedy)
+    return arrays
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:

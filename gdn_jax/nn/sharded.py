@@ -94,7 +94,7 @@ class ShardedLayer:
             checks.fail("params", sorted(arrays), f"{sorted(self.targets)}", remedy)
         return arrays
 
-    def _check_params(self, params: Any) -> None:
+    def _check_params(self, params: Any) -> dict[str, Any]:
         remedy, arrays = PLACED, self._flat(params, PLACED)
         names = {path: box.names for path, box in self.targets.items()}
         for path, box in self.targets.items():
@@ -102,7 +102,9 @@ class ShardedLayer:
             if jnp.shape(arrays[path]) != wanted:
                 got = jnp.shape(arrays[path])
                 checks.fail(f"params/{path}", got, f"{wanted} on the mesh", remedy)
-        self.shares.check_places(arrays, names, remedy)
+        if not is_traced(params):
+            self.shares.check_places(arrays, names, remedy)
+        return arrays
 
     def init_state(self, num_slots: int, **keywords: Any) -> GatedDeltaNetState:
         """As `GatedDeltaNet.init_state`; every device makes its own part."""
@@ -136,8 +138,7 @@ class ShardedLayer:
           ValueError: the groups cannot share the sequences out, or the parameters do
             not lie where the layer's do.
         """
-        if not is_traced(variables):
-            self._check_params(variables["params"])
+        params = self._check_params(variables["params"])
         tables = {k: keywords.pop(k) for k in TABLES if keywords.get(k) is not None}
         if self.grid.parts("rows") > 1 and keywords.get("cu_seqlens") is not None:
             remedy = "Give rows of one length, padded."
@@ -158,7 +159,6 @@ class ShardedLayer:
         specs = dict(params=unflatten_dict(flat, sep="/")), state_specs, rows
         new = self._specs(self._from_zeros(x)) if state is None else state_specs
         boxes = {k: (box.names, box.value.shape) for k, box in self.targets.items()}
-        params = self._flat(variables["params"], PLACED)
         variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))
         return self.grid.run(run, specs, (rows, new))(variables, state, arrays)
 
