@@ -237,13 +237,13 @@ def measure(contenders: tuple[Contender, ...], steps: int, implementation: str):
         yield rows
 
 
-def time_rounding(N: int, state_dtype: str) -> dict[str, Any]:
-    """Microseconds of a decoding step of N rows, by how its states are rounded."""
-    problem = update.Problem(N, state_dtype=state_dtype)
+def time_rounding(rows: int, state_dtype: str) -> dict[str, Any]:
+    """Microseconds of a decoding step of so many, by how its states are rounded."""
+    problem = update.Problem(rows, state_dtype=state_dtype)
     inputs = update.make_inputs(problem)
     tokens = tuple(inputs[name] for name in update.TOKENS)
     pool, keys = inputs.pop("state"), jax.random.split(jax.random.key(2), 64)
-    row: dict[str, Any] = dict(N=N, state_dtype=state_dtype)
+    row: dict[str, Any] = dict(N=rows, state_dtype=state_dtype)
     for rounding in ("nearest", "stochastic"):
 
         @functools.partial(jax.jit, donate_argnums=0)

@@ -194,6 +194,8 @@ def verdict(result: dict[str, Any]) -> list[str]:
     for row in result["rows"]:
         if row["texts_not_as_alone"] or row["row_faults"]:
             faults.append(f"wave {row['wave']}: {row['first_faults']}")
+        if not row["callbacks_raised"]:
+            faults.append(f"wave {row['wave']}: no callback raised")
         if len(row["live_bytes_between_calls"]) > 1:
             faults.append(f"wave {row['wave']}: live arrays' bytes change")
     # the first one makes programs, and what the host keeps of them
@@ -209,9 +211,13 @@ def verdict(result: dict[str, Any]) -> list[str]:
             or found["live_bytes_left_by_the_raise"]
         ):
             faults.append(f"generate: {found}")
+        if not found["callback_raised"]:
+            faults.append("generate: no callback raised")
         if found["largest_gap_of_log_probabilities"] > TIE[found["dtype"]]:
             faults.append("generate: texts part where tokens are not as likely")
-    if (found := result.get("killed")) and found["faults"]:
+    if (found := result.get("killed")) is None:
+        faults.append("killed: nothing was")
+    elif found["faults"]:
         faults.append(f"killed: {found['faults'][:3]}")
     return faults
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +12,13 @@ from geometries import CONTEXT, MODELS, STEPS, make_model
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gdn_jax import sharding
+from gdn_jax import sharding, testing
 from gdn_jax.generation import state as states
 from gdn_jax.generation import steps
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.models import ShardedModel
 
 ROOM = 1280  # positions of a row, CONTEXT of them read: 1024 rows fit one GPU
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-
-
-def count_collectives(text: str) -> dict[str, int]:
-    """Of an optimised program's text; what is in a loop counts once."""
-    found = {
-        name: len(re.findall(rf"\s{name}(?:-start)?\(", text)) for name in COLLECTIVES
-    }
-    return {name: count for name, count in found.items() if count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +116,7 @@ class Decoding:
         return {"tokens_per_s": 1e3 * self.rows / ms}
 
     def collectives(self, text: str) -> dict[str, int]:
-        return count_collectives(text)
+        return testing.collectives(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +170,7 @@ class AllReduce:
         return {"us_each": 1e3 * ms}
 
     def collectives(self, text: str) -> dict[str, int]:
-        return count_collectives(text)
+        return testing.collectives(text)
 
 
 Work = Decoding | AllReduce

@@ -80,11 +80,15 @@ def load_notes(path: pathlib.Path) -> dict[str, Any]:
     return notes
 
 
-def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
+def load(
+    path: pathlib.Path, like: Any, place: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """The tree, of the structure, shapes and dtypes of `like`, and the notes.
 
     Args:
       like: a tree of arrays or of `jax.ShapeDtypeStruct`.
+      place: a tree of shardings, of where each array goes from the host; None: to the
+        default device.
 
     Raises:
       FileNotFoundError: no such file.
@@ -92,12 +96,13 @@ def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
         another shape is not read.
     """
     wanted = _named(like)
+    places = [None] * len(wanted) if place is None else jax.tree.leaves(place)
     faults, arrays = [], []
     with opened(path) as file:
         names = set(file.keys())
         surplus = sorted(names - set(wanted))
         faults += [f"{name} is not expected" for name in surplus]
-        for name, x in wanted.items():
+        for (name, x), where in zip(wanted.items(), places, strict=True):
             if name not in names:
                 faults.append(f"{name} is missing")
                 continue
@@ -105,7 +110,7 @@ def load(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
             dtype: str = found.get_dtype()
             got = _words(DTYPES.get(dtype, dtype), found.get_shape())
             if got == (words := _words(plain.dtype.name, plain.shape)):
-                arrays.append(_like(file.get_tensor(name), x))
+                arrays.append(_like(file.get_tensor(name), x, where))
             else:
                 faults.append(f"{name} is {got}, wanted {words}")
     if faults:
@@ -156,10 +161,12 @@ def _plain_type(x: Any) -> Any:
     return jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x
 
 
-def _like(got: Any, x: Any) -> jax.Array:
-    if not _is_key(x):
-        return jnp.asarray(got)
-    return jax.random.wrap_key_data(got, impl=_impl(x))
+def _like(got: np.ndarray, x: Any, where: Any) -> jax.Array:
+    if where is None:
+        found = jnp.asarray(got)
+    else:  # each process its own devices' parts
+        found = jax.make_array_from_callback(got.shape, where, lambda own: got[own])
+    return jax.random.wrap_key_data(found, impl=_impl(x)) if _is_key(x) else found
 
 
 def _impl(keys: Any) -> str:

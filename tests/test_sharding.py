@@ -1,6 +1,7 @@
 """Ops that devices share out: as on one, whatever the mesh."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -193,10 +194,28 @@ def test_nothing_is_sent():
         for x, axes in zip((pool(N), *tokens(N, T)), names, strict=True)
     ]
     text = shared.lower(*args).compile().as_text()
-    assert not any(f"{op}(" in text for op in ("all-reduce", "all-gather"))
-    assert "collective-permute(" not in text and "all-to-all(" not in text
+    assert testing.collectives(text) == {}
     state, _ = shared(*args)
     assert {x.data.shape for x in state.addressable_shards} == {(2, 2, V, K)}
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2), (1, 1)])
+def test_devices_round_by_bits_of_their_own(mesh):
+    """Of two devices' values, alike before they are rounded, and the same each time."""
+    one = [jnp.broadcast_to(normal(i, K), (2, HV, K)) for i in (1, 2)]
+    heads, gates = jnp.zeros(HV), jnp.zeros((2, HV))
+    alike = *one, jnp.ones((2, HV, V)), heads, gates, gates, heads
+    state = jnp.broadcast_to(normal(8, V, K), (2, HV, V, K)).astype(jnp.bfloat16)
+    key = dict(state_rounding="stochastic", rounding_key=jax.random.key(5))
+    op = sharding.split(gdn_jax.fused_update, mesh_of(*mesh))
+    nearest = np.asarray(run(op, (state, *alike), {})[0], np.float32)
+    assert np.ptp(nearest, axis=(0, 1)).max() == 0
+    got, again = (np.asarray(run(op, (state, *alike), key)[0]) for _ in range(2))
+    np.testing.assert_array_equal(got, again)
+    first, second = (got[0], got[1]) if mesh[0] == 2 else (got[:, :4], got[:, 4:])
+    assert (first != second).any()
+    one = np.asarray(run(gdn_jax.fused_update, (state, *alike), key)[0])
+    assert (got == one).all() == (mesh == (1, 1))
 
 
 def test_replay_with_a_key_head_for_each_device():
@@ -305,9 +324,26 @@ def test_wrong_calls():
         sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
     with says("op must be one of fused_update.*shard_map yourself"):
         sharding.split(jnp.dot, mesh_of(1, 1))
+    with says("state must be an array; got ReplayState.*replay_update"):
+        replay, _ = replay_case(H)
+        untyped = inspect.unwrap(gdn_jax.fused_update)  # as without the suite's hook
+        sharding.split(untyped, mesh_of(1, 2))(*replay)
+    with says("key heads of conv.*the 8 devices.*'model'; got 4.*'model': 1, 2, 4"):
+        step, keywords = step_case("flat")
+        sharding.split(gdn_jax.fused_layer_step, mesh_of(1, 8))(*step, **keywords)
     many = jax.device_count() + 1
     with says(f"at most {many - 1} devices"):
         sharding.make_mesh(1, many)
+
+
+def test_copies_between_parts():
+    """Are an error where the host knows of them, and no copies where it does not."""
+    copy = sharding.split(gdn_jax.copy_slots, mesh_of(2, 1))
+    with says("src and dst must be of one part.*of 4 slots.*got .0, 4.; .7, 2.*free"):
+        copy(pool(), [0, 1, 7, 8], np.array([4, 2, 2, 0]))
+    copy(pool(), [9, -1], [0, 5])  # pairs of none
+    got = jax.jit(copy)(pool(), jnp.array([0, 1]), jnp.array([4, 2]))
+    np.testing.assert_array_equal(got, pool().at[2].set(pool()[1]))
 
 
 def test_wrong_meshes():
@@ -315,6 +351,9 @@ def test_wrong_meshes():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     with says("mesh must be one with 'data', 'model'.*axes=dict"):
         sharding.split(gdn_jax.gates, mesh)
+    with says("axes must be other axes of the mesh for rows than for .*'model'"):
+        axes = dict(sharding.AXES, rows="model")
+        sharding.split(gdn_jax.gates, mesh_of(1, 2), axes=axes)
     with says("of axis type Auto"):
         mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
         sharding.split(gdn_jax.gates, mesh)

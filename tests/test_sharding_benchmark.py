@@ -1,6 +1,7 @@
 """What of the benchmark of sharing models out runs without GPUs."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -14,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from gdn_jax import models, sharding
+from gdn_jax import models, sharding, testing
 
 pytestmark = pytest.mark.once
 
@@ -56,6 +57,18 @@ def test_a_block_runs(work, monkeypatch):
     run()
     run()
     assert block.figures(2.0) == {"tokens_per_s": 2000.0}
+
+
+def test_groups_wait_for_each_other_at_a_blocks_end(work, monkeypatch):
+    """When the host reads all tokens; in the loop of steps nothing is sent."""
+    make = functools.partial(models.Model, implementation="xla")
+    monkeypatch.setattr(work, "make_model", make)
+    monkeypatch.setattr(work, "STEPS", 4)
+    text = work.Decoding("data", "small", 8, 4).lower().compile().as_text()
+    _, begin, rest = text.partition("\nENTRY ")
+    entry = rest[: rest.index("\n}")]
+    assert begin and " while(" in entry and testing.collectives(entry)
+    assert testing.collectives(text) == testing.collectives(entry)
 
 
 def test_an_all_reduce_runs(work):

@@ -175,6 +175,9 @@ def layout(result: dict, name: str) -> list[str]:
         }
         us = sum_us(result, rows * config.hidden_size * ITEM, PARTS)
         ms["sums"] = (2 * config.num_hidden_layers + 1) * us / 1e3
+        # Each device gets the others' part once, where a sum is sent and got.
+        half = rows * config.vocab_size * ITEM / 2
+        ms["logits"] = sum_us(result, half, PARTS) / 1e3
         total = sum(ms.values())
         rate = 1e3 * rows / total
         first = max(ms, key=lambda what: ms[what])
@@ -198,7 +201,8 @@ def layout(result: dict, name: str) -> list[str]:
         f"values: room for {most} sequences a group. Computed of {factor:.2f} times "
         f"the time of moving the bytes at {result['copy_tb_per_s']:.2f} TB/s, as was "
         f"measured of one GPU, and of all-reduces measured between {gpus} GPUs "
-        f'("{options}"); tokens evenly among experts.'
+        f'("{options}"), the all-gather of logits as one of half its bytes; tokens '
+        "evenly among experts."
     )
     return [about, "", *markdown("sequences a group", columns, shown)]
 

@@ -83,7 +83,8 @@ class Engine:
             most; 0 for plain decoding.
           steps_per_call: most steps of a block, num_positions at most; tokens are seen
             after each block.
-          prefill_tokens: most tokens of prompts read in one call, padding included.
+          prefill_tokens: most tokens of prompts read in one call, padding included; of
+            a `ShardedModel` by each of its groups.
           max_stop: most tokens of a request's `stop`.
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.
           decode: how a text goes on: "in_place" (a state each, without drafts),

@@ -20,7 +20,7 @@ def next_pieces(
     like lengths; and whose they are, None where a row only fills the batch.
 
     groups: of devices, among which the engine's rows are shared out in order, and those
-    of a call as well.
+    of a call as well; `prefill_tokens` bounds what each group reads.
     """
     reading = sorted(reading, key=lambda request: -request.unread)
     most = sizes.prefill_tokens
@@ -32,7 +32,7 @@ def next_pieces(
         for group in range(groups)
     ]
     longest = max(map(len, of_groups))
-    N = min(power_of_two(longest), max(1, most // T // groups), own)
+    N = min(power_of_two(longest), max(1, most // T), own)
     placed, rows = [], []
     for group, requests in enumerate(of_groups):
         taken = [request.row for request in requests[:N]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn_jax.generation.prompts import asked_rows
 from gdn_jax.generation.requests import Figures, Request, make_request
@@ -119,14 +120,15 @@ def faults_of_state(
     faults = [
         f"{name} is not in [{first}, {end})"
         for name, x, first, end in _ranges(state, sizes, vocab_size)
-        if not ((np.asarray(x) >= first) & (np.asarray(x) < end)).all()
+        if not ((_whole(x) >= first) & (_whole(x) < end)).all()
     ]
-    known = jax.device_get(
-        (state.model.length, state.position, state.num_accepted, state.token)
-    )
+    known = [
+        _whole(x)
+        for x in (state.model.length, state.position, state.num_accepted, state.token)
+    ]
     rows = _leaves(state.rows)
     growing = {request.row for request in requests if request.tokens}
-    if set(np.flatnonzero(state.is_active).tolist()) != growing:
+    if set(np.flatnonzero(_whole(state.is_active)).tolist()) != growing:
         faults.append("is_active is not of the requests whose texts go on")
     for request in requests:
         if not request.prefilled:
@@ -147,7 +149,16 @@ def faults_of_state(
 
 def _leaves(rows: Row) -> list[np.ndarray]:
     rows = rows._replace(seed=jax.random.key_data(rows.seed))
-    return [np.asarray(x) for x in jax.tree.leaves(rows)]
+    return [_whole(x) for x in jax.tree.leaves(rows)]
+
+
+def _whole(x: Any) -> np.ndarray:
+    """Also what lies on other processes' devices, which all have to ask for it."""
+    lies = getattr(x, "sharding", None)
+    if isinstance(lies, NamedSharding) and not lies.is_fully_addressable:
+        where = NamedSharding(lies.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=where)(x)
+    return np.asarray(x)
 
 
 def _ranges(state: EngineState, sizes: Sizes, vocab_size: int) -> list[tuple]:

@@ -92,12 +92,11 @@ def load_state(
       ValueError: it is none of such an engine, or not that of its requests.
     """
     like = jax.eval_shape(lambda: init_state(model, notes.sizes))
-    state = _trees.load(pathlib.Path(path), like)[0]
+    place = model.shardings(like) if isinstance(model, ShardedModel) else None
+    state = _trees.load(pathlib.Path(path), like, place)[0]
     vocab_size = model.config.vocab_size
     if faults := saved.faults_of_state(state, notes.sizes, notes.requests, vocab_size):
         raise ValueError(f"{path}: {checks.listed(faults)}. {saved.REMEDY}")
-    if isinstance(model, ShardedModel):
-        state = model.put(state)
     return state
 
 

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gdn_jax import sharding
 from gdn_jax.sharding.grid import MeshAxes, names_of
 
-# Those of parameters; "gdn_channels", whose parts q, k and v lie one after another, is
-# whole here.
+# Those of parameters, in the same order: of two in one the first is split.
+# "gdn_channels", whose parts q, k and v lie one after another, is whole here.
 AXES: Mapping[str, MeshAxes] = {
     name: axes
     for name, axes in sharding.AXES.items()

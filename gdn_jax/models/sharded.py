@@ -23,7 +23,7 @@ from gdn_jax.models.shares import find_split
 from gdn_jax.models.state import ModelState
 from gdn_jax.nn.attention import KVCache
 from gdn_jax.nn.projections import Heads
-from gdn_jax.nn.shares import Read, Shares
+from gdn_jax.nn.shares import Read, Shares, is_traced
 from gdn_jax.nn.split import Split
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
@@ -50,6 +50,10 @@ class ShardedModel:
     layer's mixer and behind its MLP, an all-reduce each, and, of a vocabulary that is
     shared out, one for the embedding and an all-gather of logits; nothing around the
     rule, and nothing between groups of `data`.
+
+    Gradients are those of one device. Where several devices have a head, its parameters
+    are there as often, and each copy has the gradient of all: an optimiser of single
+    numbers keeps them alike, and a norm over all counts each.
 
     Attributes:
       model: what is shared out.
@@ -119,23 +123,36 @@ class ShardedModel:
         """As `Model.apply`, of "__call__", "hidden", "logits" and "draft".
 
         Several groups share a call's sequences out in order: of n groups the first has
-        the first N / n, whose `rows` of the state are among its first P / n.
+        the first N / n, whose `rows` of the state are among its first P / n. A row of
+        another group's part is null: the state stays as it is, and what comes back for
+        the sequence is of no use.
+
+        Parameters are as `load_sharded` or `shard` give them. The whole model's may be
+        of the same shapes, with columns in another order: they are refused where they
+        are there to look at, and under `jax.jit`, which does not say where its
+        arguments lie, give wrong numbers.
+
+        Raises:
+          ValueError: the method is another one, the groups cannot share the sequences
+            out, or the parameters do not lie where the model's do.
         """
+        params = check_params(self, dict(variables).get("params"))
         if method not in METHODS:
             wanted = f"one of {', '.join(METHODS)}"
             checks.fail("method", method, wanted, "Others are not shared out.")
         static = {k: v for k, v in keywords.items() if v is None or type(v) is int}
         arrays = args, {k: v for k, v in keywords.items() if k not in static}
         arrays = jax.tree.map(jnp.asarray, arrays)
-        leaves = jax.tree_util.tree_leaves_with_path(dict(enumerate(arrays[0])))
-        for path, leaf in (*leaves, *arrays[1].items()):
+        named = {f"argument {i}": x for i, x in enumerate(arrays[0])} | arrays[1]
+        for [what, *_], leaf in jax.tree_util.tree_leaves_with_path(named):
             if jnp.ndim(leaf):
-                what = path if isinstance(path, str) else f"argument {path[0].key}"
-                self.grid.check("rows", f"{what}'s axis 0", leaf.shape[0])
+                self.grid.check("rows", f"{what.key}'s axis 0", leaf.shape[0])
 
         def run(variables: Any, args: Any, tables: Any) -> Any:
             if "rows" in tables:
-                tables = tables | dict(rows=self.own_rows(tables["rows"], args))
+                tables = tables | dict(
+                    rows=self.own_rows(tables["rows"], (args, tables))
+                )
             call: dict[str, Any] = static | tables
             return self.part.apply(variables, *args, method=method, **call)
 
@@ -146,13 +163,17 @@ class ShardedModel:
         if method in ("hidden", "draft") or (method == "__call__" and carried):
             results = results, back
         specs = dict(params=self.param_specs), *map(self.specs, arrays)
+        targets = parameters.find_targets(self.model)
+        boxes = {path: (target.names, target.shape) for path, target in targets.items()}
+        variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))
         return self.grid.run(run, specs, results)(variables, *arrays)
 
     def own_rows(self, rows: Array, state: Any) -> Array:
         """Rows of all groups' state as this group counts them, inside of shard_map."""
         of_states = [x.length for x in _leaves(state, ModelState)]
         num_rows = (of_states or [x.k for x in _leaves(state, KVCache)])[0].shape[0]
-        return rows - self.grid.index("rows") * num_rows
+        own = rows - self.grid.index("rows") * num_rows
+        return jnp.where(own < 0, num_rows, own)  # another group's are not its last
 
     def specs(self, tree: Any) -> Any:
         """Of states and tables: all have a row for each sequence, and states of layers
@@ -188,13 +209,11 @@ class ShardedModel:
         init = self.part.init_draft_cache
         return self.make(lambda rows: init(rows, num_positions), num_rows)
 
-    def put(self, state: Any) -> Any:
-        """Of a state of such a model, each device's part on it."""
-
-        def put(x: Any, spec: PartitionSpec) -> Any:
-            return jax.device_put(x, NamedSharding(self.mesh, spec))
-
-        return jax.tree.map(put, state, self.specs(state))
+    def shardings(self, tree: Any) -> Any:
+        """Of states and tables: where each array lies."""
+        return jax.tree.map(
+            functools.partial(NamedSharding, self.mesh), self.specs(tree)
+        )
 
     def shard(self, params: Any) -> Params:
         """Parameters of the whole model, put where they belong on the mesh.
@@ -239,25 +258,23 @@ def groups_of(model: AnyModel) -> int:
     return model.groups if isinstance(model, ShardedModel) else 1
 
 
-def check_params(model: AnyModel, params: Any) -> None:
-    """As `parameters.check_params`, of a shared model's parameters on its mesh too.
+def check_params(model: AnyModel, params: Any) -> dict[str, Array]:
+    """As `parameters.check_params`, of a shared model's parameters on its mesh too,
+    where that is known: not of traced ones.
 
     Raises:
       ValueError: as that.
     """
     if not isinstance(model, ShardedModel):
-        parameters.check_params(model, params)
-        return
+        return parameters.check_params(model, params)
     remedy = (
         "Give model and params as models.load_sharded does, or model.shard(params)."
     )
     arrays = parameters.check_arrays(params, model.targets, remedy)
-    # The whole model's may be of the same shapes, with columns in another order.
-    for path, array in arrays.items():
-        there = NamedSharding(model.mesh, model.spec_of(path))
-        if not array.sharding.is_equivalent_to(there, array.ndim):
-            wanted = f"params/{path} must lie on the mesh as {there.spec}"
-            raise ValueError(f"{wanted}; got {array.sharding}. {remedy}")
+    if not is_traced(params):
+        names = {path: target.names for path, target in model.targets.items()}
+        model.shares.check_places(arrays, names, remedy)
+    return arrays
 
 
 def _leaves(tree: Any, kind: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Whether devices can share a model out, and what a part of it is."""
 
 import dataclasses
+from typing import Any
 
 from gdn_jax.models.config import Config
 from gdn_jax.nn.split import Split
@@ -14,10 +15,7 @@ def find_split(config: Config, grid: Grid) -> Split | None:
     Raises:
       ValueError: the devices cannot share the model out.
     """
-    kinds = set(config.layer_types)
-    kinds |= {"full_attention"} if config.num_mtp_layers else set()
-    layers = range(max(len(config.layer_types), config.num_mtp_layers))
-    sparse = {config.is_sparse(i) for i in layers}
+    kinds, sparse = _kinds(config)
     names = set()
 
     def check(name: str, field: str, others: str | None = None) -> None:
@@ -51,15 +49,27 @@ def find_split(config: Config, grid: Grid) -> Split | None:
 def own_config(config: Config, split: Split) -> Config:
     """Of a part: with the heads and columns that it has."""
 
+    kinds, sparse = _kinds(config)
+    fields: list[str] = []
+    if "full_attention" in kinds:
+        fields += ["num_attention_heads", "num_key_value_heads"]
+    if "linear_attention" in kinds:
+        fields += ["linear_num_key_heads", "linear_num_value_heads"]
+    if False in sparse:
+        fields.append("intermediate_size")
+    if True in sparse:
+        fields.append("shared_expert_intermediate_size")
+
     def own(size: int) -> int:
         return -(-size // split.parts)  # of fewer key heads than parts each has one
 
-    return dataclasses.replace(
-        config,
-        num_attention_heads=own(config.num_attention_heads),
-        num_key_value_heads=own(config.num_key_value_heads),
-        linear_num_key_heads=own(config.linear_num_key_heads),
-        linear_num_value_heads=own(config.linear_num_value_heads),
-        intermediate_size=own(config.intermediate_size),
-        shared_expert_intermediate_size=own(config.shared_expert_intermediate_size),
-    )
+    parts: dict[str, Any] = {name: own(getattr(config, name)) for name in fields}
+    return dataclasses.replace(config, **parts)
+
+
+def _kinds(config: Config) -> tuple[set[str], set[bool]]:
+    """Of mixers; and whether MLPs are of experts."""
+    kinds = set(config.layer_types)
+    kinds |= {"full_attention"} if config.num_mtp_layers else set()
+    layers = range(max(len(config.layer_types), config.num_mtp_layers))
+    return kinds, {config.is_sparse(i) for i in layers}

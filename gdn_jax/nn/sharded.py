@@ -15,12 +15,13 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from gdn_jax.nn.gated_delta_net import GatedDeltaNet
-from gdn_jax.nn.shares import Shares
+from gdn_jax.nn.shares import Shares, is_traced
 from gdn_jax.nn.split import Split, summed
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
 from gdn_jax.sharding.grid import AXES, Grid, MeshAxes
 
+PLACED = "Give what shard(layer.init(..)['params']) gives."
 TABLES = ("slots", "conv_slots", "num_accepted", "has_state")
 
 
@@ -34,6 +35,9 @@ class ShardedLayer:
         >>> params = layer.init(jax.random.key(1), x)["params"]
         >>> shared = nn.ShardedLayer(layer, sharding.make_mesh(model=1))
         >>> y, state = jax.jit(shared.apply)({"params": shared.shard(params)}, x)
+
+    Gradients are those of one device. Where several devices have a key head, its
+    parameters are there as often, and each copy has the gradient of all.
 
     Args:
       layer: what is shared out.
@@ -72,10 +76,7 @@ class ShardedLayer:
 
     def shard(self, params: Any) -> Any:
         """The layer's parameters, put where they belong on the mesh."""
-        arrays = flatten_dict(meta.unbox(params), sep="/")
-        if arrays.keys() != self.targets.keys():
-            wanted, remedy = sorted(self.targets), "Give layer.init(..)['params']."
-            checks.fail("params", sorted(arrays), f"{wanted}", remedy)
+        arrays = self._flat(params, "Give layer.init(..)['params'].")
         placed = {
             path: self.shares.place(
                 path,
@@ -86,6 +87,24 @@ class ShardedLayer:
             for path, box in self.targets.items()
         }
         return unflatten_dict(placed, sep="/")
+
+    def _flat(self, params: Any, remedy: str) -> dict[str, Any]:
+        arrays = flatten_dict(meta.unbox(params), sep="/")
+        if arrays.keys() != self.targets.keys():
+            checks.fail("params", sorted(arrays), f"{sorted(self.targets)}", remedy)
+        return arrays
+
+    def _check_params(self, params: Any) -> dict[str, Any]:
+        remedy, arrays = PLACED, self._flat(params, PLACED)
+        names = {path: box.names for path, box in self.targets.items()}
+        for path, box in self.targets.items():
+            wanted = self.shares.shape(path, box.names, box.value.shape)
+            if jnp.shape(arrays[path]) != wanted:
+                got = jnp.shape(arrays[path])
+                checks.fail(f"params/{path}", got, f"{wanted} on the mesh", remedy)
+        if not is_traced(params):
+            self.shares.check_places(arrays, names, remedy)
+        return arrays
 
     def init_state(self, num_slots: int, **keywords: Any) -> GatedDeltaNetState:
         """As `GatedDeltaNet.init_state`; every device makes its own part."""
@@ -107,7 +126,19 @@ class ShardedLayer:
         **keywords: Any,
     ) -> tuple[Array, GatedDeltaNetState]:
         """As `GatedDeltaNet.apply`. Groups of devices share sequences out in order, and
-        a sequence's slots are in its group's part of the pools."""
+        a sequence's slots are in its group's part of the pools; one of another part is
+        null.
+
+        Parameters are as `shard` gives them. The layer's own may be of the same shapes,
+        with columns in another order: they are refused where they are there to look at,
+        and under `jax.jit`, which does not say where its arguments lie, give wrong
+        numbers.
+
+        Raises:
+          ValueError: the groups cannot share the sequences out, or the parameters do
+            not lie where the layer's do.
+        """
+        params = self._check_params(variables["params"])
         tables = {k: keywords.pop(k) for k in TABLES if keywords.get(k) is not None}
         if self.grid.parts("rows") > 1 and keywords.get("cu_seqlens") is not None:
             remedy = "Give rows of one length, padded."
@@ -117,7 +148,7 @@ class ShardedLayer:
             self.grid.check("rows", f"{name}'s axis 0", jnp.shape(array)[0])
 
         def run(variables: Any, state: Any, arrays: dict[str, Any]) -> Any:
-            call = keywords | self._own_slots(state, arrays)
+            call = keywords | self._own_slots(state, arrays, keywords)
             x = call.pop("x")
             parts, new = self.part.apply(variables, x, state, method="parts", **call)
             return summed(parts, self.split, self.layer.dtype)[0], new
@@ -127,6 +158,8 @@ class ShardedLayer:
         flat = {k: self.shares.spec(k, box.names) for k, box in self.targets.items()}
         specs = dict(params=unflatten_dict(flat, sep="/")), state_specs, rows
         new = self._specs(self._from_zeros(x)) if state is None else state_specs
+        boxes = {k: (box.names, box.value.shape) for k, box in self.targets.items()}
+        variables = dict(params=unflatten_dict(self.shares.tied(params, boxes), "/"))
         return self.grid.run(run, specs, (rows, new))(variables, state, arrays)
 
     def _from_zeros(self, x: Array) -> Any:
@@ -134,19 +167,18 @@ class ShardedLayer:
         rows = x.shape[0]
         return jax.eval_shape(lambda: self.layer.init_state(rows))
 
-    def _own_slots(self, state: Any, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Counted from the first of this group's part of each pool."""
+    def _own_slots(
+        self, state: Any, arrays: dict[str, Any], keywords: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arrays, with slots counted from the first of this group's part of each
+        pool."""
         if state is None or "slots" not in arrays or self.grid.parts("rows") == 1:
             return dict(arrays)
         recurrent = jax.tree.leaves(state.recurrent)[0].shape[0]
-        slots = jnp.asarray(arrays["slots"])
-        conv = arrays.get("conv_slots", slots if slots.ndim == 1 else slots[:, 0])
-        part = self.grid.index("rows")
-        sizes = dict(slots=(slots, recurrent), conv_slots=(conv, len(state.conv.start)))
-        return arrays | {
-            name: jnp.where(table < 0, -1, table - part * size)
-            for name, (table, size) in sizes.items()
-        }
+        sizes = dict(slots=recurrent, conv_slots=state.conv.start.shape[0])
+        null_slot = keywords.get("null_slot")
+        tables, null_slot = self.grid.own_slots(arrays, sizes, null_slot)
+        return tables | dict(null_slot=null_slot)
 
     def _specs(self, state: Any) -> Any:
         rows = self.grid.over("rows") or None

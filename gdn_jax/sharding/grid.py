@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.typing import ArrayLike
@@ -16,7 +17,8 @@ from gdn_jax.ops import checks
 
 MeshAxes = str | tuple[str, ...] | None
 
-# Logical axes to a mesh's. Of two in one array the first here is split.
+# Logical axes to a mesh's. No array of an op has two that lie over the same of the
+# mesh's; of two that a parameter has the first here is split.
 AXES: Mapping[str, MeshAxes] = dict(
     rows="data",  # sequences of a call, and the slots of their states
     vocab="model",
@@ -59,7 +61,8 @@ class Grid:
     nothing.
 
     Raises:
-      ValueError: it has none of them, or one is explicit.
+      ValueError: it has none of them, or one is explicit; or rows lie over an axis that
+        something else does.
     """
 
     def __init__(self, mesh: Mesh, axes: Mapping[str, MeshAxes] = AXES):
@@ -74,6 +77,11 @@ class Grid:
             wanted = {axis for value in axes.values() for axis in names_of(value)}
             _refuse_names(mesh, wanted)
         check_kinds(mesh, used)
+        for name in self.axes.keys() - {"rows"}:
+            if both := set(self.over("rows")) & set(self.over(name)):
+                wanted = f"other axes of the mesh for rows than for {name}"
+                remedy = "An array has both. Give one of the two an axis of its own."
+                checks.fail("axes", f"{sorted(both)} for both", wanted, remedy)
 
     def parts(self, name: str | None) -> int:
         """Between how many an axis of this name is shared out."""
@@ -85,6 +93,32 @@ class Grid:
     def index(self, name: str | None) -> Array | int:
         """Which part this device has, inside of shard_map."""
         return lax.axis_index(self.over(name)) if self.parts(name) > 1 else 0
+
+    def own_slots(
+        self, tables: Mapping[str, Array], sizes: Mapping[str, int], null_slot: Any
+    ) -> tuple[dict[str, Array], Any]:
+        """Tables of slots, counted from the first of this device's part of each pool,
+        inside of shard_map: those of others' parts are null. And the null slot behind
+        that: None, since one of all parts is in none of the others.
+
+        Args:
+          tables: some of `sizes`' or all; conv_slots are made of slots.
+          sizes: slots of this device's part of each table's pool.
+          null_slot: as in `fused_update`, which refuses what is none.
+        """
+        found = dict(tables)
+        is_int = isinstance(null_slot, int | np.integer)
+        if "slots" in found and is_int and not isinstance(null_slot, bool):
+            slots = jnp.asarray(found["slots"])
+            found["slots"] = jnp.where(slots == null_slot, -1, slots)
+            null_slot = None
+        if "slots" in found and "conv_slots" in sizes and "conv_slots" not in found:
+            slots = jnp.asarray(found["slots"])
+            found["conv_slots"] = slots if slots.ndim == 1 else slots[:, 0]
+        for name in found.keys() & sizes.keys():
+            there = found[name] - self.index("rows") * sizes[name]
+            found[name] = jnp.where(found[name] < 0, -1, there)
+        return found, null_slot
 
     def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
         return PartitionSpec(*(self.over(name) or None for name in names))

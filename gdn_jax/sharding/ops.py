@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gdn_jax.ops import checks
 from gdn_jax.sharding.grid import AXES, Grid, MeshAxes, own_groups
 from gdn_jax.sharding.table import OPS, Names, Op, key_of, of_pools
+
+COPIES = ("src", "dst")
 
 
 def split(
@@ -41,8 +44,14 @@ def split(
     parts, see `by_parts`, as does a `ConvState`'s buffer.
 
     Rows: a row's slot lies in the same part of the pool as the row in the batch; one of
-    another part is null. Packed rows have `cu_seqlens` [parts, N / parts + 1], each
-    part's own, and a `grouped_dot` `group_sizes` [parts, E].
+    another part is null. `copy_slots` copies within a part: a pair of two parts is an
+    error where src and dst are the host's, and skipped where they are JAX's arrays.
+    Packed rows have `cu_seqlens` [parts, N / parts + 1], each part's own, and a
+    `grouped_dot` `group_sizes` [parts, E].
+
+    Rounding: with `state_rounding="stochastic"` each device folds its place on the mesh
+    into `rounding_key`, over axes of more than one part. So the bits depend on the
+    mesh, and are one device's on a mesh of one part alone.
 
     Experts: each device multiplies the rows of its own, and the results are summed over
     the devices, an all-reduce, which is the only one of an op.
@@ -54,7 +63,8 @@ def split(
 
     Raises:
       ValueError: it is no such op, or the mesh has none of the axes; and at a call that
-        an axis cannot be shared out, with the sizes of the mesh that could.
+        an axis cannot be shared out, with the sizes of the mesh that could, or that
+        slots would be copied from one part to another.
     """
     name = getattr(op, "__name__", repr(op))
     if name not in (*OPS, "copy_slots"):
@@ -65,8 +75,10 @@ def split(
     @functools.wraps(op)
     def shared(*args: Any, **keywords: Any) -> Any:
         call = dict(signature.bind(*args, **keywords).arguments)
-        entry = of_pools(call["state"]) if name == "copy_slots" else OPS[name]
-        return _run(op, entry, grid, call)
+        if name != "copy_slots":
+            return _run(op, OPS[name], grid, call)
+        _check_copies(grid, call)
+        return _run(op, of_pools(call["state"]), grid, call)
 
     return shared
 
@@ -82,7 +94,13 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
             jax.tree.unflatten(structure, leaves), is_leaf=lambda x: isinstance(x, list)
         )
     ]
+    if not entry.arrays.keys() >= set(paths):
+        op(**call)  # which says what is wrong
+        wanted = f"among {', '.join(sorted(entry.arrays))}"
+        checks.fail("arrays", ", ".join(paths), wanted, "Give what the op takes.")
     arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
+    if "conv_weight" in arrays:
+        _check_key_heads(grid, arrays)
     names = {path: _axes_of(path, arrays, entry.arrays[path]) for path in paths}
     order = list(given)  # an error names the first of a call's arguments
     in_order = sorted(paths, key=lambda path: order.index(path.partition(".")[0]))
@@ -96,6 +114,8 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
 
     def local(*leaves: Array) -> Any:
         options, tables = dict(static), dict(zip(paths, leaves, strict=True))
+        if (key := options.get("rounding_key")) is not None:
+            options["rounding_key"] = _own_key(key, grid)
         tables = _own_tables(tables, entry, grid, options)
         own = jax.tree.unflatten(structure, [tables.pop(path) for path in paths])
         return _call(op, grid, options | own | tables)
@@ -106,6 +126,54 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         results[0] = results[1]
     out_specs = tuple(results) if results[1:] else results[0]
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
+
+
+def _check_key_heads(grid: Grid, arrays: Mapping[str, Array]) -> None:
+    """Of a layer's step, whose channels alone say how many there are."""
+    pool, weight = arrays["state.1"], arrays["conv_weight"]
+    if pool.ndim != 4 or weight.ndim != 2:
+        return
+    _, HV, V, K = pool.shape
+    key_heads, rest = divmod(weight.shape[0] - HV * V, 2 * K)
+    if key_heads > 0 and rest == 0:
+        grid.check("gdn_key_heads", "key heads of conv_weight's channels", key_heads)
+
+
+def _check_copies(grid: Grid, call: dict[str, Any]) -> None:
+    """
+    Raises:
+      ValueError: a slot's copy would be in another part, as far as the host knows.
+    """
+    shapes = [jnp.shape(pool) for pool in jax.tree.leaves(call["state"])]
+    if grid.parts("rows") == 1 or any(isinstance(call[x], Array) for x in COPIES):
+        return
+    try:
+        src, dst = (np.asarray(call[name]) for name in COPIES)
+    except jax.errors.TracerArrayConversionError:  # a list of them
+        return
+    P = min((shape[0] for shape in shapes if shape), default=0)
+    if src.shape != dst.shape or P % grid.parts("rows"):
+        return  # errors of their own
+    own = P // grid.parts("rows")
+    real = (src >= 0) & (src < P) & (dst >= 0) & (dst < P)
+    if (across := real & (src // max(own, 1) != dst // max(own, 1))).any():
+        pairs = [*zip(src[across].tolist(), dst[across].tolist(), strict=True)]
+        wanted = f"of one part of the pool, of {own} slots each"
+        remedy = "Devices keep their sequences: take a free slot of the same part."
+        checks.fail("src and dst", checks.listed(map(str, pairs)), wanted, remedy)
+
+
+def _own_key(key: Any, grid: Grid) -> Any:
+    """Another one on each device, where slots and heads are counted from 0: with one
+    key all would draw alike."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape:
+        return key  # which the op refuses
+    for axis in grid.over("rows") + grid.over("gdn_value_heads"):
+        if grid.mesh.shape[axis] > 1:
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+    return key
 
 
 def _call(op: Callable[..., Any], grid: Grid, call: dict[str, Any]) -> Any:
@@ -158,18 +226,13 @@ def _own_tables(
         return arrays
     for path in arrays.keys() & {"cu_seqlens", "group_sizes"}:
         arrays[path] = arrays[path][0]
-    pools = entry.pools
-    slots, null_slot = arrays.get("slots"), options.get("null_slot")
-    if slots is not None and type(null_slot) is int:
-        arrays["slots"] = slots = jnp.where(slots == null_slot, -1, slots)
-        options["null_slot"] = None
-    if slots is not None and "conv_slots" in pools and "conv_slots" not in arrays:
-        arrays["conv_slots"] = slots if slots.ndim == 1 else slots[:, 0]
-    for path in arrays.keys() & pools.keys():
-        size = arrays[pools[path]].shape[0]
-        there = arrays[path] - grid.index("rows") * size
-        arrays[path] = jnp.where(arrays[path] < 0, -1, there)
-    return arrays
+    sizes = {table: arrays[pool].shape[0] for table, pool in entry.pools.items()}
+    tables = {path: arrays[path] for path in arrays.keys() & sizes.keys()}
+    null_slot = options.get("null_slot")
+    tables, null_slot = grid.own_slots(tables, sizes, null_slot)
+    if "null_slot" in options:
+        options["null_slot"] = null_slot
+    return arrays | tables
 
 
 def _result_spec(path: str, specs: Mapping[str, PartitionSpec], found: Any) -> Any:

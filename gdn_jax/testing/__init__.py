@@ -16,4 +16,5 @@ from gdn_jax.testing.conv import ConvCase as ConvCase
 from gdn_jax.testing.conv import conv_oracle as conv_oracle
 from gdn_jax.testing.conv import make_conv as make_conv
 from gdn_jax.testing.oracle import oracle as oracle
+from gdn_jax.testing.programs import collectives as collectives
 from gdn_jax.testing.slots import check_slots as check_slots
