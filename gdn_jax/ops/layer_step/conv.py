@@ -93,8 +93,14 @@ class Convolution(NamedTuple):
     ) -> "Convolution":
         """The whole ring, without waiting for where it begins."""
 
-        def load(ref: Any, *index: Any) -> Array:
-            return _triton.load_where(ref.at[index], channels.mask)
+        def load(ref: Any, *index: Any, mask: Array = channels.mask) -> Array:
+            return _triton.load_where(ref.at[index], mask)
+
+        def has(step: int) -> Array:
+            """What follows a packed row may be NaN, which no beta of 0 undoes."""
+            if x.tables.cu_seqlens is None:
+                return channels.mask
+            return channels.mask & (step < ring.row.length)
 
         weight, buffer, channel = x.weights.conv, x.conv.buffer, channels.channel
         places = [
@@ -105,7 +111,10 @@ class Convolution(NamedTuple):
             ring,
             [load(weight, channel, i) for i in places[0]],
             [load(buffer, ring.row.read, channel, i) for i in places[1]],
-            [load(x.projected.qkv, at, channels.column) for at in tokens],
+            [
+                load(x.projected.qkv, at, channels.column, mask=has(step))
+                for step, at in enumerate(tokens)
+            ],
         )
 
     def history(self) -> Window:

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -49,17 +48,9 @@ class Program(NamedTuple):
         reads = self.row.live & self.row.keeps_state
         return tile.load_state(self.x.recurrent, reads, self.row.read, self.head)
 
-    def prepare(self, step: int, q: rule.Chunks, k: rule.Chunks) -> rule.Token:
-        options, (q, k) = self.options.rule, self.only_its_own(step, (q, k))
-        scale, qk_l2norm = options.scale, options.qk_l2norm
+    def prepare(self, q: rule.Chunks, k: rule.Chunks) -> rule.Token:
+        scale, qk_l2norm = self.options.rule.scale, self.options.rule.qk_l2norm
         return rule.prepare(q, k, self.arithmetic, scale=scale, qk_l2norm=qk_l2norm)
-
-    def only_its_own(self, step: int, values: Any) -> Any:
-        """What follows a packed row may be NaN, which no beta of 0 undoes."""
-        if self.x.tables.cu_seqlens is None:
-            return values
-        has = step < self.row.length
-        return jax.tree.map(lambda y: jnp.where(has, y, 0), values)
 
     def update(
         self,
@@ -72,7 +63,6 @@ class Program(NamedTuple):
     ) -> tuple[rule.Chunks, Array]:
         """The state, stored where each token's is, and out as an op of its own would
         round it."""
-        v = self.only_its_own(step, v)
         state, out = rule.update(state, token, *gates, v, self.arithmetic)
         has = self.row.live & (step < self.row.length)
         target = self.store.target(np.int32(step))

@@ -117,7 +117,7 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     if not file.is_file():
         return ()
     of_a_row = [field.name for field in dataclasses.fields(Tuned)]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {name: row[name] for name in of_a_row}  # without the commit it may be of
         for row in json.loads(file.read_text())["rows"]
     ]
@@ -133,7 +133,7 @@ def find_tuned(device_kind: str, step: Step) -> Tuned | None:
     dtype = "bfloat16" if step.state_dtype == "float16" else step.state_dtype
     sizes = step.K, step.V, dtype, step.HV // step.H
     tokens = step.tokens or step.columns
-    rows = [
+    rows: list[dict[str, Any]] = [
         row
         for row in table(device_kind)
         if (row.K, row.V, row.state_dtype, row.group) == sizes and row.tokens >= tokens

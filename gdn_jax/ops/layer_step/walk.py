@@ -52,7 +52,7 @@ class Walk(NamedTuple):
                 following = program.load_state(self.tiles[i + 1])
             for step, value in enumerate(values):
                 q, k, v = self.pieces.take(value)
-                token = program.prepare(step, in_chunks(q, tile), in_chunks(k, tile))
+                token = program.prepare(in_chunks(q, tile), in_chunks(k, tile))
                 v = self._in_tiles(v)[i]
                 v = jnp.broadcast_to(v, tile.v.shape).astype(jnp.float32)
                 now = gates.of_step(step)
