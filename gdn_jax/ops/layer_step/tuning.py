@@ -116,14 +116,15 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     file = folder / "tuned" / f"{name}.json"
     if not file.is_file():
         return ()
-    of_a_row = [field.name for field in dataclasses.fields(Tuned)]
-    rows: list[dict[str, Any]] = [
-        {name: row[name] for name in of_a_row}  # without the commit it may be of
-        for row in json.loads(file.read_text())["rows"]
-    ]
-    return tuple(
-        Tuned(**row | {"config": LayerStepConfig(**row["config"])}) for row in rows
-    )
+    names = [field.name for field in dataclasses.fields(Tuned)]
+
+    def tuned(row: dict[str, Any]) -> Tuned:
+        """Without the commit that a row may be of."""
+        fields: dict[str, Any] = {name: row[name] for name in names}
+        fields["config"] = LayerStepConfig(**row["config"])
+        return Tuned(**fields)
+
+    return tuple(map(tuned, json.loads(file.read_text())["rows"]))
 
 
 def find_tuned(device_kind: str, step: Step) -> Tuned | None:
@@ -133,7 +134,7 @@ def find_tuned(device_kind: str, step: Step) -> Tuned | None:
     dtype = "bfloat16" if step.state_dtype == "float16" else step.state_dtype
     sizes = step.K, step.V, dtype, step.HV // step.H
     tokens = step.tokens or step.columns
-    rows: list[dict[str, Any]] = [
+    rows = [
         row
         for row in table(device_kind)
         if (row.K, row.V, row.state_dtype, row.group) == sizes and row.tokens >= tokens
