@@ -105,7 +105,9 @@ def load_sharded(
     """As `load`, but a `ShardedModel`, whose kernels run on every device of the mesh.
 
     Parameters are read straight into the parts that devices have: no device holds all
-    of one that they share, and no process reads another's.
+    of one that they share, and no process reads another's. Channels and heads lie in
+    the order of those parts, so that they are this model's alone: a plain `Model` would
+    take them, of equal shapes as they are, and be wrong.
 
     Args:
       path, dtype, progress: as in `load`.
