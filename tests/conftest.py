@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import importlib
 import os
 import pathlib
 import platform
@@ -71,6 +72,19 @@ def exact_products():
     jax.config.update("jax_default_matmul_precision", "highest")
     yield
     jax.config.update("jax_default_matmul_precision", before)
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    """benchmarks/report.py, of pages and results in a folder of their own."""
+    benchmarks = pathlib.Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    found = importlib.import_module("report")
+    monkeypatch.setattr(found, "ROOT", tmp_path)
+    monkeypatch.setattr(found, "RESULTS", tmp_path / "nvidia_h200")
+    for folder in ("docs", "nvidia_h200"):
+        (tmp_path / folder).mkdir()
+    return found
 
 
 def pytest_configure(config):

@@ -54,12 +54,17 @@ def test_memory_is_a_containers_where_that_is_less(monkeypatch, tmp_path):
             make_engine()
 
 
+def make_spoiled():
+    """Token 7 is NaN."""
+    model, params = make()
+    table = params["embed"]["embedding"].at[7].set(jnp.nan)
+    return model, params | dict(embed=dict(embedding=table))
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_a_text_ends_where_logits_are_no_numbers(drafts):
     """One prompt's rows are no other's: those go on."""
-    model, params = make()
-    table = params["embed"]["embedding"].at[7].set(jnp.nan)
-    params = params | dict(embed=dict(embedding=table))
+    model, params = make_spoiled()
     engine = Engine(model, params, **SIZES, speculative=drafts)
     bad = engine.submit([7, 1, 2], max_tokens=NEW, stop=())
     good = engine.submit([1, 2, 3], max_tokens=NEW, stop=())
@@ -72,9 +77,7 @@ def test_a_text_ends_where_logits_are_no_numbers(drafts):
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_rows_that_held_nan_serve_the_next_texts(drafts):
     """As well as others: as many of their drafts are accepted."""
-    model, params = make()
-    table = params["embed"]["embedding"].at[7].set(jnp.nan)
-    params = params | dict(embed=dict(embedding=table))
+    model, params = make_spoiled()
     spoiled = Engine(model, params, **SIZES, speculative=drafts)
     bad = [spoiled.submit([1, 7, 2], max_tokens=NEW, stop=()) for _ in range(4)]
     finish(spoiled)

@@ -51,13 +51,7 @@ def test_draws_are_the_same_in_programs_of_any_width(horizon):
     assert len({np.asarray(x).tobytes() for x in one}) == len(one)
 
 
-def test_a_report_goes_where_its_marker_is(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    report = importlib.import_module("report")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "nvidia_h200")
-    for folder in ("docs", "nvidia_h200"):
-        (tmp_path / folder).mkdir()
+def test_a_report_goes_where_its_marker_is(report, tmp_path):
     page = tmp_path / "docs" / "numerics.md"
     page.write_text("<!-- horizon -->\n<!-- /horizon -->\n")
     (tmp_path / "README.md").write_text("")

@@ -103,13 +103,7 @@ def _row(contender, N, T, us=None, accepts="uniform", **others):
     return row | others
 
 
-def test_reports_of_replay_go_where_their_markers_are(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    report = importlib.import_module("report")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "nvidia_h200")
-    for folder in ("docs", "nvidia_h200"):
-        (tmp_path / folder).mkdir()
+def test_reports_of_replay_go_where_their_markers_are(report, tmp_path):
     page = tmp_path / "docs" / "drafts.md"
     names = "replay", "schemes", "drift"
     page.write_text("".join(f"<!-- {x} -->\n<!-- /{x} -->\n" for x in names))

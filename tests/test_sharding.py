@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from meshes import mesh_of
 
 import gdn_jax
 from gdn_jax import ConvState, ReplayState, sharding, testing
@@ -20,12 +21,6 @@ TOLERANCE = 1e-5
 H, HV, K, V, W = 4, 8, 8, 6, 4
 N, T, P = 4, 3, 8
 SLOTS = np.array([1, 0, 7, 4], np.int32)  # of each half of the pool two
-
-
-def mesh_of(data, model):
-    if jax.device_count() < data * model:
-        pytest.skip(f"needs {data * model} devices")
-    return sharding.make_mesh(data, model)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import layers
 import numpy as np
 import pytest
 from checkpoints import assert_same
+from meshes import mesh_of
 
 from gdn_jax import Engine, _trees, models, sharding, testing
 from gdn_jax.generation.api import make_engine
@@ -42,12 +43,6 @@ KINDS = {
         intermediate_size=0,
     ),
 }
-
-
-def mesh_of(data, model):
-    if jax.device_count() < data * model:
-        pytest.skip(f"needs {data * model} devices")
-    return sharding.make_mesh(data, model)
 
 
 def shared_of(kind, data, model):

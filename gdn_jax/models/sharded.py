@@ -72,7 +72,7 @@ class ShardedModel:
         if self.model.split is not None:
             remedy = "Give the whole model."
             checks.fail("model", "a part of one", "whole", remedy)
-        _ = self.part  # its errors are for now
+        _ = self.part  # so that what cannot be shared out is told here
 
     def __hash__(self) -> int:
         return hash((self.model, self.mesh, tuple(sorted(self.axes.items()))))

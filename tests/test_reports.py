@@ -1,0 +1,171 @@
+"""The pages that benchmarks/report.py writes results into."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.once
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def _result(rows):
+    versions = {"jax": "0"}
+    header = dict(device="a GPU", date="2026-01-01", commit="0" * 40)
+    return header | dict(versions=versions, copy_tb_per_s=4.0, rows=rows)
+
+
+def test_the_convolutions_table_holds_what_was_measured(report):
+    plain = dict(N=8, T=1, S=1, lengths=[])
+    time = dict(median_us=2.0, tb_per_s=3.0)
+    rows = [
+        plain | time | dict(contender="triton"),
+        plain | time | dict(contender="triton tokens=1", median_us=1.0),
+        plain | dict(contender="vllm_conv_update", absent="not here"),
+        plain | time | dict(contender="triton", T=4, S=4, lengths=[4] * 8),
+        plain | time | dict(contender="xla", N=2, T=9, lengths=[9, 9]),
+    ]
+    [(marker, text)] = report.REPORTS["conv"](_result(rows), None).items()
+    assert marker == "conv"
+    assert "| gdn_jax | 2.0 |" in text and "75%" in text
+    assert "vLLM is absent: not here" in text
+    assert "| 8, packed |" in text and "| 2 ragged, 18 in all |" in text
+    assert "tokens=1" not in text and "1.0" not in text
+
+
+def _drafts(drafts, tokens_per_s, **others):
+    row = dict(rows=1, temperature=0.0, drafts=drafts, tokens_per_s=tokens_per_s)
+    return row | dict(mean_accepted=1.0 + drafts / 2) | others
+
+
+def test_tables_of_all_devices_that_have_results(report, monkeypatch, tmp_path):
+    """The fastest first; what has no results file needs no marker."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "gpu")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speculate -->\nold\n<!-- /speculate -->\nafter\n")
+    report.main()
+    assert "old" in readme.read_text()
+    plain = _drafts(0, 100.0, min_tokens_per_s=90.0, max_tokens_per_s=150.0)
+    sampled = _drafts(0, 7.0, rows=8, temperature=1.0)
+    files = {
+        "a_cpu": [plain, _drafts(2, 125.0), sampled],
+        "gpu": [_drafts(0, 3000.0), _drafts(3, 4500.0)],
+    }
+    for folder, rows in files.items():
+        (tmp_path / folder).mkdir()
+        result = {k: v for k, v in _result(rows).items() if k != "copy_tb_per_s"}
+        result["device"] = f"the {folder}"
+        (tmp_path / folder / "speculate.json").write_text(json.dumps(result))
+    report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- speculate -->\n| tokens/s")
+    assert text.endswith("<!-- /speculate -->\nafter\n") and "old" not in text
+    gpu, cpu = text.split("the gpu,")
+    assert "| 1 text, greedy | 3,000 | 4,500 (1.50; 2.50) |" in gpu
+    assert "| 1 text, greedy | 100 | 125 (1.25; 2.00) |" in cpu
+    assert "| 8 texts at once, temperature 1 | 7 | - |" in cpu
+    assert "0.90 to 1.50 times" in cpu and "times their medians" not in gpu
+
+
+def _step(rows, drafts, ms, update="fused", **others):
+    tokens = 1 + drafts / 2
+    row = dict(model="A", rows=rows, drafts=drafts, state_dtype="float32")
+    row |= dict(update=update, ms_a_step=ms, ms_a_token=ms / tokens, floor_ms=4.0)
+    row |= dict(kernels_ms_a_step=0.9 * ms, update_share=0.25, saved_us_a_layer=-0.5)
+    row |= dict(gigabytes=dict(weights=9.0), tokens_per_s=1e3 * rows * tokens / ms)
+    return row | others
+
+
+def test_a_table_of_each_model_that_was_decoded(report, tmp_path):
+    """The smallest first, with what it has no room for, and one picture."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- generate -->\n<!-- /generate -->")
+    no_room = dict(model="A", rows=64, drafts=3, state_dtype="float32")
+    rows = [
+        _step(8, 0, 5.0),
+        _step(8, 0, 7.0, update="unfused"),
+        _step(8, 0, 3.0, state_dtype="bfloat16"),
+        _step(8, 1, 11.0),
+        _step(8, 3, 10.0),
+        _step(64, 0, 16.0, commit="0123456789abcdef"),
+        no_room | dict(update="fused", absent="9 of 8 GB"),
+    ]
+    small = _step(1, 0, 2.0, model="B", gigabytes=dict(weights=1.0))
+    for name, of_model in dict(a=rows, b=[small]).items():
+        times = dict(time="wall clock", inputs="normal weights")
+        path = tmp_path / "nvidia_h200" / f"generate_{name}.json"
+        path.write_text(json.dumps(_result(of_model) | times))
+    report.main()
+    assert (tmp_path / "nvidia_h200" / "generate.png").is_file()
+    first, second = readme.read_text().split("| A, float32 state, N = | 8 | 64 |")
+    assert "| B, float32 state, N = | 1 |" in first
+    assert "| plain, ms a token | 2.00 (0.50) |" in first
+    assert "| plain, ms a token | 5.00 (1.25) | 16.00 (4.00) |" in second
+    assert "| 3 drafts, ms a token | 4.00 (2.50) | - |" in second
+    assert "| 3 drafts, tokens/s | 2,000 | - |" in second
+    assert "| plain, us saved a layer | -0.5 | -0.5 |" in second
+    assert "Of commit 0123456789: plain, N = 64." in second
+    assert "Absent: 3 drafts, N = 64, which needs 9 of 8 GB." in second
+    assert "7.00" not in second and "3.00" not in second and "1 draft" not in second
+
+
+def test_parts_of_a_token_are_its_time(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    generate = importlib.import_module("reports.generate")
+    row = _step(8, 3, 10.0)  # 2.5 tokens
+    assert generate.parts_of(row) == pytest.approx([0.9, 2.7, 0.4])
+    longer = row | dict(kernels_ms_a_step=12.0)
+    assert sum(generate.parts_of(longer)) == pytest.approx(row["ms_a_token"])
+
+
+FEW_ROWS = dict(name="out", L=8, D=64, columns=[32, 16])
+EXPERTS = dict(model="A", product="down", N=8, E=16, k=2, D=64, F=32)
+
+
+@pytest.mark.parametrize(
+    ("suite", "problem", "other", "product"),
+    [
+        ("few_rows", FEW_ROWS, dict(L=64), "out, 64 x 48"),
+        ("experts", EXPERTS, dict(N=64), "A (2 of 16 experts), down, 64 x 32"),
+    ],
+)
+def test_a_products_table_has_ours_above_xlas(suite, problem, other, product, report):
+    [count] = other
+    time = dict(median_us=2.0, tb_per_s=3.0)
+    rows = [
+        problem | time | dict(contender="triton"),
+        problem | time | dict(contender="triton num_warps=4", median_us=1.0),
+        problem | dict(contender="xla", median_us=4.0, tb_per_s=1.5),
+        problem | other | time | dict(contender="triton", median_us=6.0),
+        problem | other | dict(contender="xla", absent="it does not fit"),
+    ]
+    [(marker, text)] = report.REPORTS[suite](_result(rows), None).items()
+    assert marker == suite
+    assert f"bandwidth), {count} = | 8 | 64 |" in text
+    ours, xla = f"| {product}: gdn_jax |", f"| {product}: XLA |"
+    assert f"{ours} 2.0 (75%) | 6.0 (75%) |\n{xla} 4.0 (38%) | - |" in text
+    assert f"XLA is absent at {product}, {count} = 64: it does not fit" in text
+    assert "num_warps" not in text and " 1.0 " not in text
+
+
+def test_a_layers_step_is_told_with_what_a_layer_takes(report):
+    """By the package's table: few rows at once, many by the ops in turn."""
+    size = dict(T=1, H=16, HV=32, K=128, V=128, state_dtype="float32")
+    rows = [
+        size | dict(N=8, contender="fused", span_us=12.0, busy_us=13.0),
+        size | dict(N=8, contender="chain", span_us=14.0, busy_us=15.0),
+        size | dict(N=8, contender="vllm_post_conv", busy_us=16.0),
+        size | dict(N=64, contender="fused", span_us=79.0, busy_us=80.0),
+        size | dict(N=64, contender="vllm_post_conv", absent="not here"),
+    ]
+    result = _result(rows) | dict(device="NVIDIA H200")
+    [(marker, text)] = report.REPORTS["layer_step"](result, None).items()
+    assert marker == "layer_step"
+    assert "| us, one token, H=16 HV=32, float32 state, N = | 8 | 64 |" in text
+    assert "| one launch, or two with its norm's | 12.0 | 79.0 |" in text
+    assert "| ops in turn: convolution, rule, norm | 14.0 | - |" in text
+    assert "no convolution | 16.0 | - |" in text
+    assert "| a layer takes | one launch | ops in turn |" in text
+    assert "vLLM's rule and norm, no convolution is absent at N = 64: not here" in text
