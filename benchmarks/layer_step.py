@@ -30,7 +30,9 @@ from common import (
     rows_besides,
     wait,
 )
-from layer_steps import (
+from rich.progress import track
+from rich.table import Table
+from step_programs import (
     STEPS,
     Inputs,
     Problem,
@@ -44,8 +46,6 @@ from layer_steps import (
     make_states,
     program_of,
 )
-from rich.progress import track
-from rich.table import Table
 
 import gdn_jax
 from gdn_jax import testing, timing

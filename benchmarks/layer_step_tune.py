@@ -14,7 +14,9 @@ from typing import Any
 import typer
 from common import RESULTS, commit_of, console, header, need_gpu, rows_besides, wait
 from layer_step import COMPILERS, INPUTS, SIZES, check_step, tolerance
-from layer_steps import (
+from rich.progress import track
+from rich.table import Table
+from step_programs import (
     Inputs,
     Problem,
     compile_step,
@@ -22,8 +24,6 @@ from layer_steps import (
     make_inputs,
     make_state,
 )
-from rich.progress import track
-from rich.table import Table
 
 import gdn_jax
 from gdn_jax import LayerStepConfig, timing

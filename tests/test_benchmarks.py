@@ -206,9 +206,19 @@ def test_held_out_figures_of_a_saved_text(tmp_path):
         assert 0 < row["bits_per_byte"] < 3
 
 
+def test_modules_have_names_of_their_own():
+    """Both folders are on the path of a process that tests a benchmark, which is given
+    whichever of a name was imported first."""
+    here, there = (
+        {path.stem for path in folder.glob("*.py")}
+        for folder in (pathlib.Path(__file__).parent, BENCHMARKS)
+    )
+    assert here and there and not here & there
+
+
 def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = "layer_step", "layer_steps", "layer_step_tune", "update"
+    names = "layer_step", "step_programs", "layer_step_tune", "update"
     layer_step, steps, tune, update = map(importlib.import_module, names)
     monkeypatch.setattr(update, "L2_BYTES", 2**10)
     monkeypatch.setattr(steps, "STEPS", 2)
