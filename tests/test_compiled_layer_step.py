@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step
+from gdn_jax.ops.layer_step.tuning import MAX_PROGRAMS
 
 P, H, HV, K, V, W = 70, 16, 32, 128, 128, 4
 C = 2 * H * K + HV * V
@@ -71,16 +72,20 @@ def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
     check_memory(state, found)
 
 
+@pytest.mark.parametrize("layout", ["flat", "interleaved"])
 @pytest.mark.parametrize(
     ("N", "T", "dtype"),
-    [(8, 9, "float32"), (64, 4, "bfloat16")],
+    [(1, 1, "float32"), (8, 9, "float32"), (64, 4, "bfloat16")],
 )
-def test_heads_that_programs_share_out_are_normalised_in_a_second_launch(N, T, dtype):
-    """As the heuristic has it for many tokens, and the table for several."""
-    state, found = compiled(N, T, dtype)
-    kernel, norm = found.launches()
-    assert aot.KERNEL_CALL in kernel and aot.KERNEL_CALL not in norm
-    check_memory(state, found, beside=N * T * HV * V * 2)
+def test_heads_that_programs_share_out_are_scaled_in_a_second_launch(
+    N, T, dtype, layout
+):
+    """As the heuristic has it for many tokens, and the table for one and for several.
+    Beside the states there are out and the programs' sums of squares."""
+    state, found = compiled(N, T, dtype, layout=layout)
+    kernel, scaling = found.launches()
+    assert aot.KERNEL_CALL in kernel and aot.KERNEL_CALL not in scaling
+    check_memory(state, found, beside=N * T * HV * (V + MAX_PROGRAMS) * 4)
 
 
 def check_memory(state, found, beside=0):

@@ -69,6 +69,13 @@ class Program(NamedTuple):
         self.store.keep(tile, step, state, target, has)
         return state, out.astype(self.options.rule.out_dtype).astype(jnp.float32)
 
+    def store_squares(self, squares_ref: Any, step: int, squares: Array) -> None:
+        at = squares_ref.at[self.row.begin + step, self.head, self.part]
+        has = None
+        if self.options.rule.tokens_per_row is None:
+            has = step < self.row.length
+        _triton.store(at, squares, mask=has)
+
     def store_out(self, step: int, v: Array, mask: Array | None, out: Array) -> None:
         """At `v` of the head, where the row has that token."""
         if self.options.rule.tokens_per_row is None:
@@ -193,18 +200,30 @@ class Norm(NamedTuple):
         gates = [load(x.projected.z, at, first + v) for at in program.steps]
         return cls(v, mask, load(x.weights.norm, v), gates)
 
-    def store(self, program: Program, step: int, out: Array, scale: Array) -> None:
-        """`scale`: 1 / root mean square of the head's out. Zeros of a null row."""
+    def store(
+        self, program: Program, step: int, out: Array, scale: Array | None
+    ) -> None:
+        """`scale`: 1 / root mean square of the head's out; None where it comes later.
+        Zeros of a null row."""
         z, options = self.gates[step].astype(jnp.float32), program.options
         gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
         gate = z * gate if options.activation == "silu" else gate
-        out = out * scale * self.weight.astype(jnp.float32) * gate
+        out = out if scale is None else out * scale
+        out = out * self.weight.astype(jnp.float32) * gate
         out = jnp.where(program.row.live, out, 0.0)
         program.store_out(step, self.v, self.mask, out)
 
 
-def scale_of(squares: Array, lanes: int, options: Options) -> Array:
-    """1 / the root of the mean, of sums of squares that so many lanes hold each."""
+def sum_of_squares(parts: list[Array]) -> Array:
+    """Of out [1 R W LV LK], of which all LK lanes hold the same."""
+    squares = jnp.zeros(parts[0].shape[1:])
+    for part in parts:
+        squares += jnp.sum(part * part, axis=0)
     # as many as a power of two, and so exact
-    mean = jnp.sum(squares.ravel()) / np.float32(options.heads.V * lanes)
+    return jnp.sum(squares.ravel()) / np.float32(parts[0].shape[3])
+
+
+def scale_of(squares: Array, options: Options) -> Array:
+    """1 / the root of the mean, of a head's sum of squares."""
+    mean = squares / np.float32(options.heads.V)
     return lax.rsqrt(mean + np.float32(options.eps))

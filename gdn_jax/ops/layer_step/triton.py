@@ -2,8 +2,9 @@
 
 A program owns a value head of a row, or a part of one. It convolves the head's channels
 and those of the key head that it reads, walks the head's state tile by tile as
-`fused_update`'s programs do, and, where it has the whole head, normalises what came
-out: nothing but states and the result leaves it.
+`fused_update`'s programs do, and gates what comes out. Where it has the whole head it
+normalises that too: nothing but states and the result leaves it. Where several share
+one out, each leaves its sum of squares, and a second launch scales by them.
 
 A channel is convolved by one lane, while a value of q or k meets the state in many. So
 the two have shapes of their own, and Triton brings values from one to the other through
@@ -26,11 +27,9 @@ from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.gated_delta.tuning import check_registers
-from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
 from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
-from gdn_jax.ops.layer_step.chain import apart
 from gdn_jax.ops.layer_step.conv import Ring
-from gdn_jax.ops.layer_step.program import Gates, Program
+from gdn_jax.ops.layer_step.program import Gates, Program, scale_of
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 from gdn_jax.ops.layer_step.walk import Walk
 
@@ -41,12 +40,14 @@ def layer_step_kernel(
     start_ref,
     new_ref,
     out_ref,
+    squares_ref=None,
     *,
     options: Options,
     config: LayerStepConfig,
     interpret: bool,
 ) -> None:
-    """`x` is `Inputs` of references. Grid: (parts of V, value heads, rows); with
+    """`x` is `Inputs` of references, `squares_ref` of what programs that have a part of
+    a head each add to its sum of squares. Grid: (parts of V, value heads, rows); with
     `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
     part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, is_row = options.heads, number < x.num_rows
@@ -86,7 +87,7 @@ def layer_step_kernel(
     programs = heads.HV * config.programs
     ring.move(start_ref, own, programs)
     walk.convolution.keep(buffer_ref)
-    walk.run(first, convolved, gates)
+    walk.run(first, convolved, gates, squares_ref)
 
     if x.tables.cu_seqlens is not None:
         known = np.int32(len(steps))  # rows that are longer are null
@@ -97,19 +98,13 @@ def layer_step_kernel(
         pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *shared_out))
 
 
-def _normalised(x: Inputs, out: Array, options: Options) -> Array:
-    """In a launch of its own. Out of 0 stays 0, as it is of a dead token, whatever z
-    is: which tokens are dead would take launches to find."""
-    _, z, _, _ = apart(x.projected, options.heads)
-    y = gated_rms_norm(
-        out,
-        z,
-        x.weights.norm,
-        eps=options.eps,
-        activation=options.activation,
-        implementation="xla",
-    )
-    return jnp.where(out == 0, 0, y)
+def _scaled(out: Array, squares: Array, options: Options) -> Array:
+    """In a launch of its own. Out of a dead token is 0, and whatever lies in `squares`
+    of one that no row owns."""
+    # by hand, since XLA has a launch of its own for a sum over an axis
+    total = sum(squares[..., part] for part in range(squares.shape[2]))
+    scale = scale_of(total, options)[..., None]
+    return jnp.where(out == 0, 0, out * scale)
 
 
 def triton(
@@ -121,21 +116,23 @@ def triton(
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
     dtype, is_whole = x.projected.z.dtype, config.programs == 1
-    written_dtype = dtype if is_whole else options.rule.out_dtype
-    out = (x.num_tokens, heads.HV, heads.V), written_dtype
-    written = (x.conv.buffer, x.conv.start, x.recurrent)
+    written = [(y.shape, y.dtype) for y in (x.conv.buffer, x.conv.start, x.recurrent)]
+    by_head = x.num_tokens, heads.HV
+    written.append(((*by_head, heads.V), dtype if is_whole else jnp.float32))
+    if not is_whole:
+        written.append(((*by_head, config.programs), jnp.float32))
     rows = x.num_rows + (x.tables.cu_seqlens is not None)
-    buffer, start, recurrent, out = _triton.launch(
+    buffer, start, recurrent, out, *squares = _triton.launch(
         functools.partial(
             layer_step_kernel, options=options, config=config, interpret=interpret
         ),
         x,
-        (*((y.shape, y.dtype) for y in written), out),
+        written,
         grid=(config.programs, heads.HV, rows),
         aliases={0: 0, 1: 1, 2: 2},
         num_warps=config.num_warps,
         interpret=interpret,
     )
     if not is_whole:
-        out = _normalised(x, out, options).astype(dtype)
+        out = _scaled(out, *squares, options).astype(dtype)
     return ConvState(buffer, start), recurrent, out

@@ -4,7 +4,7 @@ On an H200 other walks were slower: with v and out in memory and a loop over til
 few warps to a head (fewer loads in flight), and with the convolution a launch before.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,6 +19,7 @@ from gdn_jax.ops.layer_step.program import (
     Program,
     in_chunks,
     scale_of,
+    sum_of_squares,
 )
 
 
@@ -36,13 +37,14 @@ class Walk(NamedTuple):
         pieces = Pieces.of(heads.K, program.num_tiles * config.block_v)
         channels = pieces.channels(heads, program.head, program.part)
         convolution = Convolution.load(program.x, ring, channels, program.steps)
-        norms = []
-        if config.programs == 1:
-            norms = [Norm.load(program, tile.v, tile.in_v) for tile in tiles]
+        norms = [Norm.load(program, tile.v, tile.in_v) for tile in tiles]
         return cls(program, tiles, pieces, convolution, norms)
 
-    def run(self, first: rule.Chunks, values: list[Array], gates: Gates) -> None:
-        """`values`: of each token, its channels convolved."""
+    def run(
+        self, first: rule.Chunks, values: list[Array], gates: Gates, squares_ref: Any
+    ) -> None:
+        """`values`: of each token, its channels convolved. `squares_ref` is None where
+        this program has the whole head."""
         program = self.program
         outs: list[list[Array]] = [[] for _ in program.steps]
         following = first
@@ -60,7 +62,13 @@ class Walk(NamedTuple):
                 outs[step].append(out)
             program.store.end(tile, state)
         for step, parts in enumerate(outs):
-            self._finish(step, parts)
+            squares, scale = sum_of_squares(parts), None
+            if squares_ref is None:
+                scale = scale_of(squares, program.options)
+            else:
+                program.store_squares(squares_ref, step, squares)
+            for norm, out in zip(self.norms, parts, strict=True):
+                norm.store(program, step, out, scale)
 
     def _in_tiles(self, v: Array) -> list[Array]:
         """v as `Pieces.take` has it -> of each tile [R W LV 1 1]"""
@@ -68,16 +76,3 @@ class Walk(NamedTuple):
         v = v.reshape(-1, warps, lanes, rows).transpose(3, 1, 2, 0)
         parts = lax.split(v, (1,) * v.shape[3], axis=3)[: len(self.tiles)]
         return [part[..., None] for part in parts]
-
-    def _finish(self, step: int, parts: list[Array]) -> None:
-        if not self.norms:  # other programs have parts of the head
-            for tile, out in zip(self.tiles, parts, strict=True):
-                out = jnp.where(self.program.row.live, out, 0.0)
-                self.program.store_out(step, tile.v, tile.in_v, out)
-            return
-        squares = jnp.zeros(parts[0].shape[1:])
-        for part in parts:
-            squares += jnp.sum(part * part, axis=0)
-        scale = scale_of(squares, parts[0].shape[3], self.program.options)
-        for norm, out in zip(self.norms, parts, strict=True):
-            norm.store(self.program, step, out, scale)
