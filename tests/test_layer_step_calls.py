@@ -204,10 +204,10 @@ def measured(monkeypatch):
 def test_a_step_takes_what_was_measured(change, launch, pays, measured):
     step = dataclasses.replace(STEP, **change)
     plain = tuning.heuristic(step.K, step.V, step.tokens or step.columns)
-    assert tuning.find_config("NVIDIA H200", step) == (launch or plain)
+    assert tuning.find_config("NVIDIA H200", step, "bfloat16") == (launch or plain)
     assert tuning.pays(None, (), step) == tuning.pays("triton", (), step) == pays
     assert not tuning.pays("xla", (), step)
-    assert tuning.find_config("another", step) == plain
+    assert tuning.find_config("another", step, "bfloat16") == plain
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 9])

@@ -11,6 +11,7 @@ from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.gated_delta.replay_state import WINDOWS
 from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
+from gdn_jax.ops.layer_step.call import pool_of
 from gdn_jax.ops.layer_step.tuning import Step
 
 PATHS = ("fused", "chunk")
@@ -124,10 +125,11 @@ def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> st
 def step_of(
     x: Array, state: GatedDeltaNetState, given: Batch, width: int, num_key_heads: int
 ) -> Step:
-    """A call of tokens whose states are arrays, as `fused_layer_step` would have it."""
+    """A call of tokens, as `fused_layer_step` would have it."""
     rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
     columns = state.conv.buffer.shape[2] - width + 1
-    recurrent = jnp.asarray(state.recurrent)
-    HV, V, K = recurrent.shape[1:]
-    sizes = num_key_heads, HV, K, V, recurrent.dtype.name
-    return Step(rows, tokens, columns, given.num_accepted is not None, *sizes)
+    pool = jnp.asarray(pool_of(state.recurrent))
+    HV, V, K = pool.shape[1:]
+    sizes = num_key_heads, HV, K, V, pool.dtype.name
+    verifies = given.num_accepted is not None
+    return Step(rows, tokens, columns, verifies, *sizes, state.is_replay)

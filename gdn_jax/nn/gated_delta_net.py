@@ -261,9 +261,9 @@ class GatedDeltaNet(nn.Module):
         given: Batch,
         implementation: str | None,
     ) -> bool:
-        """Whether one kernel can take the step, and was measured to be faster."""
+        """Whether fused kernels can take the step, and were measured to be faster."""
         known = self.layout in LAYOUTS_OF_STEPS and self.gate_rank is None
-        if state.is_replay or self.per_key_decay or not known:
+        if self.per_key_decay or not known:
             return False
         step = arguments.step_of(x, state, given, self.conv_width, self.num_key_heads)
         return pays(implementation, x, step)
@@ -278,7 +278,7 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Array, GatedDeltaNetState]:
         qkvz, ba = self.in_proj.whole(x, live, implementation)
         (conv, recurrent), y = gdn_jax.fused_layer_step(
-            (state.conv, jnp.asarray(state.recurrent)),
+            (state.conv, state.recurrent),
             qkvz,
             ba,
             layout=self.layout,

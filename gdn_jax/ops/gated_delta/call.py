@@ -82,7 +82,8 @@ class GateOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's."""
+    """`tokens_per_row` is None where `cu_seqlens` says which tokens are a row's, of
+    which none that is not null has more than `longest`, if that is known."""
 
     tokens_per_row: int | None
     scale: float
@@ -91,6 +92,7 @@ class Options:
     per_token_states: bool
     out_dtype: Any
     gating: GateOptions
+    longest: int | None = None
 
     def is_live_slot(self, slot: Array, num_slots: int) -> Array:
         return batch.is_live_slot(slot, num_slots, self.null_slot)

@@ -140,17 +140,18 @@ def replay_update(
         ),
     )
     varying = jax.tree.map(lambda y: _triton.varying_like(y, x), x.state)
-    x = _without_gradient(x._replace(state=varying))
+    x = without_gradient(x._replace(state=varying))
     new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
 
 
 @jax.custom_jvp
-def _without_gradient(x: Inputs) -> Inputs:
+def without_gradient(x: Any) -> Any:
+    """A call's arrays, of which none has a gradient."""
     return x
 
 
-@_without_gradient.defjvp
+@without_gradient.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "replay_update has no gradient, in any implementation. Train with chunk_update."

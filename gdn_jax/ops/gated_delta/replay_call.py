@@ -7,6 +7,7 @@ Tokens are packed, as in call.py, whose `Options` hold what is static.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from gdn_jax import _types as t
@@ -33,7 +34,8 @@ class Inputs(NamedTuple):
         """No row has more tokens."""
         if options.tokens_per_row is not None:
             return options.tokens_per_row
-        return min(self.state.window, self.q.shape[0])
+        window = self.state.window
+        return min(window, self.q.shape[0], options.longest or window)
 
 
 class Turn(NamedTuple):
@@ -57,8 +59,14 @@ class Turn(NamedTuple):
         return (column - self.start) & (window - 1)
 
 
-def find_turn(x: Inputs, options: Options, number: Array | None = None) -> Turn:
-    """The null rule, and for live rows what stands: all rows, or one of that number."""
+def find_turn(
+    x: Inputs,
+    options: Options,
+    number: Array | None = None,
+    stands: int | None = None,
+) -> Turn:
+    """The null rule, and for live rows what stands: all rows, or one of that number.
+    Without `num_accepted` so many pending tokens do; None: all."""
     state, window = x.state, x.state.window
     if number is None:
         number = jnp.arange(x.num_rows, dtype=jnp.int32)
@@ -72,7 +80,7 @@ def find_turn(x: Inputs, options: Options, number: Array | None = None) -> Turn:
         null_slot=options.null_slot,
     )
     pending = jnp.where(rows.keeps_state, state.pending[rows.read], 0)
-    kept = pending
+    kept = pending if stands is None else jnp.minimum(pending, np.int32(stands))
     live = rows.live & (rows.length <= window)
     if x.tables.num_accepted is not None:
         accepted = x.tables.num_accepted[number]

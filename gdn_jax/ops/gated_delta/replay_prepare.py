@@ -5,6 +5,7 @@ they need to meet their states, and appends the tokens' keys, norms and log-deca
 the records; not the counters, which all programs of a row read.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,11 +37,25 @@ def prepare_kernel(
 ) -> None:
     """`refs` are of `Prepared`, and x's k, k_scale and log_decay. Grid: (key heads,
     rows)."""
-    prepared, appended = Prepared(*refs[:-3]), refs[-3:]
     key, number = pl.program_id(0), pl.program_id(1)
     turn = find_turn(x, options, number)
+    prepare(x, turn, key, refs, options, config, interpret)
+
+
+def prepare(
+    x: Any,
+    turn: Turn,
+    key: Array,
+    refs: tuple[Any, ...],
+    options: Options,
+    config: ReplayConfig,
+    interpret: bool,
+    in_logits: Callable[[Any], tuple[Any, Any]] = lambda head: (head, head),
+) -> None:
+    """`in_logits`: which column is a head's in those of a, and of b."""
+    prepared, appended = Prepared(*refs[:-3]), refs[-3:]
     # Of null rows too, and before anything else: so memory is waited for once.
-    group = _Group.load(x, turn, key, options, config)
+    group = _Group.load(x, turn, key, options, config, in_logits)
 
     @pl.when(key == 0)
     def _():
@@ -75,7 +90,13 @@ class _Group(NamedTuple):
 
     @classmethod
     def load(
-        cls, x: Any, turn: Turn, key: Array, options: Options, config: ReplayConfig
+        cls,
+        x: Any,
+        turn: Turn,
+        key: Array,
+        options: Options,
+        config: ReplayConfig,
+        in_logits: Callable[[Any], tuple[Any, Any]],
     ) -> "_Group":
         (H, K), HV, slot = x.k.shape[1:], x.v.shape[1], turn.rows.read
         columns = Columns.of(x, turn.rows.number, options)
@@ -87,7 +108,8 @@ class _Group(NamedTuple):
         old_scale = _triton.load(x.state.k_scale.at[slot, key, record])
         old_decay = _triton.load(x.state.log_decay.at[slot, inner, record[None, :]])
         mask = valid[:, None] & columns.valid[None, :]
-        log_decay, beta = gates(x, columns.token[None, :], inner, mask, options)
+        at = [(columns.token[None, :], column) for column in in_logits(inner)]
+        log_decay, beta = gates(x, at, inner, mask, options)
         products, met = jnp.zeros((W, W), jnp.float32), jnp.zeros((R, W), jnp.float32)
         for k, in_k in blocks_of(K, config.prepare_k):
             old = load(x.state.k, (record, k), (None, in_k), slot, key)
@@ -217,11 +239,12 @@ def repeated(x: Array, times: int) -> Array:
     return jnp.broadcast_to(x[None], (times, *x.shape)).reshape(-1, x.shape[1])
 
 
-def gates(x: Any, token: Array, head: Array, valid: Array, options: Options):
-    """(log_decay, beta) of tokens and heads that broadcast; 0 where not valid."""
+def gates(x: Any, places: Any, head: Array, valid: Array, options: Options):
+    """(log_decay, beta) of a and b at these two places, and of their heads; 0 where not
+    valid."""
     a, b = (
-        _triton.load(ref.at[token, head], mask=valid, other=0).astype(jnp.float32)
-        for ref in x.gates.per_token
+        _triton.load(ref.at[place], mask=valid, other=0).astype(jnp.float32)
+        for ref, place in zip(x.gates.per_token, places, strict=True)
     )
     A_log, dt_bias = (
         _triton.load(ref.at[head]).astype(jnp.float32)

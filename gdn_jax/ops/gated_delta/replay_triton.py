@@ -43,7 +43,8 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
 )
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig
 
-WRITTEN = "checkpoint", "u", "start", "committed", "pending"  # by the second kernel
+APPENDED = "k", "k_scale", "log_decay"  # by the first kernel
+WRITTEN = "checkpoint", "u", "start", "committed", "pending"  # by the second
 
 
 def replay_triton(
@@ -57,15 +58,14 @@ def replay_triton(
     def shape(array: Array):
         return array.shape, array.dtype
 
-    appended = old.k, old.k_scale, old.log_decay
     leaf = ReplayState._fields.index  # the state's are the first leaves of Inputs
     shapes = prepared_shapes(x, options)
     *prepared, k, k_scale, log_decay = _triton.launch(
         functools.partial(prepare_kernel, **of_call),
         x,
-        (*shapes, *map(shape, appended)),
+        (*shapes, *(shape(getattr(old, name)) for name in APPENDED)),
         grid=(H, x.num_rows),
-        aliases={leaf("k") + i: len(shapes) + i for i in range(len(appended))},
+        aliases={leaf(name): len(shapes) + i for i, name in enumerate(APPENDED)},
         num_warps=config.prepare_warps,
         interpret=interpret,
     )
@@ -82,12 +82,16 @@ def replay_triton(
         interpret=interpret,
     )
     new = ReplayState(checkpoint, u, k, k_scale, log_decay, start, committed, pending)
-    if options.tokens_per_row is None:  # the kernel writes rows' tokens alone
-        turn = find_turn(x, options)
-        token, live = tokens_of(x, options, turn)
-        owned = spread(x, token, live, live)
-        out = jnp.where(owned[:, None, None], out, jnp.zeros((), out.dtype))
+    if options.tokens_per_row is None:
+        out = cleared(out, x, options, find_turn(x, options))
     return new, out
+
+
+def cleared(out: Array, x: Inputs, options: Options, turn: Turn) -> Array:
+    """Zeros for tokens of no live row: the kernel writes rows' own alone."""
+    token, live = tokens_of(x, options, turn)
+    owned = spread(x, token, live, live)
+    return jnp.where(owned[:, None, None], out, jnp.zeros((), out.dtype))
 
 
 def meet_kernel(
@@ -102,9 +106,11 @@ def meet_kernel(
     options: Options,
     config: ReplayConfig,
     interpret: bool,
+    make_sink: Callable[..., Any] | None = None,
 ) -> None:
     """`inputs` are `Inputs` and `Prepared` of references; behind them what of the state
-    is written, and out. Grid: (spans of V, value heads, rows)."""
+    is written, and out. Grid: (spans of V, value heads, rows). `make_sink` is of what
+    takes out, as `Sink` does."""
     x, prepared = inputs
     span, value, number = (pl.program_id(i) for i in range(3))
     turn = prepared.load_turn(x, number, options)
@@ -112,13 +118,12 @@ def meet_kernel(
     head = _Head.load(x, prepared, turn, value, options, config)
     V, R, columns = x.v.shape[2], x.state.window, head.columns
     slot, new = turn.rows.read, columns.records(turn, R)
-    # Pallas' interpreter writes back what a mask spares: not where others write
-    asked = jnp.where(columns.queries, columns.token, x.q.shape[0])
+    sink = (make_sink or Sink)(out_ref, columns, value, turn.rows.live, span)
 
     def along_v(visit: Callable[[Array, Array | None], Array]) -> None:
         """`visit` returns u and out [BV W] of the columns."""
 
-        def step(i, _):
+        def step(i, carried):
             first = (span * np.int32(config.steps_v) + i) * np.int32(config.block_v)
             v = first + indices(config.block_v)
             in_v = inside(v, V, config.spans(V) * config.steps_v)
@@ -128,11 +133,10 @@ def meet_kernel(
             mask = both(in_v, columns.keys & turn.rows.live, shape=made.shape)
             place = u_ref.at[slot, value, new[None, :], v[:, None]]
             _triton.store(place, made, mask=mask)
-            mask = both(in_v, columns.queries, shape=made.shape)
-            place = out_ref.at[asked[None, :], value, v[:, None]]
-            _triton.store(place, made.astype(out_ref.dtype), mask=mask)
+            return sink.store(made, v, in_v, carried)
 
-        lax.fori_loop(np.int32(0), np.int32(config.steps_v), step, None)
+        first, last = np.int32(0), np.int32(config.steps_v)
+        sink.end(lax.fori_loop(first, last, step, sink.begin(config.block_v)))
 
     def fold():
         keys = head.load_keys(x, prepared)
@@ -153,6 +157,35 @@ def meet_kernel(
     if options.tokens_per_row is not None:
         nothing = jnp.zeros((config.block_v, columns.step.size), jnp.float32)
         pl.when(~turn.rows.live)(lambda: along_v(lambda v, in_v: nothing))
+
+
+class Sink(NamedTuple):
+    """Out of a program's columns, in memory as it is. Something may be carried along V:
+    `begin`s as, goes through `store`, and comes to an `end`."""
+
+    ref: Any
+    columns: Columns
+    head: Array
+    live: Array
+    span: Array
+
+    def tokens(self) -> Array:
+        """Pallas' interpreter writes back what a mask spares: not where others write"""
+        columns = self.columns
+        return jnp.where(columns.queries, columns.token, self.ref.shape[0])
+
+    def begin(self, block_v: int) -> Any:
+        return None
+
+    def store(self, made: Array, v: Array, in_v: Array | None, carried: Any) -> Any:
+        """`made` [BV W]"""
+        mask = both(in_v, self.columns.queries, shape=made.shape)
+        place = self.ref.at[self.tokens()[None, :], self.head, v[:, None]]
+        _triton.store(place, made.astype(self.ref.dtype), mask=mask)
+        return carried
+
+    def end(self, carried: Any) -> None:
+        pass
 
 
 class _Head(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations  # so that help() names types and expands none
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,13 @@ from gdn_jax import _dispatch, _triton
 from gdn_jax.ops import checks, vjp
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.arguments import gate_options
+from gdn_jax.ops.gated_delta.replay_api import without_gradient
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
+from gdn_jax.ops.gated_delta.tuning import ReplayConfig
 from gdn_jax.ops.layer_step import arguments
-from gdn_jax.ops.layer_step.call import Inputs, Options
+from gdn_jax.ops.layer_step.call import Inputs, Options, Stepped
 from gdn_jax.ops.layer_step.chain import chain
+from gdn_jax.ops.layer_step.replay import replay_step
 from gdn_jax.ops.layer_step.triton import triton
 from gdn_jax.ops.layer_step.tuning import (
     LayerStepConfig,
@@ -25,10 +30,11 @@ from gdn_jax.ops.layer_step.tuning import (
 )
 
 Projections = ArrayLike | tuple[ArrayLike, ArrayLike]
+Paths = Mapping[str, Callable[[], Stepped]]
 
 
 def fused_layer_step(
-    state: tuple[ConvState, ArrayLike],
+    state: tuple[ConvState, ArrayLike | ReplayState],
     qkvz: Projections,
     ba: Projections,
     *,
@@ -52,13 +58,13 @@ def fused_layer_step(
     allow_neg_eigval: bool = False,
     gate_lower_bound: float | None = None,
     implementation: str | None = None,
-    config: LayerStepConfig | None = None,
-) -> tuple[tuple[ConvState, Array], Array]:
+    config: LayerStepConfig | ReplayConfig | None = None,
+) -> tuple[tuple[ConvState, Array | ReplayState], Array]:
     """What a Gated DeltaNet layer does between its projections, in one launch, or two
-    where `config.programs` share out a head: (state, out).
+    where `config.programs` share out a head, or of a `ReplayState` three: (state, out).
 
         q, k, v = silu(causal convolution of qkvz's channels)   (`causal_conv1d`)
-        out = gated delta rule(q, k, v, a, b)                   (`fused_update`)
+        out = gated delta rule(q, k, v, a, b)   (`fused_update` or `replay_update`)
         out = RMS norm(out) * activation(z)                     (`gated_rms_norm`)
 
     For decoding and for verifying drafts, of at most as many tokens a row as the ring
@@ -66,10 +72,11 @@ def fused_layer_step(
     read where they lie: no split, copy or transpose is made of them.
 
     Args:
-      state: (`ConvState` of C = 2 H K + HV V channels, [P or N, HV, V, K]). Donate it
-        under `jax.jit` and both are updated in place. Channels are all heads' q, then
-        all k and v, whatever the layout. `start` is a column of the ring in every slot
-        that a row names, also of a row that begins afresh.
+      state: (`ConvState` of C = 2 H K + HV V channels, [P or N, HV, V, K] or a
+        `ReplayState`). Donate it under `jax.jit` and both are updated in place.
+        Channels are all heads' q, then all k and v, whatever the layout. `start` is a
+        column of the ring in every slot that a row names, also of a row that begins
+        afresh.
       qkvz: [N, T, C + HV V] (dense) or [L, C + HV V] (packed), or two arrays, of q, k
         and v [.., C] and of z [.., HV V], where the layout is flat.
       ba: [.., 2 HV], or two arrays [.., HV], b and a.
@@ -80,17 +87,20 @@ def fused_layer_step(
       A_log, dt_bias: [HV].
       norm_weight: [V].
       eps, activation: as in `gated_rms_norm`.
-      slots, cu_seqlens, num_accepted, has_state, null_slot: as in `fused_update`.
+      slots, cu_seqlens, num_accepted, has_state, null_slot: as in `fused_update`, or
+        with a `ReplayState` as in `replay_update`, but that rows of several tokens need
+        `num_accepted`, which is 1 where nothing is pending, and that without it one
+        token of the last step stands.
       conv_slots: [N] int32, each row's slot of the convolution's state. None: `slots`,
         or its column 0.
       scale, qk_l2norm, softplus_beta, softplus_threshold: as in `fused_update`.
       allow_neg_eigval, gate_lower_bound: as in `fused_update`.
       implementation: "triton", "interpret", "xla" or "reference"; None: triton where it
         can run, else xla, which here is the ops one after another.
-      config: the kernel's launch.
+      config: the kernel's launch; with a `ReplayState` a `ReplayConfig`.
 
-    Null rule: as in `fused_update`, for both states; a row is null also where its
-    convolution's slot is, or where it has more than S tokens.
+    Null rule: as in `fused_update` or `replay_update`, for both states; a row is null
+    also where its convolution's slot is, or where it has more than S tokens.
 
     Returns:
       state: the pair, behind this call's tokens.
@@ -106,8 +116,9 @@ def fused_layer_step(
     pinned, a row's bits do not depend on the rest of the batch.
 
     Transformations: `jit`, `vmap`, and reverse-mode gradients, which are those of the
-    ops; `shard_map` over heads and rows as in `fused_update`, with `start` whole. Not
-    here: KDA, and projections of q, k and v apart; the ops and the layer do those.
+    ops (with a `ReplayState` none); `shard_map` over heads and rows as in
+    `fused_update`, with `start` whole. Not here: KDA, and projections of q, k and v
+    apart; the ops and the layer do those.
 
     Examples:
       A token of each of two sequences, laid out as Qwen3.5 has them:
@@ -132,7 +143,9 @@ def fused_layer_step(
         (2, 1, 32)
     """
     _dispatch.check_name(implementation)
-    _dispatch.check_config(config, LayerStepConfig, implementation)
+    recurrent = state[1] if isinstance(state, tuple) and len(state) == 2 else None
+    kind = ReplayConfig if isinstance(recurrent, ReplayState) else LayerStepConfig
+    _dispatch.check_config(config, kind, implementation)
     x, options, unpack = arguments.pack(
         state,
         qkvz,
@@ -155,39 +168,61 @@ def fused_layer_step(
             softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
         ),
     )
-    conv, recurrent, out = _dispatch.run(_paths(x, options, config), implementation)
+    paths: Any = _replay_paths if kind is ReplayConfig else _paths
+    conv, recurrent, out = _dispatch.run(paths(x, options, config), implementation)
     return (conv, recurrent), unpack(out)
 
 
-def _paths(
-    x: Inputs, options: Options, config: LayerStepConfig | None
-) -> dict[str, Callable[[], tuple[ConvState, Array, Array]]]:
+def _paths(x: Inputs, options: Options, config: Any) -> Paths:
+    step = _step(x, options)
+
+    def run_kernel(interpret: bool) -> Stepped:
+        plain = interpreter(options.heads.V)
+        found = plain if interpret else _find_config(x, step)
+        _need_registers(step)
+        return vjp.launched(KERNELS[interpret], options, config or found, x)
+
+    return _of_kernel(x, options, run_kernel)
+
+
+def _replay_paths(x: Inputs, options: Options, config: Any) -> Paths:
+    x, step = without_gradient(x), _step(x, options)
+
+    def run_kernel(interpret: bool) -> Stepped:
+        found = ReplayConfig() if interpret else _find_config(x, step)
+        _need_registers(step)
+        return replay_step(x, options, config or found, interpret)
+
+    return _of_kernel(x, options, run_kernel)
+
+
+def _find_config(x: Inputs, step: Step) -> Any:
+    return find_config(_triton.device_kind(x), step, x.projected.qkv.dtype)
+
+
+def _of_kernel(
+    x: Inputs, options: Options, run_kernel: Callable[[bool], Stepped]
+) -> Paths:
     heads = options.heads
-    if 0 in (x.num_tokens, x.num_rows, x.recurrent.shape[0], x.conv.start.shape[0]):
+    if 0 in (x.num_tokens, x.num_rows, x.pool.shape[0], x.conv.start.shape[0]):
         out = jnp.zeros((x.num_tokens, heads.HV, heads.V), x.projected.z.dtype)
         nothing = x.conv, x.recurrent, out  # every row is null
-        return dict.fromkeys(_dispatch.IMPLEMENTATIONS, lambda: nothing)
-
-    def run_kernel(interpret: bool) -> tuple[ConvState, Array, Array]:
-        step = _step(x, options)
-        if interpret:
-            found = interpreter(heads.V)
-        else:
-            found = find_config(_triton.device_kind(x), step)
-        launch, reason = config or found, step.why_not()
-        if reason is not None:
-            raise NotImplementedError(
-                f"fused_layer_step: the kernel cannot take this call: {reason}. Use "
-                f"implementation='xla'."
-            )
-        return vjp.launched(KERNELS[interpret], options, launch, x)
-
+        return dict.fromkeys(map(str, _dispatch.IMPLEMENTATIONS), lambda: nothing)
     return {
         "triton": lambda: run_kernel(False),
         "interpret": lambda: run_kernel(True),
         "xla": lambda: _chain(x, options, "xla"),
         "reference": lambda: _chain(x, options, "reference"),
     }
+
+
+def _need_registers(step: Step) -> None:
+    reason = step.why_not()
+    if reason is not None:
+        raise NotImplementedError(
+            f"fused_layer_step: the kernel cannot take this call: {reason}. Use "
+            f"implementation='xla'."
+        )
 
 
 _chain = jax.jit(chain, static_argnums=(1, 2))
@@ -199,7 +234,8 @@ KERNELS = vjp.kernel_paths(
 
 def _step(x: Inputs, options: Options) -> Step:
     heads = options.heads
-    sizes = heads.H, heads.HV, heads.K, heads.V, x.recurrent.dtype.name
+    sizes = heads.H, heads.HV, heads.K, heads.V, x.pool.dtype.name
+    replay = isinstance(x.recurrent, ReplayState)
     verifies = x.tables.num_accepted is not None
     tokens = options.rule.tokens_per_row
-    return Step(x.num_rows, tokens, x.columns, verifies, *sizes)
+    return Step(x.num_rows, tokens, x.columns, verifies, *sizes, replay)

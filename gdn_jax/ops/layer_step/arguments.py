@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax import _triton
@@ -14,6 +15,7 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.arguments import check_scale, check_slots
 from gdn_jax.ops.gated_delta.call import GateOptions, dtype_before_norm
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
+from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
 from gdn_jax.ops.gated_rms_norm.api import check_options
 from gdn_jax.ops.layer_step.call import (
     LAYOUTS,
@@ -22,6 +24,7 @@ from gdn_jax.ops.layer_step.call import (
     Options,
     Projected,
     Weights,
+    pool_of,
 )
 from gdn_jax.ops.tables import check_tables
 
@@ -44,7 +47,8 @@ def pack(
 ) -> tuple[Inputs, Options, Callable[[Array], Array]]:
     """`unpack` gives [L HV V] the caller's axes."""
     conv, recurrent = _pair(state)
-    projected, heads = _projected(conv, recurrent, qkvz, ba, layout)
+    pool = pool_of(recurrent)
+    projected, heads = _projected(conv, pool, qkvz, ba, layout)
     arrays = {name: checks.floating(name, x) for name, x in weights.items()}
     _check_weights(arrays, heads, conv)
     own = None if conv_slots is None else checks.integers("conv_slots", conv_slots)
@@ -52,9 +56,15 @@ def pack(
     packed = jax.tree.map(lambda x: x.reshape(L, x.shape[-1]), projected)
     x = Inputs(conv, recurrent, packed, Weights(*arrays.values()), given, own)
     tokens = _check_batch(x, lead, null_slot)
+    states = {"state[1]": pool}
+    if isinstance(recurrent, ReplayState):
+        _check_records(recurrent, heads, projected.z.dtype)
+        _check_one_stands(given, tokens)
+        states = {f"state[1].{name}": y for name, y in recurrent._asdict().items()}
     checks.check_sharding(
         dict(zip(("state[0].buffer", "state[0].start"), conv, strict=True))
-        | {"state[1]": recurrent, "conv_slots": own}
+        | states
+        | {"conv_slots": own}
         | dict(zip(("qkvz", "qkvz", "ba", "ba"), projected, strict=True))
         | arrays
         | given._asdict()
@@ -64,16 +74,18 @@ def pack(
         tokens_per_row=tokens,
         scale=check_scale(scale, heads.K),
         qk_l2norm=checks.flag("qk_l2norm", qk_l2norm),
-        null_slot=checks.null_slot_of(null_slot, recurrent.shape[0], given.slots),
+        null_slot=checks.null_slot_of(null_slot, pool.shape[0], given.slots),
         per_token_states=False,
         out_dtype=dtype_before_norm(projected.z.dtype),
         gating=gating,
+        longest=x.columns,
     )
     varying = ConvState(
         _triton.varying_like(conv.buffer, x),
         _triton.varying_like(conv.start, (conv.start, given, own)),
     )
-    x = x._replace(conv=varying, recurrent=_triton.varying_like(recurrent, x))
+    states = jax.tree.map(lambda y: _triton.varying_like(y, x), recurrent)
+    x = x._replace(conv=varying, recurrent=states)
 
     def unpack(out: Array) -> Array:
         return out.reshape(*lead, heads.HV * heads.V)
@@ -81,7 +93,7 @@ def pack(
     return x, Options(options, heads, eps, activation), unpack
 
 
-def _pair(state: Any) -> tuple[ConvState, Array]:
+def _pair(state: Any) -> tuple[ConvState, Array | ReplayState]:
     if not isinstance(state, tuple) or len(state) != 2:
         remedy = "The convolution's state and the rule's pool."
         checks.fail("state", type(state).__name__, "(ConvState, pool)", remedy)
@@ -96,11 +108,35 @@ def _pair(state: Any) -> tuple[ConvState, Array]:
     if start.shape != buffer.shape[:1]:
         wanted = f"[P] = ({buffer.shape[0]},)"
         checks.fail("state[0].start", start.shape, wanted, "One a slot.")
+    if isinstance(recurrent, ReplayState):
+        check_state(recurrent)
+        return ConvState(buffer, start), recurrent
     recurrent = checks.floating("state[1]", recurrent)
     if recurrent.ndim != 4:
         remedy = "Add the missing axes."
         checks.fail("state[1]", recurrent.shape, "[P or N, HV, V, K]", remedy)
     return ConvState(buffer, start), recurrent
+
+
+def _check_records(state: ReplayState, heads: Heads, dtype: Any) -> None:
+    if state.log_decay.ndim != 3:
+        remedy = "KDA has no fused step."
+        checks.fail("state[1].log_decay", state.log_decay.shape, "[P, HV, R]", remedy)
+    if state.k.shape[1] != heads.H:
+        wanted = f"H = {heads.H}, as state[0] has channels of"
+        remedy = "It is num_key_heads of the ReplayState."
+        checks.fail("state[1].k", f"{state.k.shape[1]} key heads", wanted, remedy)
+    if jnp.promote_types(dtype, state.k.dtype) != state.k.dtype:
+        remedy = f"Make the ReplayState with key_dtype={dtype}."
+        checks.fail("qkvz", dtype, f"of a dtype that {state.k.dtype} holds", remedy)
+
+
+def _check_one_stands(given: Batch, tokens: int | None) -> None:
+    """Of the last step, which the convolution takes for granted."""
+    if given.num_accepted is None and tokens != 1:
+        got = "None with rows of " + ("any length" if tokens is None else f"{tokens}")
+        remedy = "Several tokens stay pending in a ReplayState until it says."
+        checks.fail("num_accepted", got, "given with a ReplayState", remedy)
 
 
 def _projected(
@@ -158,6 +194,16 @@ def _check_weights(weights: Mapping[str, Array], heads: Heads, conv: ConvState) 
             checks.fail(name, weights[name].shape, wanted, remedy)
 
 
+def _check_replay_tables(x: Inputs, tokens: int | None) -> None:
+    slots, window = x.tables.slots, x.recurrent.window
+    if slots is not None and slots.ndim > 1:
+        remedy = "A slot keeps records of drafts itself: it needs no slot for each."
+        checks.fail("slots", slots.shape, "[N], one slot a row", remedy)
+    if tokens is not None and tokens > window:
+        wanted, remedy = f"at most R = {window}", "Read prompts with chunk_update."
+        checks.fail("qkvz", f"{tokens} tokens a row", wanted, remedy)
+
+
 def _check_batch(x: Inputs, lead: tuple[int, ...], null_slot: Any) -> int | None:
     """Tokens of each row, where all have as many."""
     given = x.tables
@@ -166,7 +212,11 @@ def _check_batch(x: Inputs, lead: tuple[int, ...], null_slot: Any) -> int | None
     if tokens is not None and tokens > x.columns:
         remedy = "Make the ConvState with columns=S, or use the ops for prompts."
         checks.fail("qkvz", f"T = {tokens} with {room}", "[N, T, ..], T <= S", remedy)
-    check_slots(x.recurrent, given, rows, tokens, source)
+    if isinstance(x.recurrent, ReplayState):
+        _check_replay_tables(x, tokens)
+        check_slots(x.pool, given._replace(num_accepted=None), rows, tokens, source)
+    else:
+        check_slots(x.pool, given, rows, tokens, source)
     if given.slots is not None and given.slots.shape[1:] > (x.columns,):
         got, remedy = f"{given.slots.shape} with {room}", "Make it with columns=S."
         checks.fail("slots", got, "[N, S] of at most its S", remedy)

@@ -4,7 +4,7 @@ Tokens are packed, as in gated_delta's call.py.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,9 +14,11 @@ from gdn_jax.ops import batch
 from gdn_jax.ops.batch import Batch, Rows
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 from gdn_jax.ops.tables import Pools
 
 LAYOUTS = "interleaved", "flat"
+Stepped: TypeAlias = tuple[ConvState, Any, Array]  # conv, recurrent, out [L HV V]
 
 
 class Projected(NamedTuple):
@@ -37,7 +39,7 @@ class Weights(NamedTuple):
 
 class Inputs(NamedTuple):
     conv: ConvState
-    recurrent: t.State
+    recurrent: Any  # [P HV V K], or a ReplayState
     projected: Projected
     weights: Weights
     tables: Batch
@@ -48,8 +50,13 @@ class Inputs(NamedTuple):
         return self.projected.z.shape[0]
 
     @property
+    def pool(self) -> t.State:
+        """The rule's states as they lie in memory: of replay its checkpoints."""
+        return pool_of(self.recurrent)
+
+    @property
     def num_rows(self) -> int:
-        return self.tables.num_rows(self.recurrent.shape[0])
+        return self.tables.num_rows(self.pool.shape[0])
 
     @property
     def columns(self) -> int:
@@ -57,8 +64,16 @@ class Inputs(NamedTuple):
         return self.conv.buffer.shape[2] - self.weights.conv.shape[1] + 1
 
     def pools(self, null_slot: int | None) -> Pools:
-        slots = self.conv.buffer.shape[0], self.recurrent.shape[0]
-        return Pools(*slots, null_slot, longest=self.columns)
+        slots, columns = (self.conv.buffer.shape[0], self.pool.shape[0]), self.columns
+        if isinstance(self.recurrent, ReplayState):
+            pending = self.recurrent.pending
+            return Pools(*slots, null_slot, columns, columns, pending)
+        return Pools(*slots, null_slot, longest=columns)
+
+
+def pool_of(recurrent: Any) -> Any:
+    is_replay = isinstance(recurrent, ReplayState)
+    return recurrent.checkpoint if is_replay else recurrent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,17 +6,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from gdn_jax.ops.causal_conv1d.api import causal_conv1d
-from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.api import fused_update
+from gdn_jax.ops.gated_delta.replay_api import replay_update
+from gdn_jax.ops.gated_delta.replay_state import ReplayState
 from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm
-from gdn_jax.ops.layer_step.call import Heads, Inputs, Options, Projected
+from gdn_jax.ops.layer_step.call import Heads, Inputs, Options, Projected, Stepped
 from gdn_jax.ops.tables import find_tables
 
 
-def chain(
-    x: Inputs, options: Options, implementation: str
-) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V])"""
+def chain(x: Inputs, options: Options, implementation: str) -> Stepped:
     heads, rule, weights = options.heads, options.rule, x.weights
     lead = (x.num_tokens,)
     if rule.tokens_per_row is not None:
@@ -38,7 +36,8 @@ def chain(
         y.reshape(*lead, n, y.shape[-1] // n)
         for y, n in zip(qkv, (heads.H, heads.H, heads.HV), strict=True)
     )
-    recurrent, out = fused_update(
+    is_replay = isinstance(x.recurrent, ReplayState)
+    recurrent, out = (replay_update if is_replay else fused_update)(
         x.recurrent,
         *(q, k, v),
         *(weights.A_log, a, b, weights.dt_bias),

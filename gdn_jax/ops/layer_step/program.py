@@ -205,13 +205,18 @@ class Norm(NamedTuple):
     ) -> None:
         """`scale`: 1 / root mean square of the head's out; None where it comes later.
         Zeros of a null row."""
-        z, options = self.gates[step].astype(jnp.float32), program.options
-        gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
-        gate = z * gate if options.activation == "silu" else gate
         out = out if scale is None else out * scale
-        out = out * self.weight.astype(jnp.float32) * gate
+        out = gated(out, self.weight, self.gates[step], program.options)
         out = jnp.where(program.row.live, out, 0.0)
         program.store_out(step, self.v, self.mask, out)
+
+
+def gated(out: Array, weight: Array, z: Array, options: Options) -> Array:
+    """What the norm multiplies by besides its scale."""
+    z = z.astype(jnp.float32)
+    gate = 1.0 / (1.0 + jnp.exp2(z * MINUS_LOG2_E))
+    gate = z * gate if options.activation == "silu" else gate
+    return out * weight.astype(jnp.float32) * gate
 
 
 def sum_of_squares(parts: list[Array]) -> Array:
@@ -227,3 +232,14 @@ def scale_of(squares: Array, options: Options) -> Array:
     """1 / the root of the mean, of a head's sum of squares."""
     mean = squares / np.float32(options.heads.V)
     return lax.rsqrt(mean + np.float32(options.eps))
+
+
+def scaled(out: Array, squares: Array, options: Options) -> Array:
+    """Out of heads that several programs have had parts of, each of which has left its
+    own of `squares` [L HV parts]; in a launch of its own. Out of a dead token is 0, and
+    whatever lies in `squares` of one that no row owns."""
+    # by hand, since XLA has a launch of its own for a sum over an axis
+    first, *others = (squares[..., part] for part in range(squares.shape[2]))
+    total = sum(others, start=first)
+    scale = scale_of(total, options)[..., None]
+    return jnp.where(out == 0, 0, out * scale)

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
@@ -27,9 +26,9 @@ from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
 from gdn_jax.ops.gated_delta.tile import Tile
 from gdn_jax.ops.gated_delta.triton import Store
 from gdn_jax.ops.gated_delta.tuning import check_registers
-from gdn_jax.ops.layer_step.call import Inputs, Options, find_rows
+from gdn_jax.ops.layer_step.call import Inputs, Options, Stepped, find_rows
 from gdn_jax.ops.layer_step.conv import Ring
-from gdn_jax.ops.layer_step.program import Gates, Program, scale_of
+from gdn_jax.ops.layer_step.program import Gates, Program, scaled
 from gdn_jax.ops.layer_step.tuning import LayerStepConfig
 from gdn_jax.ops.layer_step.walk import Walk
 
@@ -98,20 +97,11 @@ def layer_step_kernel(
         pl.when(~is_row)(lambda: clear_unowned(states, new_ref, out_ref, *shared_out))
 
 
-def _scaled(out: Array, squares: Array, options: Options) -> Array:
-    """In a launch of its own. Out of a dead token is 0, and whatever lies in `squares`
-    of one that no row owns."""
-    # by hand, since XLA has a launch of its own for a sum over an axis
-    total = sum(squares[..., part] for part in range(squares.shape[2]))
-    scale = scale_of(total, options)[..., None]
-    return jnp.where(out == 0, 0, out * scale)
-
-
 def triton(
     x: Inputs, options: Options, config: LayerStepConfig, *, interpret: bool = False
-) -> tuple[ConvState, Array, Array]:
-    """(conv, recurrent, out [L HV V]), in one launch, or two where several programs
-    share out a head; both states in place."""
+) -> Stepped:
+    """In one launch, or two where several programs share out a head; both states in
+    place."""
     heads = options.heads
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
@@ -134,5 +124,5 @@ def triton(
         interpret=interpret,
     )
     if not is_whole:
-        out = _scaled(out, *squares, options).astype(dtype)
+        out = scaled(out, squares[0], options).astype(dtype)
     return ConvState(buffer, start), recurrent, out

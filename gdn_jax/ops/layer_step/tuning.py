@@ -9,7 +9,13 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
+from gdn_jax.ops.gated_delta.tuning import (
+    MAX_HEAD_DIM,
+    LaunchConfig,
+    ReplayConfig,
+    check_tile,
+    replay_heuristic,
+)
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
 MOST_OF_A_WHOLE_HEAD = 5  # tokens: with more, a head of 128 spills for an H200
@@ -62,6 +68,7 @@ class Step:
       columns: S, the tokens that the ring has room for.
       verifies: whether there is `num_accepted`.
       H, HV, K, V, state_dtype: of the state.
+      replay: whether that is a `ReplayState`.
     """
 
     rows: int
@@ -73,6 +80,7 @@ class Step:
     K: int
     V: int
     state_dtype: str
+    replay: bool = False
 
     def why_not(self) -> str | None:
         """Why the kernel cannot take the call, on any device; None where it can."""
@@ -81,7 +89,7 @@ class Step:
         if (self.tokens or self.columns) > MAX_TOKENS:
             count = self.tokens or self.columns
             return f"{count} tokens a row, of which it has registers for {MAX_TOKENS}"
-        if self.HV > MAX_HEADS:
+        if self.HV > MAX_HEADS and not self.replay:
             return f"HV = {self.HV}, of which `start` can count {MAX_HEADS}"
         return None
 
@@ -93,7 +101,7 @@ class Tuned:
 
     Attributes:
       group: value heads of a key head.
-      config: the fastest launch.
+      config: the fastest launch; of replay a `ReplayConfig`.
       pays: whether it was faster than the ops one after another.
     """
 
@@ -103,9 +111,10 @@ class Tuned:
     group: int
     tokens: int
     programs: int
-    config: LayerStepConfig
+    config: LayerStepConfig | ReplayConfig
     pays: bool
     reason: str
+    replay: bool = False
 
 
 @functools.cache
@@ -116,12 +125,13 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
     file = folder / "tuned" / f"{name}.json"
     if not file.is_file():
         return ()
-    names = [field.name for field in dataclasses.fields(Tuned)]
+    names = {field.name for field in dataclasses.fields(Tuned)}
 
     def tuned(row: dict[str, Any]) -> Tuned:
         """Without the commit that a row may be of."""
-        fields: dict[str, Any] = {name: row[name] for name in names}
-        fields["config"] = LayerStepConfig(**row["config"])
+        fields: dict[str, Any] = {name: row[name] for name in names & row.keys()}
+        kind = ReplayConfig if row.get("replay") else LayerStepConfig
+        fields["config"] = kind(**row["config"])
         return Tuned(**fields)
 
     return tuple(map(tuned, json.loads(file.read_text())["rows"]))
@@ -132,12 +142,13 @@ def find_tuned(device_kind: str, step: Step) -> Tuned | None:
     programs that are as many, or of the most there are. None where its sizes, or rows
     of so many tokens, were not measured."""
     dtype = "bfloat16" if step.state_dtype == "float16" else step.state_dtype
-    sizes = step.K, step.V, dtype, step.HV // step.H
+    sizes = step.K, step.V, dtype, step.HV // step.H, step.replay
     tokens = step.tokens or step.columns
     rows = [
         row
         for row in table(device_kind)
-        if (row.K, row.V, row.state_dtype, row.group) == sizes and row.tokens >= tokens
+        if (row.K, row.V, row.state_dtype, row.group, row.replay) == sizes
+        and row.tokens >= tokens
     ]
     if not rows:
         return None
@@ -166,11 +177,14 @@ def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
     return tuned is not None and tuned.pays
 
 
-def find_config(device_kind: str, step: Step) -> LayerStepConfig:
+def find_config(device_kind: str, step: Step, key_dtype: Any) -> Any:
     tuned = find_tuned(device_kind, step)
     if tuned is not None:
         return tuned.config
-    return heuristic(step.K, step.V, step.tokens or step.columns)
+    tokens = step.tokens or step.columns
+    if step.replay:
+        return replay_heuristic(tokens, key_dtype, step.state_dtype)
+    return heuristic(step.K, step.V, tokens)
 
 
 def heuristic(K: int, V: int, tokens: int) -> LayerStepConfig:
