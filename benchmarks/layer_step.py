@@ -1,7 +1,9 @@
 """A layer's step between its projections: python benchmarks/layer_step.py [--tokens 1]
 
 One launch (`fused_layer_step`) beside the ops it is made of, beside `fused_update`
-alone, and beside vLLM's update with norm, which has no convolution. A program is some
+alone, and beside vLLM's update with norm, which has no convolution; or, with --replay,
+its three launches of replay's states beside those of the ops, and `replay_update`. A
+program is some
 steps one after another, as a model's layers are, on states of their own. What is told
 of a step is its `span`, from the first kernel's start to the last one's end, gaps
 included, and what its kernels take, `busy`; of vLLM, which Python launches, `busy`.
@@ -48,14 +50,14 @@ from step_programs import (
 )
 
 import gdn_jax
-from gdn_jax import testing, timing
+from gdn_jax import ReplayState, testing, timing
 
 PROGRAMS = 12
 COMPILERS = 16
 PEER_TOLERANCE = 2e-2  # its out is rounded between the rule and the norm
 INPUTS = update.INPUTS + "; normal z, convolution's inputs and weights"
 SIZES = ((16, 32), (4, 8))  # Qwen3.5-9B's heads, and a quarter of them
-ROWS = 1, 8, 64, 256
+ROWS, REPLAY_ROWS = (1, 8, 64, 256), (8, 32, 128)
 
 
 def check(problem: Problem, inputs: Inputs, program: Any) -> dict[str, float]:
@@ -83,8 +85,14 @@ def in_turn(problem: Problem, made: Any) -> Any:
 
 def differences(got: Any, want: Any) -> dict[str, float]:
     dense = (conv.to_dense(W) for conv in (got[0], want[0]))  # wherever rings begin
-    pairs = dict(state=(got[1], want[1]), conv=tuple(dense))
+    states = (in_full(each[1]) for each in (got, want))
+    pairs = dict(state=tuple(states), conv=tuple(dense))
     return {name: relative_error(*pair) for name, pair in pairs.items()}
+
+
+@jax.jit
+def in_full(state: jax.Array | ReplayState) -> jax.Array:
+    return state.to_dense() if isinstance(state, ReplayState) else state
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
@@ -97,9 +105,12 @@ def _relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
     return jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel())
 
 
-def tolerance(what: str) -> float:
-    """q, k, v and out are rounded on their way, here and there to a neighbour."""
-    return 0.0 if what == "conv" else testing.TOLERANCE[what, "bfloat16"]
+def tolerance(problem: Problem, what: str) -> float:
+    """q, k, v and out are rounded on their way, here and there to a neighbour; products
+    with replay's states are of bfloat16 parts, as those of chunks are."""
+    if what == "conv":
+        return 0.0
+    return testing.TOLERANCE[f"chunked {what}" if problem.replay else what, "bfloat16"]
 
 
 def time_program(problem: Problem, inputs: Inputs, program: Any) -> dict[str, Any]:
@@ -126,9 +137,11 @@ def time_program(problem: Problem, inputs: Inputs, program: Any) -> dict[str, An
         end = mine[-1].start_us + mine[-1].duration_us
         spans.append((end - mine[0].start_us) / STEPS)
         busy.append(sum(kernel.duration_us for kernel in mine) / STEPS)
+    # rows of replay fold in one step and not in another
+    middle = statistics.mean if problem.replay else statistics.median
     return dict(
-        span_us=statistics.median(spans),
-        busy_us=statistics.median(busy),
+        span_us=middle(spans),
+        busy_us=middle(busy),
         launches=each / STEPS,  # what tables need is done once for all
     )
 
@@ -141,10 +154,10 @@ def measure(
 ) -> dict[str, Any]:
     row = {"contender": name, **dataclasses.asdict(problem)}
     program = compiled.result()
-    if name != "fused_update":
+    if name != problem.op:
         row["errors"] = check(problem, inputs, program)
         errors = row["errors"].items()
-        if not all(error <= tolerance(what) for what, error in errors):
+        if not all(error <= tolerance(problem, what) for what, error in errors):
             return row | {"absent": "errors above the tolerance"}
     return row | time_program(problem, inputs, program)
 
@@ -184,28 +197,31 @@ def measure_peer(problem: Problem, inputs: Inputs) -> dict[str, Any]:
 def main(
     state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
     tokens: list[int] = typer.Option([1, 4]),  # noqa: B008
+    replay: bool = False,
     quick: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens: what is measured; the results file keeps other rows. quick:
-    the first heads alone."""
+    """state_dtype, tokens: what is measured; the results file keeps other rows. replay:
+    of replay's states, in a file of their own. quick: the first heads alone."""
     need_gpu()
     result = header(INPUTS)
-    result["time"] = f"a step of {STEPS} in a program, median of {PROGRAMS} programs"
+    middle = "mean" if replay else "median"
+    result["time"] = f"a step of {STEPS} in a program, {middle} of {PROGRAMS} programs"
     result["copy_tb_per_s"] = timing.copy_bandwidth()
     committed = RESULTS / result["device"].lower().replace(" ", "_")
     folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
     problems = [
-        Problem(N, T, *heads, dtype)
-        for heads in SIZES[: 1 if quick else None]
+        Problem(N, T, *heads, dtype, replay=replay)
+        for heads in SIZES[: 1 if quick or replay else None]
         for T in tokens
         for dtype in state_dtype
-        for N in ROWS
+        for N in (REPLAY_ROWS if replay else ROWS)
     ]
     keys = "T", "state_dtype", "H"
     measured = [{key: getattr(problem, key) for key in keys} for problem in problems]
-    paths = [path / "layer_step.json" for path in (folder, committed)]
+    file = "layer_step_replay.json" if replay else "layer_step.json"
+    paths = [path / file for path in (folder, committed)]
     result["rows"] = rows_besides(measured, *paths)
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = {
@@ -219,7 +235,8 @@ def main(
             measure(problem, inputs, name, compiled[problem, name])
             for name in contenders(problem, None)
         ]
-        rows.append(measure_peer(problem, inputs))
+        if not replay:
+            rows.append(measure_peer(problem, inputs))
         console.print(table(problem, rows))
         result["rows"] += [commit_of(result) | row for row in rows]
         paths[0].write_text(json.dumps(result, indent=1) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 from common import RESULTS, commit_of, console, header, need_gpu, rows_besides, wait
-from layer_step import COMPILERS, INPUTS, SIZES, check_step, tolerance
+from layer_step import COMPILERS, INPUTS, REPLAY_ROWS, SIZES, check_step, tolerance
 from rich.progress import track
 from rich.table import Table
 from step_programs import (
@@ -26,7 +26,8 @@ from step_programs import (
 )
 
 import gdn_jax
-from gdn_jax import LayerStepConfig, timing
+from gdn_jax import LayerStepConfig, ReplayConfig, timing
+from gdn_jax.ops.gated_delta.tuning import replay_heuristic
 
 CALLS = 40
 NOISE = 0.01  # what two runs of one step differ by
@@ -43,6 +44,17 @@ ONE = (
 )
 MORE = ((128, 2, 16, 1), (64, 2, 8, 2))
 ROWS = {SIZES[0]: (1, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
+# Of replay, beside what `replay_update` was tuned to: how programs convolve, and share
+# out V.
+REPLAY = (
+    dict(prepare_warps=2),
+    dict(prepare_warps=4),
+    dict(prepare_k=64, prepare_warps=2),
+    dict(steps_v=2),
+)
+
+
+Job = tuple[str, LayerStepConfig | ReplayConfig | None]
 
 
 def time_step(problem: Problem, inputs: Inputs, step: Any) -> dict[str, Any]:
@@ -61,15 +73,17 @@ def time_step(problem: Problem, inputs: Inputs, step: Any) -> dict[str, Any]:
             run(i)
         wait()
     each = len(kernels) // CALLS
-    calls = [kernels[i : i + each] for i in range(0, len(kernels), each)]
-    busy = [sum(kernel.duration_us for kernel in call) for call in calls]
-    return dict(busy_us=statistics.median(busy), launches=each)
+    steps = [kernels[i : i + each] for i in range(0, len(kernels), each)]
+    busy = [sum(kernel.duration_us for kernel in step) for step in steps]
+    # rows of replay fold in one step and not in another
+    middle = statistics.mean if problem.replay else statistics.median
+    return dict(busy_us=middle(busy), launches=each)
 
 
 def measure(
     problem: Problem,
     inputs: Inputs,
-    job: tuple[str, LayerStepConfig | None],
+    job: Job,
     compiled: Future,
 ) -> dict[str, Any]:
     name, config = job
@@ -78,18 +92,23 @@ def measure(
     step = compiled.result()
     if name == "fused":
         row["errors"] = check_step(problem, inputs, step)
-        if any(error > tolerance(what) for what, error in row["errors"].items()):
+        errors = row["errors"].items()
+        if any(error > tolerance(problem, what) for what, error in errors):
             return row | {"absent": "errors above the tolerance"}
     return row | time_step(problem, inputs, step)
 
 
-def jobs_of(problem: Problem) -> list[tuple[str, LayerStepConfig | None]]:
-    launches = ONE if problem.T == 1 else MORE
-    return [
-        *(("fused", LayerStepConfig(*launch)) for launch in launches),
-        ("chain", None),
-        ("fused_update", None),
-    ]
+def launches_of(problem: Problem) -> list[Any]:
+    if not problem.replay:
+        launches = ONE if problem.T == 1 else MORE
+        return [LayerStepConfig(*launch) for launch in launches]
+    plain = replay_heuristic(problem.T, "bfloat16", problem.state_dtype)
+    return [plain, *(dataclasses.replace(plain, **change) for change in REPLAY)]
+
+
+def jobs_of(problem: Problem) -> list[Job]:
+    launches = [("fused", launch) for launch in launches_of(problem)]
+    return [*launches, ("chain", None), (problem.op, None)]
 
 
 def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -99,12 +118,13 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
             (row for row in rows if row["contender"] == name and "busy_us" in row),
             key=lambda row: row["busy_us"],
         )
-        for name in ("fused", "chain", "fused_update")
+        for name in ("fused", "chain", problem.op)
     }
     if not all(timed.values()):
         raise RuntimeError(f"not all of {list(timed)} could be timed: {rows}")
     best, in_turn = timed["fused"][0], timed["chain"][0]["busy_us"]
-    return dict(
+    kind = dict(replay=True) if problem.replay else {}
+    return kind | dict(
         K=problem.K,
         V=problem.V,
         state_dtype=problem.state_dtype,
@@ -116,7 +136,7 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
         reason=(
             f"{best['busy_us']:.2f} us at N={problem.N} T={problem.T} HV={problem.HV} "
             f"of {len(timed['fused'])} launches; ops one after another {in_turn:.2f}, "
-            f"fused_update alone {timed['fused_update'][0]['busy_us']:.2f}"
+            f"{problem.op} alone {timed[problem.op][0]['busy_us']:.2f}"
         ),
     )
 
@@ -124,22 +144,25 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main(
     state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
     tokens: list[int] = typer.Option([1, 4]),  # noqa: B008
+    replay: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens: what is measured; the files keep other rows."""
+    """state_dtype, tokens: what is measured; the files keep other rows. replay: of
+    replay's states."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"kernels of a step, median of {CALLS} calls"
     device = result["device"].lower().replace(" ", "_")
-    committed, file = RESULTS / device, "layer_step_tune.json"
+    committed, kind = RESULTS / device, "_replay" if replay else ""
+    file = f"layer_step_tune{kind}.json"
     folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
     problems = [
-        Problem(N, T, *heads, dtype)
+        Problem(N, T, *heads, dtype, replay=replay)
         for T in tokens
         for dtype in state_dtype
-        for heads in SIZES
-        for N in ROWS[heads]
+        for heads, rows in ({SIZES[0]: REPLAY_ROWS} if replay else ROWS).items()
+        for N in rows
     ]
     measured = [
         dict(T=problem.T, state_dtype=problem.state_dtype) for problem in problems
@@ -171,7 +194,8 @@ def write_table(
     result: dict[str, Any], tuned: list[dict[str, Any]], path: pathlib.Path
 ) -> None:
     package = FOLDER / path.name
-    parts = [{key: row[key] for key in ("tokens", "state_dtype")} for row in tuned]
+    keys = "tokens", "state_dtype", "replay"
+    parts = [{key: row.get(key) for key in keys} for row in tuned]
     about = {key: result[key] for key in ("device", "date", "commit", "versions")}
     rows = [*rows_besides(parts, package), *(commit_of(result) | row for row in tuned)]
     for row in rows:  # said once for all of this run

@@ -34,6 +34,7 @@ REPORTS = {
     "train": reports.chunked.train,
     "layer": reports.layer.layer,
     "layer_step": reports.layer_step.layer_step,
+    "layer_step_replay": reports.layer_step.layer_step_replay,
     "conv": reports.conv.conv,
     "few_rows": reports.products.few_rows,
     "experts": reports.products.experts,

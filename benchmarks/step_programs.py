@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import replay_steps
 import update
 
 import gdn_jax
-from gdn_jax import ConvState, LayerStepConfig
+from gdn_jax import ConvState, ReplayState
 
 STEPS = 8  # of a program: enough that XLA makes one CUDA graph of it
 W = 4
@@ -19,7 +21,8 @@ W = 4
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """N rows of T tokens; with more than one they verify drafts."""
+    """N rows of T tokens; with more than one they verify drafts. `replay`: their states
+    are a `ReplayState`, each row at its own place of its ring."""
 
     N: int
     T: int
@@ -28,6 +31,16 @@ class Problem:
     state_dtype: str
     K: int = 128
     V: int = 128
+    replay: bool = False
+
+    @property
+    def op(self) -> str:
+        return "replay_update" if self.replay else "fused_update"
+
+    @property
+    def records(self) -> replay_steps.Problem:
+        sizes = dict(H=self.H, HV=self.HV, K=self.K, V=self.V)
+        return replay_steps.Problem(self.N, self.T, self.state_dtype, **sizes)
 
     @property
     def rule(self) -> update.Problem:
@@ -72,6 +85,8 @@ def make_inputs(problem: Problem) -> Inputs:
     tokens = [
         {name: normal(*shape) for name, shape in shapes.items()} for _ in range(STEPS)
     ]
+    if p.replay:
+        return Inputs(weights, tokens, make_replay_tables(p))
     tables = [dict(slots=slots) for slots in given["slots"]]
     if p.T > 1:
         own = np.random.default_rng(3).permutation(p.N * len(tables)).astype(np.int32)
@@ -81,18 +96,33 @@ def make_inputs(problem: Problem) -> Inputs:
     return Inputs(weights, tokens, tables)
 
 
-def make_state(problem: Problem) -> tuple[ConvState, jax.Array]:
+def make_replay_tables(problem: Problem) -> list[dict[str, jax.Array]]:
+    """Of as many steps of each group as fold its rows some times."""
+    groups = replay_steps.make_tables(problem.records)
+    accepted = jnp.asarray(replay_steps.make_accepted(problem.records))
+    tables = []
+    for number, slots in itertools.product(range(len(accepted)), groups):
+        stands = dict(num_accepted=accepted[number]) if problem.T > 1 else {}
+        tables.append(dict(slots=slots) | stands)
+    return tables
+
+
+def make_state(problem: Problem) -> tuple[ConvState, jax.Array | ReplayState]:
     """Of one layer."""
-    p = problem
-    state = update.make_inputs(p.rule)["state"]
-    slots, ring = len(state) // p.T, W - 1 + p.T
+    p, ring = problem, W - 1 + problem.T
+    if p.replay:
+        state = replay_steps.make_state(p.records)
+        slots = len(state.start)
+    else:
+        state = update.make_inputs(p.rule)["state"]
+        slots = len(state) // p.T
     shape = slots, sum(p.split), ring
     buffer = jax.random.normal(jax.random.key(4), shape, jnp.float32)
     start = jnp.arange(slots, dtype=jnp.int32) % ring
     return ConvState(buffer.astype(jnp.bfloat16), start), state
 
 
-def make_states(problem: Problem) -> list[tuple[ConvState, jax.Array]]:
+def make_states(problem: Problem) -> list[tuple[ConvState, Any]]:
     """Of the layers of a program."""
     return [make_state(problem) for _ in range(STEPS)]
 
@@ -131,19 +161,21 @@ def bare(state, weights, x, tables, implementation="triton"):
     conv, pool = state
     of_rule = {key: table for key, table in tables.items() if key != "conv_slots"}
     heads = weights["A_log"], x["a"], x["b"], weights["dt_bias"]
-    pool, out = gdn_jax.fused_update(
+    is_replay = isinstance(pool, ReplayState)
+    rule = gdn_jax.replay_update if is_replay else gdn_jax.fused_update
+    pool, out = rule(
         pool, x["q"], x["k"], x["v"], *heads, implementation=implementation, **of_rule
     )
     return (conv, pool), out
 
 
-def contenders(problem: Problem, config: LayerStepConfig | None) -> dict[str, Any]:
+def contenders(problem: Problem, config: Any) -> dict[str, Any]:
     options = dict(implementation="triton", config=config)
     in_turn = dict(split=problem.split, implementation="triton")
     return {
         "fused": functools.partial(fused, **options),
         "chain": functools.partial(chain, **in_turn),
-        "fused_update": bare,
+        problem.op: bare,
     }
 
 

@@ -220,10 +220,11 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(BENCHMARKS)
     names = "layer_step", "step_programs", "layer_step_tune", "update"
     layer_step, steps, tune, update = map(importlib.import_module, names)
-    monkeypatch.setattr(update, "L2_BYTES", 2**10)
+    for module in (update, steps.replay_steps):
+        monkeypatch.setattr(module, "L2_BYTES", 2**10)
     monkeypatch.setattr(steps, "STEPS", 2)
-    for T in (1, 4):
-        problem = steps.Problem(2, T, 1, 2, "float32", K=16, V=16)
+    for T, replay in ((1, False), (4, False), (4, True)):
+        problem = steps.Problem(2, T, 1, 2, "float32", K=16, V=16, replay=replay)
         inputs = steps.make_inputs(problem)
         for step in (
             functools.partial(steps.fused, implementation="interpret"),
@@ -237,7 +238,8 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
             ):
                 assert found["conv"] == 0.0 and set(found) == {"state", "conv", "out"}
                 for what, error in found.items():
-                    assert error <= layer_step.tolerance(what)
+                    assert error <= layer_step.tolerance(problem, what)
+    problem = dataclasses.replace(problem, replay=False)
     row = layer_step.measure_peer(problem, inputs)
     assert "PYTHONPATH" in row["absent"]
     launch = dict(block_v=8, lanes_v=1, num_warps=1, programs=1)
@@ -261,10 +263,19 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
     for tokens in (1, 4, 1):  # a part measured again keeps the other rows
         told = about | dict(commit=f"of {tokens}")
         tune.write_table(told, [found | dict(tokens=tokens)], folder / "gpu.json")
-    kept = json.loads((folder / "gpu.json").read_text())["rows"]
+    launch_of_replay = dataclasses.asdict(gdn_jax.ReplayConfig())
+    of_replay = [
+        dict(contender=name, config=launch_of_replay, busy_us=us)
+        for name, us in (("fused", 3.0), ("chain", 4.0), ("replay_update", 2.0))
+    ]
+    of_replay = tune.tuned_row(dataclasses.replace(problem, replay=True), of_replay)
+    tune.write_table(told, [of_replay], folder / "gpu.json")
+    *kept, last = json.loads((folder / "gpu.json").read_text())["rows"]
+    assert last["replay"] and last["pays"]
     assert {row["tokens"]: row.get("commit") for row in kept} == {1: None, 4: "of 4"}
     monkeypatch.setattr(tuning.importlib.resources, "files", lambda _: tmp_path)
-    rows = tuning.table.__wrapped__("gpu")
+    *rows, of_replay = tuning.table.__wrapped__("gpu")
+    assert of_replay.replay and of_replay.config == gdn_jax.ReplayConfig()
     assert sorted(row.tokens for row in rows) == [1, 4]
     assert {row.config for row in rows} == {gdn_jax.LayerStepConfig(**launch)}
 

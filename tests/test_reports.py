@@ -169,3 +169,11 @@ def test_a_layers_step_is_told_with_what_a_layer_takes(report):
     assert "no convolution | 16.0 | - |" in text
     assert "| a layer takes | one launch | ops in turn |" in text
     assert "vLLM's rule and norm, no convolution is absent at N = 64: not here" in text
+
+    rows = [row | dict(replay=True) for row in rows if row["contender"] == "fused"]
+    rows.append(rows[0] | dict(contender="replay_update", span_us=9.0))
+    result["rows"] = rows
+    [(marker, text)] = report.REPORTS["layer_step_replay"](result, None).items()
+    assert marker == "layer_step_replay"
+    assert "| three launches | 12.0 | 79.0 |" in text
+    assert "| the rule alone, two | 9.0 | - |" in text

@@ -11,6 +11,11 @@ NAMES = {
     "fused_update": "the rule alone",
     "vllm_post_conv": "vLLM's rule and norm, no convolution",
 }
+OF_REPLAY = {
+    "fused": "three launches",
+    "chain": "ops in turn, four launches",
+    "replay_update": "the rule alone, two",
+}
 TIMES = "span_us", "busy_us"  # of a peer that Python launches there is the second alone
 
 
@@ -21,16 +26,18 @@ def kind_of(row: dict) -> tuple:
 def taken(row: dict, device_kind: str) -> str:
     """What a layer takes, by the package's table."""
     sizes = (row[key] for key in ("H", "HV", "K", "V", "state_dtype"))
-    step = Step(row["N"], row["T"], row["T"], row["T"] > 1, *sizes)
+    replay = bool(row.get("replay"))
+    step = Step(row["N"], row["T"], row["T"], row["T"] > 1, *sizes, replay)
     tuned = find_tuned(device_kind, step)
-    return "one launch" if tuned is not None and tuned.pays else "ops in turn"
+    fused = "three launches" if replay else "one launch"
+    return fused if tuned is not None and tuned.pays else "ops in turn"
 
 
-def table(rows: list[dict], device_kind: str) -> list[str]:
+def table(rows: list[dict], device_kind: str, names: dict[str, str]) -> list[str]:
     T, H, HV, dtype = kind_of(rows[0])
     batches = sorted({row["N"] for row in rows})
     shown = []
-    for contender, label in NAMES.items():
+    for contender, label in names.items():
         found = {row["N"]: row for row in rows if row["contender"] == contender}
         times = {
             N: next((f"{row[key]:.1f}" for key in TIMES if key in row), "-")
@@ -44,11 +51,18 @@ def table(rows: list[dict], device_kind: str) -> list[str]:
     return [*markdown(head, map(str, batches), shown), ""]
 
 
-def layer_step(result: dict, folder: pathlib.Path) -> dict[str, str]:
-    del folder
+def tables(result: dict, names: dict[str, str]) -> str:
     rows, lines = result["rows"], []
     for kind in sorted({kind_of(row) for row in rows}, key=lambda kind: kind[:3]):
         of_kind = [row for row in rows if kind_of(row) == kind]
-        lines += table(of_kind, result["device"])
-    missing = absences(rows, lambda row: f"N = {row['N']}", NAMES.__getitem__)
-    return {"layer_step": "\n".join([*lines, *missing, source(result)])}
+        lines += table(of_kind, result["device"], names)
+    missing = absences(rows, lambda row: f"N = {row['N']}", names.__getitem__)
+    return "\n".join([*lines, *missing, source(result)])
+
+
+def layer_step(result: dict, folder: pathlib.Path) -> dict[str, str]:
+    return {"layer_step": tables(result, NAMES)}
+
+
+def layer_step_replay(result: dict, folder: pathlib.Path) -> dict[str, str]:
+    return {"layer_step_replay": tables(result, OF_REPLAY)}

@@ -50,8 +50,8 @@ class Inputs(NamedTuple):
         return self.projected.z.shape[0]
 
     @property
-    def pool(self) -> t.State:
-        """The rule's states as they lie in memory: of replay its checkpoints."""
+    def pool(self) -> Any:
+        """[P HV V K], the rule's states in memory: of replay its checkpoints."""
         return pool_of(self.recurrent)
 
     @property
