@@ -62,12 +62,13 @@ INPUTS = (
     "all, or one; rings begin anywhere (the peers' at their first column), with 0 to "
     "R - T records that are committed, and T pending"
 )
-ACCEPTS_TOKENS = 4  # the problem that is measured with every way of accepting
+ACCEPTS_TOKENS = 4, 8  # of problems that are measured with every way of accepting
 ROWS_PLAIN, ROWS_VERIFY = (8, 64, 256), (8, 64, 128)
 TUNED = {
     "meet": [
         *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
         *itertools.product((16,), (128,), (4, 8), (1,), (3,)),
+        (16, 64, 2, 1, 3),
         (32, 32, 4, 1, 2),
         (32, 64, 4, 2, 2),
     ],
@@ -253,7 +254,7 @@ def problems_of(
     for dtype, T in itertools.product(state_dtypes, tokens):
         rows = ROWS_PLAIN if T == 1 else ROWS_VERIFY
         problems += [Problem(N, T, dtype) for N in (rows[-1:] if quick else rows)]
-        if T == ACCEPTS_TOKENS and not quick:
+        if T in ACCEPTS_TOKENS and not quick:
             problems += [Problem(rows[-1], T, dtype, how) for how in ACCEPTS[1:]]
     return problems
 

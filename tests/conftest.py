@@ -87,6 +87,11 @@ def report(monkeypatch, tmp_path):
     return found
 
 
+def pytest_addoption(parser):
+    how = "of each test one case for each implementation that it names"
+    parser.addoption("--one-case", action="store_true", help=how)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; deselected without")
     large = "takes gigabytes of a GPU; in a process of its own, one at a time"
@@ -95,12 +100,28 @@ def pytest_configure(config):
     config.addinivalue_line("markers", f"once: {once}")
 
 
+@pytest.hookimpl(trylast=True)  # of those that -m leaves
 def pytest_collection_modifyitems(config, items):
-    if jax.default_backend() == "gpu":
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    left_out = []
+    if jax.default_backend() != "gpu":
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if config.getoption("--one-case"):
+        cases, without = {}, {id(item) for item in left_out}
+        for item in items:
+            if id(item) not in without:
+                cases.setdefault(kind_of(item), []).append(item)
+        left_out += [item for first, *others in cases.values() for item in others]
+    config.hook.pytest_deselected(items=left_out)
+    without = {id(item) for item in left_out}
+    items[:] = [item for item in items if id(item) not in without]
+
+
+def kind_of(item):
+    """Its function, and implementations among its parameters."""
+    call = getattr(item, "callspec", None)
+    named = [] if call is None else map(str, call.params.values())
+    ways = (name for name in named if name in (*CPU_PATHS, "triton"))
+    return item.path, item.originalname, tuple(ways)
 
 
 ALONE = "GDN_JAX_LARGE_TEST_ALONE"

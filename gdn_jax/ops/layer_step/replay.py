@@ -152,7 +152,7 @@ class Gated(NamedTuple):
 
     def store(self, made: Array, v: Array, in_v: Array | None, carried: Array) -> Array:
         columns, heads, x = self.out.columns, self.options.heads, self.x
-        wanted = both(in_v, columns.queries & self.out.live, shape=made.shape)
+        wanted: Any = both(in_v, columns.queries & self.out.live, shape=made.shape)
         at = columns.token[None, :], heads.columns(self.out.head)[1] + v[:, None]
         z = _triton.load(x.projected.z.at[at], mask=wanted, other=0)
         weight = _triton.load_where(x.weights.norm.at[v], in_v)[:, None]
@@ -182,7 +182,8 @@ def find_step(
 ) -> tuple[Turn, Rows]:
     """(turn of the rule, rows of the convolution), of all or of that number; a row that
     is null in one is null in both."""
-    of_rule = replay_inputs(x, Convolved(x.projected.z, x.projected.z, None))
+    nothing: Any = None  # of q, k and v it is known how many tokens there are
+    of_rule = replay_inputs(x, Convolved(x.projected.z, nothing, nothing))
     turn = find_turn(of_rule, options.rule, number, stands=1)
     rows, null_slot = turn.rows, options.rule.null_slot
     number = rows.number
