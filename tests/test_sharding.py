@@ -331,6 +331,18 @@ def test_wrong_calls():
         sharding.make_mesh(1, many)
 
 
+def test_an_error_offers_what_all_axes_allow():
+    """Two devices could share six value heads, and not the three key heads beside."""
+    q, k, v, A_log, a, b, dt_bias = tokens(N, T)
+    three = *(x[:, :, :3] for x in (q, k)), v[:, :, :6]
+    three += (*(x[..., :6] for x in (A_log, a, b, dt_bias)),)
+    with says("state's axis 1.*got 6.*Possible sizes of 'model': 1, 3, 6.$"):
+        sharding.split(gdn_jax.fused_update, mesh_of(1, 4))(pool(N)[:, :6], *three)
+    with says("state's axis 0.*got 9.*next multiple is 10.*sizes of 'data': 1.$"):
+        shared = sharding.split(gdn_jax.fused_update, mesh_of(2, 1))
+        shared(pool(9), *tokens(N), slots=SLOTS)
+
+
 def test_copies_between_parts():
     """Are an error where the host knows of them, and no copies where it does not."""
     copy = sharding.split(gdn_jax.copy_slots, mesh_of(2, 1))
