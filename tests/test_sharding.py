@@ -317,6 +317,9 @@ def test_wrong_calls():
         packed = pool(N), *tokens(12)
         table = dict(cu_seqlens=np.array([0, 3, 6, 9, 12], np.int32))
         sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
+    with says("cu_seqlens must be .2, ...*each part's own; got .4, 3"):
+        table = dict(cu_seqlens=np.tile(np.array([0, 3, 6], np.int32), (4, 1)))
+        sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
     with says("op must be one of fused_update.*shard_map yourself"):
         sharding.split(jnp.dot, mesh_of(1, 1))
     with says("state must be an array; got ReplayState.*replay_update"):

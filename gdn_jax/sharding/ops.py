@@ -212,7 +212,7 @@ def _shared(
     x = arrays[path]
     if path in ("cu_seqlens", "group_sizes") and grid.parts("rows") > 1:
         wanted = f"[{grid.parts('rows')}, ..], each part's own"
-        if x.ndim != 2:
+        if x.ndim != 2 or len(x) != grid.parts("rows"):
             checks.fail(path, x.shape, wanted, "Each part's tokens are its own rows'.")
     for axis, (name, size) in enumerate(zip(names[path], x.shape, strict=True)):
         if name is not None:
