@@ -102,8 +102,8 @@ def _scaled(out: Array, squares: Array, options: Options) -> Array:
     """In a launch of its own. Out of a dead token is 0, and whatever lies in `squares`
     of one that no row owns."""
     # by hand, since XLA has a launch of its own for a sum over an axis
-    total = sum(squares[..., part] for part in range(squares.shape[2]))
-    scale = scale_of(total, options)[..., None]
+    first, *others = (squares[..., part] for part in range(squares.shape[2]))
+    scale = scale_of(sum(others, first), options)[..., None]
     return jnp.where(out == 0, 0, out * scale)
 
 
@@ -134,5 +134,5 @@ def triton(
         interpret=interpret,
     )
     if not is_whole:
-        out = _scaled(out, *squares, options).astype(dtype)
+        out = _scaled(out, squares[0], options).astype(dtype)
     return ConvState(buffer, start), recurrent, out
