@@ -11,7 +11,8 @@ import numpy as np
 from fuzz_calls import Found, Wrong
 
 import gdn_jax
-from gdn_jax import ConvState, testing
+from gdn_jax import ConvState, LayerStepConfig, testing
+from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step import tuning
 from gdn_jax.testing import draws
 from gdn_jax.testing.replays import Host, Schedule
@@ -20,6 +21,7 @@ STATE_SIZE = 2**15  # values of one state at most
 KERNELS = ("triton", "interpret")
 # times what one value may be off by its own rounding: what comes before it is rounded
 MOST = 10
+MOST_TILES = 8  # of a program, which is compiled for each of them
 
 
 def _bits(x: Any, places: np.ndarray) -> bytes:
@@ -134,11 +136,28 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepShapes:
-    """`of`: those of a `fused_update`, whose tables a step has as well."""
+    """`of`: those of a `fused_update`, whose tables a step has as well. `config`: the
+    kernel's launch, None where the call has none."""
 
     of: draws.Shapes
     layout: str
     width: int
+    config: LayerStepConfig | None
+
+
+def draw_config(random: np.random.Generator, K: int, V: int) -> LayerStepConfig:
+    """A launch that the kernel takes; in half of them programs share out a head, some
+    of which may lie past its end."""
+    while True:
+        warps, lanes_v, each = (2 ** int(n) for n in random.integers(0, (5, 4, 4)))
+        programs = (1, 1, 1, 2, 4, 8)[random.integers(6)]
+        config = LayerStepConfig(warps * lanes_v * each, lanes_v, warps, programs)
+        try:
+            check_registers(config, K, min(2, config.tiles(V)))
+        except ValueError:
+            continue
+        if config.block_v <= 2 * V and config.tiles(V) <= MOST_TILES:
+            return config
 
 
 class LayerSteps:
@@ -155,8 +174,6 @@ class LayerSteps:
 
     def __init__(self, against: str, implementation: str):
         self.against, self.implementation = against, implementation
-        # a GPU's own products of float32 are of fewer bits, the reference's too
-        jax.config.update("jax_default_matmul_precision", "highest")
 
     def shapes(self, seed: int, number: int) -> StepShapes:
         """The first of those drawn that a layer's step takes."""
@@ -174,7 +191,9 @@ class LayerSteps:
         options = tuple((key, value) for key, value in x.options if key in keep)
         layout = ("flat", "interleaved")[random.integers(2)]
         x = dataclasses.replace(x, options=options)
-        return StepShapes(x, layout, (2, 4)[random.integers(2)])
+        width = (2, 4)[random.integers(2)]
+        config = draw_config(random, x.K, x.V) if random.integers(4) else None
+        return StepShapes(x, layout, width, config)
 
     def draw(self, shapes: StepShapes, seed: int, case: int) -> Step:
         x, random = shapes.of, np.random.default_rng([seed, case, 3])
@@ -207,20 +226,25 @@ class LayerSteps:
         drawn = self.draw(shapes, seed, 0)
 
         def compiled(implementation: str, **options: Any) -> Callable:
+            config = shapes.config if implementation in KERNELS else None
+
             def step(state, tokens, tables):
                 return gdn_jax.fused_layer_step(
                     state,
                     *tokens,
                     layout=shapes.layout,
                     implementation=implementation,
+                    config=config,
                     **tables,
                     **dict(shapes.of.options),
                 )
 
             return jax.jit(step, **options).lower(*drawn).compile()
 
-        ours = compiled(self.implementation, donate_argnums=0)
-        reference = compiled("reference")
+        # a GPU's own products of float32 are of fewer bits, the reference's too
+        with jax.default_matmul_precision("highest"):
+            ours = compiled(self.implementation, donate_argnums=0)
+            reference = compiled("reference")
         return lambda *args: (reference(*args), ours(*args))
 
     def check(self, update: Callable, shapes: StepShapes, drawn: Step) -> Found:

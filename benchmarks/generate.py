@@ -44,7 +44,7 @@ from rich.table import Table
 
 from gdn_jax import timing
 from gdn_jax.generation import speculative, steps
-from gdn_jax.nn import GatedDeltaNet, gated_delta_net
+from gdn_jax.nn import GatedDeltaNet, arguments
 from gdn_jax.ops.layer_step.tuning import Step, pays
 
 ROUNDS, MOST_ROUNDS = 7, 25  # blocks of each update that are timed: more where one
@@ -104,7 +104,7 @@ def block_of(update: str):
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(steps, "speculative_step", in_turn))
             if update != "fused":
-                never = mock.patch.object(gated_delta_net, "pays", lambda *_: False)
+                never = mock.patch.object(arguments, "pays", lambda *_: False)
                 stack.enter_context(never)
             if update == "unfused":
                 stack.enter_context(nn.intercept_methods(unfused))

@@ -15,11 +15,13 @@ import reports.generate
 import reports.horizon
 import reports.layer
 import reports.layer_step
+import reports.pinning
 import reports.products
 import reports.replay
 import reports.sharded
 import reports.small
 import reports.speculate
+import reports.trust
 import reports.update
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,12 +46,16 @@ REPORTS = {
     "drift": reports.replay.drift,
     "sharded": reports.sharded.sharded,
     "horizon": reports.horizon.horizon,
+    "pinning": reports.pinning.pinning,
+    "memcheck": reports.trust.memcheck,
 }
 
 # The same for all the files together that a pattern finds in the devices' folders.
 REPORTS_OF_SEVERAL = {
     "*/speculate.json": reports.speculate.speculate,
     f"{RESULTS.name}/generate_*.json": reports.generate.generate,
+    f"{RESULTS.name}/fuzz*.json": reports.trust.fuzz,
+    f"{RESULTS.name}/load*.json": reports.trust.load,
 }
 
 

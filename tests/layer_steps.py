@@ -27,6 +27,7 @@ class Case:
     width: int = 4
     state_dtype: str = "float32"
     act_dtype: str = "float32"
+    ring_dtype: str | None = None  # act_dtype
     nulls: tuple[int, ...] = ()
     fresh: tuple[int, ...] = ()
     too_long: tuple[int, ...] = ()
@@ -55,6 +56,8 @@ CASES = [
     Case("decode, nulls", (1,) * 5, nulls=(0, 3), fresh=(2,), layout="interleaved"),
     Case("decode, bfloat16", state_dtype="bfloat16", act_dtype="bfloat16"),
     Case("decode, float16", state_dtype="float16", act_dtype="float16"),
+    Case("decode, a ring of less", ring_dtype="bfloat16", fresh=(1,)),
+    Case("verify, a ring of less", (4, 4), 4, ring_dtype="bfloat16"),
     Case("decode, past float16", act_dtype="float16", state_scale=1e7),
     Case(
         "parts of V, past float16",
@@ -95,7 +98,8 @@ def make(case, seed=0):
         return jnp.asarray(random.standard_normal(shape), dtype)
 
     start = jnp.asarray(random.integers(0, ring, P), jnp.int32)
-    conv = ConvState(normal(P, C, ring), start)
+    ring_dtype = case.ring_dtype or case.act_dtype
+    conv = ConvState(normal(P, C, ring, dtype=ring_dtype), start)
     state = conv, case.state_scale * normal(P, HV, V, K, dtype=case.state_dtype)
     slots = random.permutation(P)[: N * S].reshape(N, S).astype(np.int32)
     slots[list(case.nulls)] = -1

@@ -62,6 +62,23 @@ def test_a_prefill_and_steps_equal_one_call(path, columns):
     assert testing.relative_error(np.concatenate(parts, axis=1), want) < 1e-6
 
 
+def test_inputs_are_stored_in_the_states_dtype(path):
+    """What comes after them reads them so; a call's own tokens meet as they are."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, 4, 5)), jnp.float32)
+    weight = jnp.asarray(random.standard_normal((5, 4)), jnp.float32)
+    call = functools.partial(gdn_jax.causal_conv1d, implementation=path)
+    state, y = call(ConvState.zeros(1, 5, 4, jnp.bfloat16), x[:, :3], weight)
+    stored = x[:, :3].astype(jnp.bfloat16)
+    assert np.array_equal(state.to_dense(4), stored.swapaxes(1, 2))
+    whole = ConvState.zeros(1, 5, 4, jnp.float32)
+    _, want = call(whole, x[:, :3], weight)
+    assert y.dtype == x.dtype and testing.relative_error(y, want) < 1e-6
+    rounded, _ = call(whole, stored.astype(jnp.float32), weight)
+    (_, got), (_, want) = (call(each, x[:, 3:], weight) for each in (state, rounded))
+    assert testing.relative_error(got, want) < 1e-6
+
+
 def test_verify_with_any_count_equals_plain_steps(path):
     """Drafts beyond the accepted ones are lies, and leave no trace."""
     random = np.random.default_rng(0)

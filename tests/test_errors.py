@@ -1,4 +1,4 @@
-"""Wrong calls, calls that cannot run here, empty calls, and the slot checker."""
+"""Wrong calls are told in words that name the argument and the remedy."""
 
 import math
 import re
@@ -7,64 +7,40 @@ import aot
 import jax
 import jax.numpy as jnp
 import jaxtyping
-import numpy as np
 import pytest
+from good_calls import (
+    DENSE,
+    DRAFTS,
+    HV,
+    KDA,
+    PACKED,
+    POOL,
+    ROWS,
+    C,
+    H,
+    K,
+    L,
+    N,
+    P,
+    S,
+    T,
+    V,
+    W,
+    fused,
+    gates,
+    ints,
+    recurrent,
+    zeros,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gdn_jax
-
-N, T, L, P, S, H, HV, K, V, C, W = 2, 3, 5, 7, 3, 2, 4, 8, 6, 5, 4
-LOGITS = ("A_log", "a", "b", "dt_bias")
 
 
 @pytest.fixture(autouse=True)
 def _as_users_run_it(monkeypatch):
     """The tests' type checker would answer a wrong call before the library does."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-def zeros(*shape, dtype="float32"):
-    return np.zeros(shape, dtype)
-
-
-def ints(*shape):
-    return np.zeros(shape, np.int32)
-
-
-def _tokens(*axes):
-    return dict(
-        q=zeros(*axes, H, K),
-        k=zeros(*axes, H, K),
-        v=zeros(*axes, HV, V),
-        A_log=zeros(HV),
-        a=zeros(*axes, HV),
-        b=zeros(*axes, HV),
-        dt_bias=zeros(HV),
-    )
-
-
-POOL = dict(state=zeros(P, HV, V, K))
-ROWS = dict(state=zeros(N, HV, V, K)) | _tokens(N, T)
-DENSE = POOL | _tokens(N, T) | dict(slots=ints(N))
-DRAFTS = DENSE | dict(slots=ints(N, S), num_accepted=ints(N))
-PACKED = POOL | _tokens(L) | dict(slots=ints(N), cu_seqlens=ints(N + 1))
-KDA = DENSE | dict(a=zeros(N, T, HV, K), dt_bias=zeros(HV, K))
-
-
-def _fused(call):
-    return gdn_jax.fused_update(**call)
-
-
-def _recurrent(call):
-    """The same call for a caller with gates of its own."""
-    rest = {name: x for name, x in call.items() if name not in LOGITS}
-    return gdn_jax.recurrent_update(**rest, log_decay=call["a"], beta=call["b"])
-
-
-def _gates(call):
-    """The part of the call that makes the gates."""
-    tokens = ("state", "q", "k", "v", "slots")
-    return gdn_jax.gates(**{name: x for name, x in call.items() if name not in tokens})
 
 
 def _table(*blocks):
@@ -90,7 +66,7 @@ FLOATS = "must be one of float32, bfloat16, float16"
 SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
 
 
-@pytest.mark.parametrize("function", [_fused, _recurrent])
+@pytest.mark.parametrize("function", [fused, recurrent])
 @_table(
     (
         DENSE,
@@ -205,7 +181,7 @@ def test_a_wrong_call_is_told(function, call, text):
         function(call)
 
 
-@pytest.mark.parametrize("function", [_fused, _gates])
+@pytest.mark.parametrize("function", [fused, gates])
 @_table(
     (
         DENSE,
@@ -253,7 +229,7 @@ def test_wrong_gates_are_told(function, call, text):
 )
 def test_gates_that_miss_the_tokens_are_told(call, text):
     with _says(text):
-        _fused(call)
+        fused(call)
 
 
 @_table(
@@ -271,17 +247,17 @@ def test_gates_that_miss_the_tokens_are_told(call, text):
 )
 def test_own_gates_that_miss_the_tokens_are_told(call, text):
     with _says(text):
-        _recurrent(call)
+        recurrent(call)
 
 
 def test_a_logit_without_heads_is_told():
     with _says("b must be [.., HV]; got ()"):
-        _gates(DENSE | dict(b=zeros()))
+        gates(DENSE | dict(b=zeros()))
 
 
 def test_float64_is_refused_where_jax_keeps_it():
     with jax.enable_x64(True), _says(f"q {FLOATS}; got float64"):
-        _fused(DENSE | dict(q=zeros(N, T, H, K, dtype="float64")))
+        fused(DENSE | dict(q=zeros(N, T, H, K, dtype="float64")))
 
 
 @pytest.mark.parametrize(
@@ -289,23 +265,23 @@ def test_float64_is_refused_where_jax_keeps_it():
 )
 def test_a_traced_option_is_told(name):
     with _says(f"{name} must be a Python number, it is static; got ...Tracer"):
-        jax.jit(lambda x: _fused(DENSE | {name: x}))(0.5)
+        jax.jit(lambda x: fused(DENSE | {name: x}))(0.5)
 
 
 @pytest.mark.parametrize("name", ["qk_l2norm", "per_token_states", "allow_neg_eigval"])
 def test_a_traced_flag_is_told(name):
     with _says(f"{name} must be a Python bool; got ...Tracer"):
-        jax.jit(lambda x: _fused(DENSE | {name: x}))(True)
+        jax.jit(lambda x: fused(DENSE | {name: x}))(True)
 
 
 def test_a_traced_null_slot_is_told():
     with _says("null_slot must be an int or None; got ...static: close over it"):
-        jax.jit(lambda x: _fused(DENSE | dict(null_slot=x)))(0)
+        jax.jit(lambda x: fused(DENSE | dict(null_slot=x)))(0)
 
 
 def test_slots_may_be_a_list_of_traced_numbers():
     def update(slot):
-        return _fused(DENSE | dict(slots=[slot, 3]))
+        return fused(DENSE | dict(slots=[slot, 3]))
 
     assert jax.jit(update)(jnp.int32(1))[1].shape == (N, T, HV, V)
 
@@ -316,7 +292,7 @@ def test_arrays_over_explicit_mesh_axes_are_told():
     )
     split = NamedSharding(mesh, PartitionSpec("x"))
     with jax.set_mesh(mesh), _says("q must be whole, or ...; got ...'x'...shard_map"):
-        _fused(DENSE | dict(q=jax.device_put(jnp.zeros((N, T, H, K)), split)))
+        fused(DENSE | dict(q=jax.device_put(jnp.zeros((N, T, H, K)), split)))
 
 
 CONV = dict(
@@ -391,81 +367,6 @@ def test_a_wrong_call_of_the_convolution_is_told(call, text):
 def test_a_wrong_look_into_the_convolutions_state_is_told(call, text):
     with _says(text):
         CONV["state"].to_dense(**call)
-
-
-@pytest.mark.parametrize("implementation", [None, "interpret"])
-def test_a_config_may_be_given_where_it_may_count(implementation):
-    """And under None also where `xla` runs in the end."""
-    config = gdn_jax.LaunchConfig(8, 4)
-    call = ROWS | dict(config=config, implementation=implementation)
-    assert jax.eval_shape(lambda: _fused(call))[1].shape == (N, T, HV, V)
-
-
-@pytest.fixture
-def on_cpu():
-    """Arrays made here lie on a CPU, on a machine with a GPU as well."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
-
-
-@pytest.mark.parametrize("function", [_fused, _recurrent, _gates])
-def test_triton_without_a_gpu_names_the_way_out(function, on_cpu):
-    with pytest.raises(NotImplementedError, match=r"GPU.*implementation='xla'"):
-        function(DENSE | dict(implementation="triton"))
-
-
-WIDE = ROWS | dict(
-    state=zeros(N, HV, V, 512), q=zeros(N, T, H, 512), k=zeros(N, T, H, 512)
-)
-
-
-@pytest.mark.parametrize("implementation", ["triton", "interpret"])
-def test_a_head_too_wide_for_the_kernel_names_the_way_out(implementation):
-    with (
-        jax.sharding.use_abstract_mesh(aot.ABSTRACT_H200),
-        pytest.raises(NotImplementedError, match=r"K=512.*implementation='xla'"),
-    ):
-        jax.eval_shape(lambda: _fused(WIDE | dict(implementation=implementation)))
-
-
-@pytest.mark.parametrize(("call", "has_kernel"), [(ROWS, True), (WIDE, False)])
-def test_none_takes_the_kernel_where_it_can_run(call, has_kernel):
-    assert (aot.KERNEL_CALL in aot.lower(lambda: _fused(call))) is has_kernel
-
-
-def test_none_is_xla_on_a_cpu(on_cpu):
-    call = jax.tree.map(jnp.ones_like, ROWS)
-    got, want = (_fused(call | dict(implementation=x)) for x in (None, "xla"))
-    for x, y in zip(got, want, strict=True):
-        assert np.array_equal(x, y)
-
-
-EMPTY = {
-    "no tokens, dense": ROWS | _tokens(N, 0),
-    "no tokens, packed": PACKED | _tokens(0),
-    "no tokens, single": POOL | _tokens(0) | dict(slots=ints(0)),
-    "no rows, dense": DENSE | _tokens(0, T) | dict(slots=ints(0)),
-    "no rows, packed": PACKED | dict(slots=ints(0), cu_seqlens=ints(1)),
-    "no slots": PACKED | dict(state=zeros(0, HV, V, K)),
-    "no slots, drafts": DRAFTS | dict(state=zeros(0, HV, V, K)),
-}
-
-
-@pytest.mark.parametrize("call", EMPTY.values(), ids=EMPTY)
-def test_an_empty_call_gives_zeros_and_the_state_back(call, path):
-    call = {k: np.ones_like(x) if k in ("state", "v") else x for k, x in call.items()}
-    state, out = _fused(call | dict(implementation=path))
-    assert np.array_equal(state, call["state"])
-    assert out.shape == call["v"].shape
-    assert not out.any()
-
-
-@pytest.mark.parametrize("call", EMPTY.values(), ids=EMPTY)
-def test_an_empty_call_gives_a_zero_state_for_each_token(call, path):
-    states, out = _fused(call | dict(implementation=path, per_token_states=True))
-    assert states.shape == (*call["v"].shape[:-1], V, K)
-    assert not states.any()
-    assert not out.any()
 
 
 def test_a_launch_that_would_spill_is_told():

@@ -111,8 +111,27 @@ def test_the_fuzzer_counts_its_calls(fuzz, tmp_path):
 @pytest.mark.once
 @pytest.mark.parametrize("op", ["replay_update", "fused_layer_step"])
 def test_the_fuzzer_takes_other_ops(op, fuzz, tmp_path):
+    before = jax.config.jax_default_matmul_precision
     code, result = _run(fuzz, tmp_path, op=op, against="", cases=3, sets=2)
     assert (code, result["calls"], result["failures"]) == (0, 3, [])
+    assert jax.config.jax_default_matmul_precision == before
+
+
+@pytest.mark.once
+def test_the_fuzzer_pins_launches_of_steps(fuzz):
+    """Of one to eight programs a head, or as the op has it; and runs them."""
+    steps = fuzz.LayerSteps("reference", "interpret")
+    drawn = [steps.shapes(3, number) for number in range(60)]
+    assert drawn == [steps.shapes(3, number) for number in range(60)]
+    pinned = [shapes for shapes in drawn if shapes.config]
+    assert len(pinned) < len(drawn)
+    assert {shapes.config.programs for shapes in pinned} == {1, 2, 4, 8}
+
+    def size(shapes):
+        return shapes.of.L * shapes.of.HV * shapes.of.V * shapes.of.K
+
+    shapes = min((each for each in pinned if each.config.programs > 1), key=size)
+    steps.check(steps.compile(shapes, 3), shapes, steps.draw(shapes, 3, 0))
 
 
 @pytest.mark.once

@@ -16,7 +16,7 @@ from layer_steps import KERNELS, Case, make
 
 import gdn_jax
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step, testing
-from gdn_jax.nn import gated_delta_net
+from gdn_jax.nn import GatedDeltaNet, arguments
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.gated_delta.tuning import check_registers
 from gdn_jax.ops.layer_step import conv, tuning
@@ -112,17 +112,17 @@ def test_a_layer_takes_it_where_it_pays(layout, drafts, kernel, monkeypatch):
         steps.append(step)
         return step.tokens == 1 + drafts
 
-    layer = gated_delta_net.GatedDeltaNet(48, 2, 4, 32, 32, layout=layout)
+    layer = GatedDeltaNet(48, 2, 4, 32, 32, layout=layout)
     N, S = 3, 1 + drafts
     x = jax.random.normal(jax.random.key(0), (N, 5 + 3 * S, 48))
     params = layer.init(jax.random.key(1), x[:, :1])
-    monkeypatch.setattr(gated_delta_net, "pays", pays)
+    monkeypatch.setattr(arguments, "pays", pays)
     table = jnp.arange(N * S, dtype=jnp.int32)[::-1].reshape(N, S)
     outs, rings = {}, {}
     for name in (kernel, "xla"):
         apply = jax.jit(functools.partial(layer.apply, params, implementation=name))
         if name == "xla":
-            monkeypatch.setattr(gated_delta_net, "pays", lambda *_: False)
+            monkeypatch.setattr(arguments, "pays", lambda *_: False)
         state = layer.init_state(N * S, columns=S)
         y, state = apply(x[:, :5], state, slots=table[:, 0])
         outs[name] = [y]

@@ -18,7 +18,7 @@ from gdn_jax import (
     fused_layer_step,
     testing,
 )
-from gdn_jax.nn import GatedDeltaNet, gated_delta_net
+from gdn_jax.nn import GatedDeltaNet, arguments
 from gdn_jax.ops.layer_step import tuning
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -283,12 +283,12 @@ def test_a_layer_takes_it_where_it_pays(kernel, monkeypatch):
     layer = GatedDeltaNet(48, 2, 4, 32, 32, layout="interleaved")
     x = jax.random.normal(jax.random.key(0), (N, 5 + 4 * S, 48))
     params = layer.init(jax.random.key(1), x[:, :1])
-    monkeypatch.setattr(gated_delta_net, "pays", pays)
+    monkeypatch.setattr(arguments, "pays", pays)
     slots = np.int32([3, 0, 2, 4])
     outs, rings = {}, {}
     for name in (kernel, "xla"):
         if name == "xla":
-            monkeypatch.setattr(gated_delta_net, "pays", lambda *_: False)
+            monkeypatch.setattr(arguments, "pays", lambda *_: False)
         apply = jax.jit(functools.partial(layer.apply, params, implementation=name))
         state = layer.init_state(5, columns=S, decode="replay")
         y, state = apply(x[:, :5], state, slots=slots)

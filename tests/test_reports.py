@@ -177,3 +177,112 @@ def test_a_layers_step_is_told_with_what_a_layer_takes(report):
     assert marker == "layer_step_replay"
     assert "| three launches | 12.0 | 79.0 |" in text
     assert "| the rule alone, two | 9.0 | - |" in text
+
+
+def _told(rows, **others):
+    told = _result(rows) | dict(inputs="normal", **others)
+    del told["copy_tb_per_s"]
+    return told
+
+
+def _fuzzed(op, against, rows, **others):
+    counts = dict(seed=7, asked=3000, calls=3000, sets=len(rows), failures=[])
+    return _told(rows, op=op, against=against, tolerance="near", **counts | others)
+
+
+def test_random_calls_are_told_with_what_failed(report, tmp_path):
+    """Op by op, of all files that there are, where the page has the marker."""
+    page = tmp_path / "docs" / "trust.md"
+    page.write_text("<!-- fuzz -->\nnot yet\n<!-- /fuzz -->\n")
+    (tmp_path / "README.md").write_text("")
+    report.main()
+    assert "not yet" in page.read_text()
+
+    def errors(worst):
+        return dict(state=dict(rms=1e-7, worst=worst), out=dict(rms=1e-3, worst=0.5))
+
+    rows = [dict(number=0, errors=errors(0.25)), dict(number=1, errors=errors(0.75))]
+    rows.append(dict(number=2, errors={}, absent="no such K"))
+    fault = dict(
+        case=5, reason="state deviates", to="python benchmarks/fuzz.py --case 5"
+    )
+    files = dict(
+        fuzz=_fuzzed("fused_update", "vllm", rows),
+        fuzz_replay_update=_fuzzed(
+            "replay_update", "oracle", rows[:1], calls=20, failures=[fault]
+        ),
+    )
+    for name, result in files.items():
+        (tmp_path / "nvidia_h200" / f"{name}.json").write_text(json.dumps(result))
+    report.main()
+    text = page.read_text()
+    assert "| `fused_update` | vLLM's kernel | 3,000 | 3 | 0 | 0.75 |" in text
+    assert "| `replay_update` | float64 | 20 of 3,000 | 1 | 1 | 0.50 |" in text
+    assert "Not run beside it: shapes 2.\n" in text
+    assert "Failed: `python benchmarks/fuzz.py --case 5`: state deviates." in text
+    assert "`fused_update`: normal. Right is: near.\nSeed 7; a GPU, JAX 0," in text
+
+
+def test_what_memcheck_found_is_told_with_what_it_did_not_see(report):
+    planted = {"none": dict(errors=0), "one value": dict(errors=1)}
+    tests = dict(passed=["a"] * 1200, failed=["b"], unchecked=[], not_run=["c", "d"])
+    tests |= dict(skipped=["e"], left_out=["f"])
+    about = dict(sanitizer="Version 1", planted=planted, errors=4)
+    result = _told([], **tests, **about)
+    [(marker, text)] = report.REPORTS["memcheck"](result, None).items()
+    assert marker == "memcheck"
+    assert "| errors of a kernel that writes one value past its buffer | 1 |" in text
+    assert "| errors of the tests | 4 |\n| tests that passed | 1,200 |" in text
+    assert "| that failed | 1 |\n| for which there was no time | 2 |" in text
+    assert "said nothing" not in text and "Not well: `b`." in text
+    assert "compute-sanitizer Version 1; a GPU, JAX 0, 2026-01-01" in text
+
+
+def _wave(live, **others):
+    row = dict(texts=2000, tokens=9000, seconds=3.0, callbacks_raised=2)
+    memory = dict(buffers=9, live=live, device=None, host=100 + live)
+    row |= dict(texts_not_as_alone=0, row_faults=0, memory=memory)
+    return row | others
+
+
+def test_a_load_is_told_plain_and_with_drafts(report):
+    """Memory from the second wave on; a run without a verdict is no good one."""
+    waves = [_wave(5), _wave(7), _wave(7)]
+    killed = dict(kills=2, faults=[])
+    whole = dict(load=dict(rows=64, drafts=0), killed=killed, faults=[])
+    stopped = dict(load=dict(rows=64, drafts=3))
+    wrong = [_wave(5, texts_not_as_alone=1), _wave(5), _wave(8)]
+    [suite] = [each for each in report.REPORTS_OF_SEVERAL if "load" in each]
+    of_both = [_told(wrong, **stopped), _told(waves, **whole)]
+    [(marker, text)] = report.REPORTS_OF_SEVERAL[suite](of_both, None).items()
+    assert marker == "load"
+    assert "| an engine under load | plain | 3 drafts |" in text
+    assert (
+        "| texts | 6,000 | 6,000 |" in text and "| tokens/s | 3,000 | 3,000 |" in text
+    )
+    assert "| that are not bit for bit those alone | 0 | 1 |" in text
+    assert "| processes killed | 2 | 0 |" in text
+    assert "| bytes by which JAX's arrays grew | 0 | 3 |" in text
+    assert "| bytes by which the device's memory grew | - | - |" in text
+    assert text.count("At fault: ") == 1 and "did not come to its end" in text
+
+
+def test_a_pinned_launch_is_the_one_that_loses_least(report):
+    def cost(dtype, launch, **by_batch):
+        return dict(state_dtype=dtype, launch=f"pinned: {launch}", by_batch=by_batch)
+
+    costs = [cost("float32", "A", a=1.0, b=1.25), cost("float32", "B", a=2.0, b=1.0)]
+    costs.append(cost("bfloat16", "C", b=1.125))
+    result = _told([], costs=costs)
+    [(marker, text)] = report.REPORTS["pinning"](result, None).items()
+    assert marker == "pinning" and "each batch's own | a | b |" in text
+    assert "| float32 state, A | 1.00 | 1.25 |" in text and "B" not in text
+    assert "| bfloat16 state, C | - | 1.12 |" in text
+
+
+def test_pages_have_what_is_reported_of_them():
+    docs = BENCHMARKS.parent / "docs"
+    pages = dict(fuzz="trust", memcheck="trust", load="trust", pinning="numerics")
+    for name, page in pages.items():
+        text = (docs / f"{page}.md").read_text()
+        assert text.index(f"<!-- {name} -->") < text.index(f"<!-- /{name} -->")

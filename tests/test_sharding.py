@@ -252,10 +252,13 @@ def test_channels_by_parts():
     assert_same(got_state.buffer, order(want_state.buffer, 1))
 
 
+@pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("layout", ["flat", "interleaved"])
-def test_a_step_by_parts(layout):
+def test_a_step_by_parts(layout, replay):
     sizes, parts = (H * K, H * K, HV * V), 4
     (state, qkvz, ba), keywords = step_case(layout)
+    if replay:
+        state = state[0], replay_case(H)[0][0]
     want_state, want = run(gdn_jax.fused_layer_step, (state, qkvz, ba), keywords)
 
     def order(y, axis=-1):
@@ -317,6 +320,9 @@ def test_wrong_calls():
         packed = pool(N), *tokens(12)
         table = dict(cu_seqlens=np.array([0, 3, 6, 9, 12], np.int32))
         sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
+    with says("cu_seqlens must be .2, ...*each part's own; got .4, 3"):
+        table = dict(cu_seqlens=np.tile(np.array([0, 3, 6], np.int32), (4, 1)))
+        sharding.split(gdn_jax.fused_update, mesh_of(2, 1))(*packed, **table)
     with says("op must be one of fused_update.*shard_map yourself"):
         sharding.split(jnp.dot, mesh_of(1, 1))
     with says("state must be an array; got ReplayState.*replay_update"):
@@ -329,6 +335,18 @@ def test_wrong_calls():
     many = jax.device_count() + 1
     with says(f"at most {many - 1} devices"):
         sharding.make_mesh(1, many)
+
+
+def test_an_error_offers_what_all_axes_allow():
+    """Two devices could share six value heads, and not the three key heads beside."""
+    q, k, v, A_log, a, b, dt_bias = tokens(N, T)
+    three = *(x[:, :, :3] for x in (q, k)), v[:, :, :6]
+    three += (*(x[..., :6] for x in (A_log, a, b, dt_bias)),)
+    with says("state's axis 1.*got 6.*Possible sizes of 'model': 1, 3, 6.$"):
+        sharding.split(gdn_jax.fused_update, mesh_of(1, 4))(pool(N)[:, :6], *three)
+    with says("state's axis 0.*got 9.*next multiple is 10.*sizes of 'data': 1.$"):
+        shared = sharding.split(gdn_jax.fused_update, mesh_of(2, 1))
+        shared(pool(9), *tokens(N), slots=SLOTS)
 
 
 def test_copies_between_parts():

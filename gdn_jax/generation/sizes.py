@@ -14,6 +14,7 @@ from gdn_jax.models.sharded import AnyModel, ShardedModel
 from gdn_jax.nn import arguments
 from gdn_jax.ops import checks
 from gdn_jax.ops.gated_delta import tuning
+from gdn_jax.sharding.grid import Axis
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
 CONTAINER = pathlib.Path("/sys/fs/cgroup/memory.max")  # of Linux; bytes
@@ -53,7 +54,7 @@ def check_sizes(
     for name, size in sizes.items():
         checks.count(name, size, "It is a size.")
     if isinstance(model, ShardedModel):
-        model.grid.check("rows", "num_rows", sizes["num_rows"])
+        model.grid.check(Axis("rows", "num_rows", sizes["num_rows"]))
     if sizes["prefill_tokens"] < SHORTEST_PIECE:
         wanted, remedy = f">= {SHORTEST_PIECE}", "Shorter pieces are padded to it."
         checks.fail("prefill_tokens", sizes["prefill_tokens"], wanted, remedy)

@@ -27,7 +27,7 @@ from gdn_jax.nn.shares import Read, Shares, is_traced
 from gdn_jax.nn.split import Split
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
-from gdn_jax.sharding.grid import AXES, Grid, MeshAxes
+from gdn_jax.sharding.grid import AXES, Axis, Grid, MeshAxes
 
 METHODS = ("__call__", "hidden", "logits", "draft")
 LAYER_STATES = (KVCache, GatedDeltaNetState)
@@ -144,9 +144,13 @@ class ShardedModel:
         arrays = args, {k: v for k, v in keywords.items() if k not in static}
         arrays = jax.tree.map(jnp.asarray, arrays)
         named = {f"argument {i}": x for i, x in enumerate(arrays[0])} | arrays[1]
-        for [what, *_], leaf in jax.tree_util.tree_leaves_with_path(named):
-            if jnp.ndim(leaf):
-                self.grid.check("rows", f"{what.key}'s axis 0", leaf.shape[0])
+        self.grid.check(
+            *(
+                Axis("rows", f"{what.key}'s axis 0", leaf.shape[0])
+                for [what, *_], leaf in jax.tree_util.tree_leaves_with_path(named)
+                if jnp.ndim(leaf)
+            )
+        )
 
         def run(variables: Any, args: Any, tables: Any) -> Any:
             if "rows" in tables:
@@ -191,7 +195,7 @@ class ShardedModel:
 
     def make(self, function: Callable[[int], Any], num_rows: int) -> Any:
         """What `function` makes for so many rows, each device its own part of it."""
-        self.grid.check("rows", "num_rows", num_rows)
+        self.grid.check(Axis("rows", "num_rows", num_rows))
         make = functools.partial(function, num_rows // self.groups)
         specs = self.specs(jax.eval_shape(make))
         return jax.jit(self.grid.run(make, (), specs))()

@@ -6,7 +6,7 @@ from typing import Any
 from gdn_jax.models.config import Config
 from gdn_jax.nn.split import Split
 from gdn_jax.ops import checks
-from gdn_jax.sharding.grid import Grid
+from gdn_jax.sharding.grid import Axis, Grid
 
 
 def find_split(config: Config, grid: Grid) -> Split | None:
@@ -16,25 +16,27 @@ def find_split(config: Config, grid: Grid) -> Split | None:
       ValueError: the devices cannot share the model out.
     """
     kinds, sparse = _kinds(config)
-    names = set()
+    shared: list[Axis] = []
 
-    def check(name: str, field: str, others: str | None = None) -> None:
+    def add(name: str, field: str, others: str | None = None) -> None:
         read_by = getattr(config, others) if others else 0
-        grid.check(name, f"config.{field}", getattr(config, field), read_by)
-        names.add(name)
+        shared.append(Axis(name, f"config.{field}", getattr(config, field), read_by))
 
     if "full_attention" in kinds:
-        check("heads", "num_attention_heads")
-        check("kv_heads", "num_key_value_heads", "num_attention_heads")
+        add("heads", "num_attention_heads")
+        add("kv_heads", "num_key_value_heads", "num_attention_heads")
     if "linear_attention" in kinds:
-        check("gdn_value_heads", "linear_num_value_heads")
-        check("gdn_key_heads", "linear_num_key_heads", "linear_num_value_heads")
-        names.add("gdn_channels")
+        add("gdn_value_heads", "linear_num_value_heads")
+        add("gdn_key_heads", "linear_num_key_heads", "linear_num_value_heads")
     if False in sparse:
-        check("mlp", "intermediate_size")
+        add("mlp", "intermediate_size")
     if True in sparse:
-        check("experts", "num_experts")
-        check("mlp", "shared_expert_intermediate_size")
+        add("experts", "num_experts")
+        add("mlp", "shared_expert_intermediate_size")
+    grid.check(*shared)
+    names = {axis.name for axis in shared}
+    if "linear_attention" in kinds:
+        names.add("gdn_channels")
     over = {name: grid.over(name) for name in sorted(names)}
     if len(set(over.values())) > 1:
         remedy = "One sum over devices is for all heads, or all columns, of a layer."

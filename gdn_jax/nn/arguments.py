@@ -11,8 +11,9 @@ from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
 from gdn_jax.ops.gated_delta.replay_state import WINDOWS
 from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
+from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
 from gdn_jax.ops.layer_step.call import pool_of
-from gdn_jax.ops.layer_step.tuning import Step
+from gdn_jax.ops.layer_step.tuning import Step, pays
 
 PATHS = ("fused", "chunk")
 # Dense rows up to here are walked token by token: a chunk would be mostly empty.
@@ -122,14 +123,23 @@ def choose_path(path: str | None, x: Array, given: Batch, *, replay: bool) -> st
     return "fused" if speculative or short or single else "chunk"
 
 
-def step_of(
-    x: Array, state: GatedDeltaNetState, given: Batch, width: int, num_key_heads: int
-) -> Step:
-    """A call of tokens, as `fused_layer_step` would have it."""
+def steps_at_once(
+    layer: Any,
+    x: Array,
+    state: GatedDeltaNetState,
+    given: Batch,
+    implementation: str | None,
+) -> bool:
+    """Whether `fused_layer_step` can take a call on the fused path, and was measured to
+    be faster."""
+    known = layer.layout in LAYOUTS_OF_STEPS and layer.gate_rank is None
+    if layer.per_key_decay or not known:
+        return False
     rows, tokens, _ = checks.rows_of(x.shape[:-1], given.cu_seqlens)
-    columns = state.conv.buffer.shape[2] - width + 1
+    columns = state.conv.buffer.shape[2] - layer.conv_width + 1
     pool = jnp.asarray(pool_of(state.recurrent))
     HV, V, K = pool.shape[1:]
-    sizes = num_key_heads, HV, K, V, pool.dtype.name
+    sizes = layer.num_key_heads, HV, K, V, pool.dtype.name
     verifies = given.num_accepted is not None
-    return Step(rows, tokens, columns, verifies, *sizes, state.is_replay)
+    step = Step(rows, tokens, columns, verifies, *sizes, state.is_replay)
+    return pays(implementation, x, step)

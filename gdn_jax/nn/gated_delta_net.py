@@ -25,8 +25,6 @@ from gdn_jax.ops.few_rows.call import total
 from gdn_jax.ops.gated_delta.call import dtype_before_norm
 from gdn_jax.ops.gated_delta.replay_prefill import chunk_replay
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
-from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
-from gdn_jax.ops.layer_step.tuning import pays
 from gdn_jax.ops.tables import Tables, find_tables
 
 
@@ -241,7 +239,9 @@ class GatedDeltaNet(nn.Module):
             state, self.heads.channels, self.conv_width, given, null_slot, path
         )
         tables = find_tables(given, conv_slots, x.shape[:-1], pools)
-        if path == "fused" and self._steps_at_once(x, state, given, implementation):
+        if path == "fused" and arguments.steps_at_once(
+            self, x, state, given, implementation
+        ):
             of_call = given._asdict() | dict(conv_slots=conv_slots, null_slot=null_slot)
             return self._step(x, state, tables.live, implementation, of_call)
 
@@ -253,20 +253,6 @@ class GatedDeltaNet(nn.Module):
         y = flat(self.norm(out, z, implementation)).astype(self.dtype)
         parts = self.out_proj.parts(y, implementation)
         return parts, GatedDeltaNetState(conv, recurrent)
-
-    def _steps_at_once(
-        self,
-        x: Array,
-        state: GatedDeltaNetState,
-        given: Batch,
-        implementation: str | None,
-    ) -> bool:
-        """Whether fused kernels can take the step, and were measured to be faster."""
-        known = self.layout in LAYOUTS_OF_STEPS and self.gate_rank is None
-        if self.per_key_decay or not known:
-            return False
-        step = arguments.step_of(x, state, given, self.conv_width, self.num_key_heads)
-        return pays(implementation, x, step)
 
     def _step(
         self,
@@ -385,19 +371,14 @@ class GatedDeltaNet(nn.Module):
             num_conv_slots = num_slots
         arguments.check_pools(num_slots, num_conv_slots, recurrent_dtype)
         arguments.check_decode(decode, columns)
-        state = self._zeros(
-            num_slots, num_conv_slots, columns=columns, recurrent_dtype=recurrent_dtype
-        )
-        if decode != "replay":
-            return state
-        recurrent = ReplayState.from_dense(
-            jnp.asarray(state.recurrent),
-            num_key_heads=self.num_key_heads,
-            window=arguments.window_of(columns),
-            key_dtype=self.dtype,
+        return self._zeros(
+            num_slots,
+            num_conv_slots,
+            columns=columns,
+            recurrent_dtype=recurrent_dtype,
+            window=arguments.window_of(columns) if decode == "replay" else None,
             per_key_decay=self.per_key_decay,
         )
-        return state._replace(recurrent=recurrent)
 
     @nn.nowrap
     def _zeros(self, *num_slots: int, **options: Any) -> GatedDeltaNetState:

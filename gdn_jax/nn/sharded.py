@@ -19,7 +19,7 @@ from gdn_jax.nn.shares import Shares, is_traced
 from gdn_jax.nn.split import Split, summed
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
-from gdn_jax.sharding.grid import AXES, Grid, MeshAxes
+from gdn_jax.sharding.grid import AXES, Axis, Grid, MeshAxes
 
 PLACED = "Give what shard(layer.init(..)['params']) gives."
 TABLES = ("slots", "conv_slots", "num_accepted", "has_state")
@@ -53,8 +53,10 @@ class ShardedLayer:
     ):
         self.layer, self.grid = layer, Grid(mesh, axes)
         H, HV = layer.num_key_heads, layer.num_value_heads
-        self.grid.check("gdn_value_heads", "layer.num_value_heads", HV)
-        self.grid.check("gdn_key_heads", "layer.num_key_heads", H, HV)
+        self.grid.check(
+            Axis("gdn_value_heads", "layer.num_value_heads", HV),
+            Axis("gdn_key_heads", "layer.num_key_heads", H, HV),
+        )
         over, parts = (
             self.grid.over("gdn_value_heads"),
             self.grid.parts("gdn_value_heads"),
@@ -110,11 +112,11 @@ class ShardedLayer:
         """As `GatedDeltaNet.init_state`; every device makes its own part."""
         groups = self.grid.parts("rows")
         others = keywords.get("num_conv_slots")
-        for name, size in dict(num_slots=num_slots, num_conv_slots=others).items():
-            if size is not None:
-                self.grid.check("rows", name, size)
+        rows = dict(num_slots=num_slots)
         if others is not None:
+            rows["num_conv_slots"] = others
             keywords |= dict(num_conv_slots=others // groups)
+        self.grid.check(*(Axis("rows", *each) for each in rows.items()))
         make = functools.partial(self.part.init_state, num_slots // groups, **keywords)
         return jax.jit(self.grid.run(make, (), self._specs(jax.eval_shape(make))))()
 
@@ -144,8 +146,8 @@ class ShardedLayer:
             remedy = "Give rows of one length, padded."
             checks.fail("cu_seqlens", "given", "None with several groups", remedy)
         arrays = dict(x=x, **tables)
-        for name, array in arrays.items():
-            self.grid.check("rows", f"{name}'s axis 0", jnp.shape(array)[0])
+        rows = ((f"{name}'s axis 0", len(array)) for name, array in arrays.items())
+        self.grid.check(*(Axis("rows", *each) for each in rows))
 
         def run(variables: Any, state: Any, arrays: dict[str, Any]) -> Any:
             call = keywords | self._own_slots(state, arrays, keywords)

@@ -45,12 +45,24 @@ def zeros(
     dtype: Any,
     columns: int = 1,
     recurrent_dtype: Any = jnp.float32,
+    window: int | None = None,
+    per_key_decay: bool = False,
 ) -> GatedDeltaNetState:
+    """With a `window` the rule's states are a `ReplayState`."""
     conv = ConvState.zeros(
         num_conv_slots, heads.channels, width, dtype, columns=columns
     )
     shape = (num_slots, heads.HV, heads.V, heads.K)
-    return GatedDeltaNetState(conv, jnp.zeros(shape, recurrent_dtype))
+    recurrent = jnp.zeros(shape, recurrent_dtype)
+    if window is not None:
+        recurrent = ReplayState.from_dense(
+            recurrent,
+            num_key_heads=heads.H,
+            window=window,
+            key_dtype=dtype,
+            per_key_decay=per_key_decay,
+        )
+    return GatedDeltaNetState(conv, recurrent)
 
 
 def check_type(state: Any) -> GatedDeltaNetState:

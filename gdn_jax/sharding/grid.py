@@ -4,7 +4,7 @@ from __future__ import annotations  # so that help() names types and expands non
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,30 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Any = None) -> Mesh:
     names = ("data", "model")
     chosen = devices[: data * model]
     return jax.make_mesh((data, model), names, axis_types=kinds, devices=chosen)
+
+
+class Axis(NamedTuple):
+    """Something that devices are to share out.
+
+    Attributes:
+      name: the logical axis.
+      what: as an error names it.
+      size: how much of it there is.
+      others: of key heads that may be several devices', the value heads.
+    """
+
+    name: str
+    what: str
+    size: int
+    others: int = 0
+
+    def fits(self, parts: int) -> bool:
+        """Whether so many can share it: all have as much of it; or each key head is
+        several parts' of whose value heads it is."""
+        size, others = self.size, self.others
+        return size % parts == 0 or (
+            others > 0 and parts % size == 0 and others % parts == 0
+        )
 
 
 class Grid:
@@ -134,32 +158,34 @@ class Grid:
             check_vma=False,
         )
 
-    def check(self, name: str, what: str, size: int, others: int = 0) -> None:
+    def check(self, *axes: Axis) -> None:
         """
         Raises:
-          ValueError: the parts of `name` cannot share `what`, of this size; see `fits`.
+          ValueError: the mesh's devices cannot share one of these out; with the sizes
+            that all over the same of the mesh's axes allow.
         """
-        parts = self.parts(name)
-        if fits(size, parts, others):
-            return
-        most = range(1, max(size, others) + 1)
-        possible = [str(n) for n in most if fits(size, n, others)]
-        axes = " * ".join(map(repr, self.over(name)))
-        wanted = f"a multiple of the {parts} devices of the mesh's {axes}"
-        if others:
-            wanted += f", or a divisor of them where they divide {others}, its readers"
+        for axis in axes:
+            if not axis.fits(self.parts(axis.name)):
+                self._refuse(axis, axes)
+
+    def _refuse(self, axis: Axis, axes: tuple[Axis, ...]) -> None:
+        over, parts = self.over(axis.name), self.parts(axis.name)
+        beside = [each for each in axes if each.size and self.over(each.name) == over]
+        most = min(max(each.size, each.others) for each in beside)
+        possible = [
+            str(n) for n in range(1, most + 1) if all(each.fits(n) for each in beside)
+        ]
+        names = " * ".join(map(repr, over))
+        wanted = f"a multiple of the {parts} devices of the mesh's {names}"
+        if axis.others:
+            wanted += f", or a divisor of them where they divide {axis.others}, its "
+            wanted += "readers"
         more = ", .." if len(possible) > MOST_SHOWN else ""
         shown = ", ".join(possible[:MOST_SHOWN]) + more
-        checks.fail(what, size, wanted, f"Possible sizes of {axes}: {shown}.")
-
-
-def fits(size: int, parts: int, others: int = 0) -> bool:
-    """Whether so many parts can share an axis: all have as much of it; or, of key heads
-    whose value heads are `others`, each is several parts' of whose value heads it is.
-    """
-    return size % parts == 0 or (
-        others > 0 and parts % size == 0 and others % parts == 0
-    )
+        remedy = f"Possible sizes of {names}: {shown}."
+        if axis.name == "rows":  # of which there may be more, unlike heads
+            remedy = f"The next multiple is {-(-axis.size // parts) * parts}. {remedy}"
+        checks.fail(axis.what, axis.size, wanted, remedy)
 
 
 def names_of(axes: MeshAxes) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations  # so that help() names types and expands non
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from gdn_jax.ops import checks
-from gdn_jax.sharding.grid import AXES, Grid, MeshAxes, own_groups
+from gdn_jax.sharding.grid import AXES, Axis, Grid, MeshAxes, own_groups
 from gdn_jax.sharding.table import OPS, Names, Op, key_of, of_pools
 
 COPIES = ("src", "dst")
@@ -99,18 +99,23 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
         wanted = f"among {', '.join(sorted(entry.arrays))}"
         checks.fail("arrays", ", ".join(paths), wanted, "Give what the op takes.")
     arrays = dict(zip(paths, map(jnp.asarray, leaves), strict=True))
-    if "conv_weight" in arrays:
-        _check_key_heads(grid, arrays)
     names = {path: _axes_of(path, arrays, entry.arrays[path]) for path in paths}
     order = list(given)  # an error names the first of a call's arguments
     in_order = sorted(paths, key=lambda path: order.index(path.partition(".")[0]))
-    arrays |= {path: _shared(path, arrays, names, grid) for path in in_order}
+    split_sizes = static.get("split")
+    grid.check(
+        *_key_heads(arrays),
+        *(axis for path in in_order for axis in _shared(path, arrays, names, grid)),
+        *(
+            Axis("gdn_channels", f"split[{i}]", size)
+            for i, size in enumerate(split_sizes or ())
+        ),
+    )
+    arrays |= {path: _repeated(arrays[path], names[path], grid) for path in paths}
     specs = {path: grid.spec(names[path]) for path in paths}
-    if (sizes := static.get("split")) is not None:
-        for i, size in enumerate(sizes):
-            grid.check("gdn_channels", f"split[{i}]", size)
+    if split_sizes is not None:
         parts = grid.parts("gdn_channels")
-        static["split"] = [size // parts for size in sizes]
+        static["split"] = [size // parts for size in split_sizes]
 
     def local(*leaves: Array) -> Any:
         options, tables = dict(static), dict(zip(paths, leaves, strict=True))
@@ -128,15 +133,23 @@ def _run(op: Callable[..., Any], entry: Op, grid: Grid, call: dict[str, Any]) ->
     return grid.run(local, tuple(specs.values()), out_specs)(*arrays.values())
 
 
-def _check_key_heads(grid: Grid, arrays: Mapping[str, Array]) -> None:
+def _key_heads(arrays: Mapping[str, Array]) -> list[Axis]:
     """Of a layer's step, whose channels alone say how many there are."""
-    pool, weight = arrays["state.1"], arrays["conv_weight"]
+    if "conv_weight" not in arrays:
+        return []
+    pool, weight = _first(arrays, "state.1"), arrays["conv_weight"]
     if pool.ndim != 4 or weight.ndim != 2:
-        return
+        return []
     _, HV, V, K = pool.shape
     key_heads, rest = divmod(weight.shape[0] - HV * V, 2 * K)
-    if key_heads > 0 and rest == 0:
-        grid.check("gdn_key_heads", "key heads of conv_weight's channels", key_heads)
+    what = "key heads of conv_weight's channels"
+    is_right = key_heads > 0 and rest == 0
+    return [Axis("gdn_key_heads", what, key_heads)] if is_right else []
+
+
+def _first(arrays: Mapping[str, Array], path: str) -> Array:
+    """At that path, or of those under it: a `ReplayState`'s checkpoint."""
+    return next(x for name, x in arrays.items() if f"{name}.".startswith(f"{path}."))
 
 
 def _check_copies(grid: Grid, call: dict[str, Any]) -> None:
@@ -199,22 +212,25 @@ def _axes_of(path: str, arrays: Mapping[str, Array], names: Names) -> Names:
 
 def _shared(
     path: str, arrays: Mapping[str, Array], names: Mapping[str, Names], grid: Grid
-) -> Array:
-    """The array, if its axes can be shared out; its key heads as often as need be."""
+) -> Iterator[Axis]:
+    """An array's axes that are to be shared out."""
     x = arrays[path]
     if path in ("cu_seqlens", "group_sizes") and grid.parts("rows") > 1:
         wanted = f"[{grid.parts('rows')}, ..], each part's own"
-        if x.ndim != 2:
+        if x.ndim != 2 or len(x) != grid.parts("rows"):
             checks.fail(path, x.shape, wanted, "Each part's tokens are its own rows'.")
     for axis, (name, size) in enumerate(zip(names[path], x.shape, strict=True)):
-        if name is None:
-            continue
-        repeats = name == "gdn_key_heads" and path in ("q", "k")
-        others = arrays["v"].shape[-2] if repeats else 0
-        grid.check(name, f"{path}'s axis {axis} ({name})", size, others)
-        parts = grid.parts(name)
-        if size % parts:
-            x = jnp.repeat(x, parts // size, axis)
+        if name is not None:
+            repeats = name == "gdn_key_heads" and path in ("q", "k")
+            others = arrays["v"].shape[-2] if repeats else 0
+            yield Axis(name, f"{path}'s axis {axis} ({name})", size, others)
+
+
+def _repeated(x: Array, names: Names, grid: Grid) -> Array:
+    """With its key heads as often as several devices need each."""
+    for axis, (name, size) in enumerate(zip(names, x.shape, strict=True)):
+        if size % grid.parts(name):
+            x = jnp.repeat(x, grid.parts(name) // size, axis)
     return x
 
 
@@ -226,7 +242,9 @@ def _own_tables(
         return arrays
     for path in arrays.keys() & {"cu_seqlens", "group_sizes"}:
         arrays[path] = arrays[path][0]
-    sizes = {table: arrays[pool].shape[0] for table, pool in entry.pools.items()}
+    sizes = {
+        table: _first(arrays, pool).shape[0] for table, pool in entry.pools.items()
+    }
     tables = {path: arrays[path] for path in arrays.keys() & sizes.keys()}
     null_slot = options.get("null_slot")
     tables, null_slot = grid.own_slots(tables, sizes, null_slot)

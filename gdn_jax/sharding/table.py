@@ -73,6 +73,7 @@ OPS: Mapping[str, Op] = dict(
         _TABLES
         | _under("state.0", _CONV)
         | {"state.1": _POOL}
+        | _under("state.1", _RECORDS)
         | dict.fromkeys(("qkvz", "qkvz.0", "ba"), _CHANNELS)
         | {"qkvz.1": _GATES, "ba.0": _GATES, "ba.1": _GATES}
         | dict(conv_weight=("gdn_channels",), A_log=_PER_HEAD, dt_bias=_PER_HEAD)

@@ -57,7 +57,8 @@ def causal_conv1d(
     Args:
       state: `ConvState(buffer [P, C, W - 1 + S], start [P])`, a slot per sequence.
         Donate it under `jax.jit` and it is updated in place; slots that are not written
-        keep their bits.
+        keep their bits. Inputs are rounded to the buffer's dtype where they are stored:
+        in x's own they are kept as they are.
       x: [N, T, C] (dense) or [L, C] (packed), channels flat as [q | k | v].
       weight: [C, W].
       bias: [C].

@@ -76,7 +76,8 @@ def fused_layer_step(
         `ReplayState`). Donate it under `jax.jit` and both are updated in place.
         Channels are all heads' q, then all k and v, whatever the layout. `start` is a
         column of the ring in every slot that a row names, also of a row that begins
-        afresh.
+        afresh. Inputs of the convolution are rounded to its buffer's dtype where they
+        are stored.
       qkvz: [N, T, C + HV V] (dense) or [L, C + HV V] (packed), or two arrays, of q, k
         and v [.., C] and of z [.., HV V], where the layout is flat.
       ba: [.., 2 HV], or two arrays [.., HV], b and a.
