@@ -2,11 +2,12 @@
 
 One launch (`fused_layer_step`) beside the ops it is made of, beside `fused_update`
 alone, and beside vLLM's update with norm, which has no convolution; or, with --replay,
-its three launches of replay's states beside those of the ops, and `replay_update`. A
-program is some
-steps one after another, as a model's layers are, on states of their own. What is told
-of a step is its `span`, from the first kernel's start to the last one's end, gaps
-included, and what its kernels take, `busy`; of vLLM, which Python launches, `busy`.
+its three launches of replay's states beside those of the ops, and `replay_update`.
+
+A program is some steps one after another, as a model's layers are, on states of their
+own. What is told of a step is its `span`, from the first kernel's start to the last
+one's end, gaps included, and what its kernels take, `busy`; of vLLM, which Python
+launches, `busy`.
 """
 
 import dataclasses

@@ -53,7 +53,6 @@ REPLAY = (
     dict(steps_v=2),
 )
 
-
 Job = tuple[str, LayerStepConfig | ReplayConfig | None]
 
 
@@ -151,7 +150,8 @@ def main(
     replay's states."""
     need_gpu()
     result = header(INPUTS)
-    result["time"] = f"kernels of a step, median of {CALLS} calls"
+    middle = "mean" if replay else "median"
+    result["time"] = f"kernels of a step, {middle} of {CALLS} calls"
     device = result["device"].lower().replace(" ", "_")
     committed, kind = RESULTS / device, "_replay" if replay else ""
     file = f"layer_step_tune{kind}.json"

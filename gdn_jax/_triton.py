@@ -129,6 +129,9 @@ def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     XLA compiles Triton kernels without contracting products into sums, so a kernel that
     wants FMA has to say so.
     """
+    for value in (x, y, z):
+        if value.dtype != jnp.float32:  # of whose bits the instruction would take 32
+            raise TypeError(f"multiply_add takes float32; got {value.dtype}")
     shape = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
     [result] = pltriton.elementwise_inline_asm(
         "fma.rn.f32 $0, $1, $2, $3;",
@@ -148,6 +151,11 @@ def join(parts: Sequence[jax.Array]) -> jax.Array:
         pairs = zip(parts[:half], parts[half:], strict=True)
         parts = [jnp.stack(pair, axis=-1) for pair in pairs]
     return parts[0].reshape(shape)
+
+
+def shape_of(array: jax.Array) -> tuple[tuple[int, ...], Any]:
+    """Of a `launch`'s output like it."""
+    return array.shape, array.dtype
 
 
 def launch(

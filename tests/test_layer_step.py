@@ -1,6 +1,7 @@
 """A layer's step in one launch, against the ops it is made of."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,14 +119,18 @@ def test_gradients_are_those_of_the_ops(kernel):
         assert error < testing.TOLERANCE["gradient", "float32"]
 
 
-def test_it_runs_where_jax_counts_in_64_bits():
-    case = Case("tiles", config=LayerStepConfig(8, 2, 2))
+@pytest.mark.parametrize("programs", [1, 2])
+def test_it_runs_where_jax_counts_in_64_bits(programs):
+    """And computes nothing in them."""
+    case = Case("tiles", config=LayerStepConfig(8, 2, 2, programs))
     state, step = make(case)
     tokens, options = step(0)
     call = options | dict(implementation="interpret", config=case.config)
-    (_, want), out_want = fused_layer_step(state, *tokens, **call)
+    run = functools.partial(fused_layer_step, **call)
+    (_, want), out_want = run(state, *tokens)
     with jax.enable_x64(True):
-        (_, got), out = fused_layer_step(state, *tokens, **call)
+        (_, got), out = run(state, *tokens)
+        assert not re.search(r":f64\[\d", str(jax.make_jaxpr(run)(state, *tokens)))
     used = np.array(options["slots"])
     error = testing.relative_error(got[used], want[used])
     assert error < testing.TOLERANCE["state", "float32"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import aot
 import jax
@@ -24,6 +25,7 @@ from gdn_jax.ops.layer_step import tuning
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 N, P = 4, 7
+FRESH, FRESH_AT = 1, 4  # the row and the step where it begins afresh
 PARTS = ReplayConfig(block_v=16, block_k=16, steps_v=1, prepare_k=16)
 
 
@@ -44,6 +46,7 @@ class Case:
     pair: bool = False
     says: bool = True
     own_slots: bool = False
+    null_slot: bool = False
     activation: str = "silu"
     config: ReplayConfig | None = None
 
@@ -56,7 +59,7 @@ CASES = [
     Case("verify, packed, interleaved", 4, "interleaved", packed=True, own_slots=True),
     Case("a token, nobody says", 1, says=False, pair=True, activation="sigmoid"),
     Case("a token, room for more", 3, says=False, layout="interleaved"),
-    Case("a long window", 9, window=32),
+    Case("a long window", 9, window=32, null_slot=True),
     Case("odd sizes", heads=(1, 3, 24, 20), layout="interleaved", own_slots=True),
     Case("blocks of K, parts of V", heads=(1, 2, 48, 40), width=2, config=PARTS),
     Case("bfloat16", 4, state_dtype="bfloat16", act_dtype="bfloat16"),
@@ -75,6 +78,8 @@ def make(case, seed=0):
 
     conv_slots = random.permutation(P)[:N].astype(np.int32)
     slots = random.permutation(P)[:N].astype(np.int32) if case.own_slots else conv_slots
+    if case.null_slot:  # which others' slots are not
+        slots = conv_slots = 1 + random.permutation(P - 1)[:N].astype(np.int32)
     pool = 0.1 * normal(P, HV, V, K, dtype=case.state_dtype)
     made = dict(num_key_heads=H, window=case.window, key_dtype=case.act_dtype)
     recurrent = ReplayState.from_dense(pool, **made)
@@ -99,12 +104,15 @@ def make(case, seed=0):
         if nulls and case.says and number % 2:  # not one of the tokens that there are
             tables["num_accepted"][nulls] = [0, most[nulls[0]] + 1][number % 4 == 1]
         else:
-            options["slots"][nulls] = -1
+            options["slots"][nulls] = 0 if case.null_slot else -1
         if case.says:
-            tables["has_state"] = (np.arange(N) != 1) | (number != 4)
-            tables["num_accepted"][1] = 1 if number == 4 else tables["num_accepted"][1]
+            tables["has_state"] = (np.arange(N) != FRESH) | (number != FRESH_AT)
+            if number == FRESH_AT:
+                tables["num_accepted"][FRESH] = 1
         if case.packed:
             lengths = random.integers(0, S + 1, N)
+            if number == FRESH_AT:
+                lengths[FRESH] = 1
             if number == 6:
                 lengths[2], nulls = S + 1, [*nulls, 2]
             tables["cu_seqlens"] = np.int32([1, *(1 + np.cumsum(lengths))])
@@ -119,16 +127,17 @@ def make(case, seed=0):
         qkvz, ba = (x.at[nobody].set(jnp.nan) for x in (qkvz, ba))
         if case.pair:
             qkvz, ba = (qkvz[..., :C], qkvz[..., C:]), (ba[..., :HV], ba[..., HV:])
-        return (qkvz, ba), options | tables, nobody
+        return (qkvz, ba), options | tables, nulls, nobody
 
     return (conv, recurrent), step
 
 
 @functools.cache
-def jitted(implementation, layout, activation, config=None):
+def jitted(implementation, case, config=None):
     def run(state, tokens, options):
         options |= dict(implementation=implementation, config=config)
-        options |= dict(layout=layout, activation=activation)
+        options |= dict(layout=case.layout, activation=case.activation)
+        options |= dict(null_slot=0) if case.null_slot else {}
         return fused_layer_step(state, *tokens, **options)
 
     # the ops one after another round what they hand on; a GPU's compiler need not
@@ -139,28 +148,30 @@ def jitted(implementation, layout, activation, config=None):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps_agree_with_the_ops_one_after_another(case, kernel):
-    """Null rows, which leave their slots alone, among others, rings round and round.
-    Inputs of the convolution exactly."""
+    """Null rows, which leave their slots alone, among others, rings round and round;
+    one begins afresh where anything lies. Inputs of the convolution exactly."""
     (got, step), (want, _) = make(case), make(case)
-    run = jitted(kernel, case.layout, case.activation, case.config)
-    in_turn = jitted("reference", case.layout, case.activation)
+    run = jitted(kernel, case, case.config)
+    in_turn = jitted("reference", case)
     folds = 0
     for number in range(22):
         pending = np.array(got[1].pending)
+        tokens, options, nulls, nobody = step(number, pending)
+        if "has_state" in options and number == FRESH_AT:
+            got, want = (spoilt(state, options) for state in (got, want))
         before = jax.tree.map(np.array, got)
-        tokens, options, nobody = step(number, pending)
         got, out = run(got, tokens, options)
         want, wanted = in_turn(want, tokens, options)
-        used = options["slots"][options["slots"] >= 0]
-        conv_slots = options["conv_slots"]
-        own = options["slots"] if conv_slots is None else conv_slots
-        own = own[options["slots"] >= 0]
         if number == 0:
-            first = own
+            slots, own_slots = slots_of(options)
+        live = np.setdiff1d(np.arange(N), nulls)
+        used, own = slots[live], own_slots[live]
         for name in ("start", "committed", "pending"):
             assert np.array_equal(getattr(got[1], name), getattr(want[1], name))
         rings = [
-            ConvState(conv.buffer[first], conv.start[first]).to_dense(case.width)
+            ConvState(conv.buffer[own_slots], conv.start[own_slots]).to_dense(
+                case.width
+            )
             for conv in (got[0], want[0])
         ]
         assert np.array_equal(*rings)
@@ -171,17 +182,38 @@ def test_steps_agree_with_the_ops_one_after_another(case, kernel):
         error = testing.relative_error(out, wanted)
         assert error < 2 * testing.TOLERANCE["chunked out", case.act_dtype]
         assert not np.array(out)[nobody].any()
-        pools = (np.setdiff1d(np.arange(P), slots) for slots in (own, used))
-        for old, new, others in zip(before, got, pools, strict=True):
+        unnamed = (np.setdiff1d(np.arange(P), named) for named in (own, used))
+        for old, new, others in zip(before, got, unnamed, strict=True):
             for x, y in zip(old, jax.tree.map(np.array, new), strict=True):
                 assert np.array_equal(x[others], y[others], equal_nan=True)
-        folds += np.any(before[1].checkpoint != got[1].checkpoint)
+        changed = before[1].checkpoint != np.array(got[1].checkpoint)
+        folded = changed.any(axis=(1, 2, 3))
+        folded[slots[FRESH]] &= number != FRESH_AT
+        folds += folded.sum()
     assert folds
+
+
+def slots_of(options):
+    """Of the rule and of the convolution."""
+    slots, own = options["slots"], options["conv_slots"]
+    return slots, slots if own is None else own
+
+
+def spoilt(state, options):
+    """With anything in the slot of the row that begins afresh."""
+    conv, recurrent = state
+    slots, own = slots_of(options)
+    conv = conv._replace(buffer=conv.buffer.at[own[FRESH]].set(jnp.nan))
+    values = {jnp.dtype("int32"): 77}
+    recurrent = jax.tree.map(
+        lambda x: x.at[slots[FRESH]].set(values.get(x.dtype, jnp.nan)), recurrent
+    )
+    return conv, recurrent
 
 
 def of_decode(case=CASES[2]):
     state, step = make(case)
-    tokens, options, _ = step(0, np.zeros(P, int))
+    tokens, options, *_ = step(0, np.zeros(P, int))
     return state, tokens, options | dict(layout="flat")
 
 
@@ -262,12 +294,17 @@ def test_calls_under_vmap_are_calls_apart(kernel):
 
 
 def test_it_runs_where_jax_counts_in_64_bits():
+    """And computes nothing in them."""
     state, tokens, options = of_decode()
-    options |= dict(implementation="interpret")
-    want = fused_layer_step(state, *tokens, **options)
+    step = functools.partial(fused_layer_step, implementation="interpret", **options)
+    want = step(state, *tokens)
     with jax.enable_x64(True):
-        got = fused_layer_step(state, *tokens, **options)
-    assert testing.relative_error(got[1], want[1]) < 1e-5
+        got = step(state, *tokens)
+        assert not re.search(r":f64\[\d", str(jax.make_jaxpr(step)(state, *tokens)))
+    pairs = jax.tree.leaves(got), jax.tree.leaves(want)
+    for x, y in zip(*pairs, strict=True):
+        x, y = (np.nan_to_num(np.array(z)) for z in (x, y))
+        assert x.dtype == y.dtype and testing.relative_error(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

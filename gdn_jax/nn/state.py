@@ -98,7 +98,8 @@ def pools_of(
     if isinstance(recurrent, ReplayState):
         check_state(recurrent)
         longest = recurrent.window if path == "fused" else None
-        longest = longest if given.num_accepted is None else columns
+        if given.num_accepted is not None:
+            longest = min(columns, recurrent.window)
         num_slots = recurrent.start.shape[0]
         return Pools(P, num_slots, null_slot, columns, longest, recurrent.pending)
     return Pools(P, recurrent.shape[0], null_slot)

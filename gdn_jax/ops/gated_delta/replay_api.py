@@ -154,7 +154,8 @@ def without_gradient(x: Any) -> Any:
 @without_gradient.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "replay_update has no gradient, in any implementation. Train with chunk_update."
+        "A step of a ReplayState has no gradient, in any implementation. Train with "
+        "chunk_update."
     )
 
 

@@ -75,6 +75,35 @@ class Columns(NamedTuple):
         return _triton.load(place, mask=mask, other=0)
 
 
+class Sink(NamedTuple):
+    """Out of a program's columns, in memory as it is. Something may be carried along V:
+    `begin`s as, goes through `store`, and comes to an `end`."""
+
+    ref: Any
+    columns: Columns
+    head: Array
+    live: Array
+    span: Array
+
+    def tokens(self) -> Array:
+        """Pallas' interpreter writes back what a mask spares: not where others write"""
+        columns = self.columns
+        return jnp.where(columns.queries, columns.token, self.ref.shape[0])
+
+    def begin(self, block_v: int) -> Any:
+        return None
+
+    def store(self, made: Array, v: Array, in_v: Array | None, carried: Any) -> Any:
+        """`made` [BV W]"""
+        mask = both(in_v, self.columns.queries, shape=made.shape)
+        place = self.ref.at[self.tokens()[None, :], self.head, v[:, None]]
+        _triton.store(place, made.astype(self.ref.dtype), mask=mask)
+        return carried
+
+    def end(self, carried: Any) -> None:
+        pass
+
+
 def blocks_of(K: int, size: int) -> list[tuple[Array, Array | None]]:
     """(k, in_k) of each block along K."""
     blocks = [begin + indices(size) for begin in range(0, K, size)]

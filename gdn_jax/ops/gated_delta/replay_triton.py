@@ -37,6 +37,7 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
     EXACT,
     Columns,
     Prepared,
+    Sink,
     blocks_of,
     cut_keys,
     prepared_shapes,
@@ -55,15 +56,12 @@ def replay_triton(
     of_call = dict(options=options, config=config, interpret=interpret)
     old, (H, HV) = x.state, (x.k.shape[1], x.v.shape[1])
 
-    def shape(array: Array):
-        return array.shape, array.dtype
-
     leaf = ReplayState._fields.index  # the state's are the first leaves of Inputs
     shapes = prepared_shapes(x, options)
     *prepared, k, k_scale, log_decay = _triton.launch(
         functools.partial(prepare_kernel, **of_call),
         x,
-        (*shapes, *(shape(getattr(old, name)) for name in APPENDED)),
+        (*shapes, *(_triton.shape_of(getattr(old, name)) for name in APPENDED)),
         grid=(H, x.num_rows),
         aliases={leaf(name): len(shapes) + i for i, name in enumerate(APPENDED)},
         num_warps=config.prepare_warps,
@@ -74,7 +72,7 @@ def replay_triton(
     checkpoint, u, start, committed, pending, out = _triton.launch(
         functools.partial(meet_kernel, **of_call),
         (x, Prepared(*prepared)),
-        (*map(shape, written), (x.v.shape, options.out_dtype)),
+        (*map(_triton.shape_of, written), (x.v.shape, options.out_dtype)),
         grid=(config.spans(V), HV, x.num_rows),
         aliases={leaf(name): i for i, name in enumerate(WRITTEN)},
         num_warps=config.num_warps,
@@ -157,35 +155,6 @@ def meet_kernel(
     if options.tokens_per_row is not None:
         nothing = jnp.zeros((config.block_v, columns.step.size), jnp.float32)
         pl.when(~turn.rows.live)(lambda: along_v(lambda v, in_v: nothing))
-
-
-class Sink(NamedTuple):
-    """Out of a program's columns, in memory as it is. Something may be carried along V:
-    `begin`s as, goes through `store`, and comes to an `end`."""
-
-    ref: Any
-    columns: Columns
-    head: Array
-    live: Array
-    span: Array
-
-    def tokens(self) -> Array:
-        """Pallas' interpreter writes back what a mask spares: not where others write"""
-        columns = self.columns
-        return jnp.where(columns.queries, columns.token, self.ref.shape[0])
-
-    def begin(self, block_v: int) -> Any:
-        return None
-
-    def store(self, made: Array, v: Array, in_v: Array | None, carried: Any) -> Any:
-        """`made` [BV W]"""
-        mask = both(in_v, self.columns.queries, shape=made.shape)
-        place = self.ref.at[self.tokens()[None, :], self.head, v[:, None]]
-        _triton.store(place, made.astype(self.ref.dtype), mask=mask)
-        return carried
-
-    def end(self, carried: Any) -> None:
-        pass
 
 
 class _Head(NamedTuple):

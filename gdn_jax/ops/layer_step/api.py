@@ -61,7 +61,8 @@ def fused_layer_step(
     config: LayerStepConfig | ReplayConfig | None = None,
 ) -> tuple[tuple[ConvState, Array | ReplayState], Array]:
     """What a Gated DeltaNet layer does between its projections, in one launch, or two
-    where `config.programs` share out a head, or of a `ReplayState` three: (state, out).
+    where `config.programs` share out a head, or with a `ReplayState` and dense rows
+    three: (state, out).
 
         q, k, v = silu(causal convolution of qkvz's channels)   (`causal_conv1d`)
         out = gated delta rule(q, k, v, a, b)   (`fused_update` or `replay_update`)
@@ -110,7 +111,8 @@ def fused_layer_step(
     Raises:
       ValueError: the call is wrong; the text names the argument and the remedy.
       NotImplementedError: the kernel was asked for and cannot run here, or this call
-        has more than 9 tokens a row, K or V above 256, or HV above 255.
+        has more than 9 tokens a row (packed: S above 9), K or V above 256, or, but for
+        a `ReplayState`, HV above 255.
 
     Numerics: float32 inside; q, k, v and out are rounded to qkvz's dtype on their way,
     as separate ops do, so that a result may be the neighbour of theirs. With `config`

@@ -66,8 +66,9 @@ class Inputs(NamedTuple):
     def pools(self, null_slot: int | None) -> Pools:
         slots, columns = (self.conv.buffer.shape[0], self.pool.shape[0]), self.columns
         if isinstance(self.recurrent, ReplayState):
+            longest = min(columns, self.recurrent.window)
             pending = self.recurrent.pending
-            return Pools(*slots, null_slot, columns, columns, pending)
+            return Pools(*slots, null_slot, columns, longest, pending)
         return Pools(*slots, null_slot, longest=columns)
 
 

@@ -121,7 +121,7 @@ class Convolution(NamedTuple):
         """The W - 1 inputs before the row's first token."""
         window, ring = [], self.ring
         for i in range(len(self.weights) - 1):
-            found, wanted = jnp.zeros(self.channels.channel.shape), ring.column(i)
+            wanted, found = ring.column(i), self._zeros()
             for column, value in enumerate(self.columns):
                 is_it = ring.row.keeps_state & (wanted == column)
                 found = jnp.where(is_it, value.astype(jnp.float32), found)
@@ -133,7 +133,7 @@ class Convolution(NamedTuple):
         inputs = [*self.history(), *(x.astype(jnp.float32) for x in self.tokens)]
         outs = []
         for step in range(len(self.tokens)):
-            y = jnp.zeros(self.channels.channel.shape, jnp.float32)
+            y = self._zeros()
             for weight, value in zip(self.weights, inputs[step:], strict=False):
                 y = multiply_add(weight.astype(jnp.float32), value, y)
             outs.append((y / (1.0 + jnp.exp2(y * MINUS_LOG2_E))).astype(dtype))
@@ -145,11 +145,13 @@ class Convolution(NamedTuple):
         past, row = len(self.weights) - 1, self.ring.row
         for i in range(past):
             afresh = row.live & ~row.keeps_state
-            zeros = jnp.zeros(self.channels.channel.shape)
-            self._store(buffer_ref, i, zeros, afresh)
+            self._store(buffer_ref, i, self._zeros(), afresh)
         for step, value in enumerate(self.tokens):
             kept = row.live & (step < row.length)
             self._store(buffer_ref, past + step, value, kept)
+
+    def _zeros(self) -> Array:
+        return jnp.zeros(self.channels.channel.shape, jnp.float32)
 
     def _store(self, buffer_ref: Any, place: int, value: Array, wanted: Any) -> None:
         channel, mask = self.channels.channel, self.channels.mine & wanted

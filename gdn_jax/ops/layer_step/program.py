@@ -74,7 +74,7 @@ class Program(NamedTuple):
         has = None
         if self.options.rule.tokens_per_row is None:
             has = step < self.row.length
-        _triton.store(at, squares, mask=has)
+        _triton.store(at, jnp.where(self.row.live, squares, 0.0), mask=has)
 
     def store_out(self, step: int, v: Array, mask: Array | None, out: Array) -> None:
         """At `v` of the head, where the row has that token."""
@@ -221,7 +221,7 @@ def gated(out: Array, weight: Array, z: Array, options: Options) -> Array:
 
 def sum_of_squares(parts: list[Array]) -> Array:
     """Of out [1 R W LV LK], of which all LK lanes hold the same."""
-    squares = jnp.zeros(parts[0].shape[1:])
+    squares = jnp.zeros(parts[0].shape[1:], jnp.float32)
     for part in parts:
         squares += jnp.sum(part * part, axis=0)
     # as many as a power of two, and so exact
@@ -236,10 +236,12 @@ def scale_of(squares: Array, options: Options) -> Array:
 
 def scaled(out: Array, squares: Array, options: Options) -> Array:
     """Out of heads that several programs have had parts of, each of which has left its
-    own of `squares` [L HV parts]; in a launch of its own. Out of a dead token is 0, and
-    whatever lies in `squares` of one that no row owns."""
+    own of `squares` [L HV parts]; in a launch of its own."""
     # by hand, since XLA has a launch of its own for a sum over an axis
     first, *others = (squares[..., part] for part in range(squares.shape[2]))
     total = sum(others, start=first)
     scale = scale_of(total, options)[..., None]
+    if options.rule.tokens_per_row is not None:
+        return out * scale
+    # anything lies in `squares` of tokens that no row owns, whose out is 0
     return jnp.where(out == 0, 0, out * scale)

@@ -26,11 +26,10 @@ from gdn_jax.ops.gated_delta.replay_call import Inputs as ReplayInputs
 from gdn_jax.ops.gated_delta.replay_call import Turn, find_turn
 from gdn_jax.ops.gated_delta.replay_prepare import prepare
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
-from gdn_jax.ops.gated_delta.replay_tiles import Prepared, prepared_shapes
+from gdn_jax.ops.gated_delta.replay_tiles import Prepared, Sink, prepared_shapes
 from gdn_jax.ops.gated_delta.replay_triton import (
     APPENDED,
     WRITTEN,
-    Sink,
     cleared,
     meet_kernel,
 )
@@ -134,7 +133,7 @@ def meet_step_kernel(
 
         @pl.when(row.live)
         def _():
-            own = conv_slot(x, number)
+            own = conv_slot(x, number)  # whose `start` no other program reads here
             start_ref[own] = Ring.of(x, row._replace(read=own)).left
 
 
@@ -212,20 +211,17 @@ def replay_step(
     of_call = dict(options=options, config=config, interpret=interpret)
     L, act = x.num_tokens, x.projected.z.dtype
 
-    def shape(array: Array) -> tuple[tuple[int, ...], Any]:
-        return array.shape, array.dtype
-
     keys, values = ((L, heads.H, heads.K), act), ((L, heads.HV, heads.V), act)
     tokens = Convolved(keys, keys, values)
     empty = Convolved(*(jax.ShapeDtypeStruct(*each) for each in tokens))
-    shapes = [shape(x.conv.buffer), *tokens]
+    shapes = [_triton.shape_of(x.conv.buffer), *tokens]
     shapes += prepared_shapes(replay_inputs(x, empty), rule)
-    leaf = {name: 2 + i for i, name in enumerate(ReplayState._fields)}  # behind conv
-    aliases = {leaf[name]: len(shapes) + i for i, name in enumerate(APPENDED)}
+    leaf, before = ReplayState._fields.index, len(x.conv)
+    aliases = {before + leaf(name): len(shapes) + i for i, name in enumerate(APPENDED)}
     buffer, *made = _triton.launch(
         functools.partial(prepare_step_kernel, **of_call),
         x,
-        (*shapes, *(shape(getattr(old, name)) for name in APPENDED)),
+        (*shapes, *(_triton.shape_of(getattr(old, name)) for name in APPENDED)),
         grid=(heads.H + heads.HV, x.num_rows),
         aliases={0: 0} | aliases,
         num_warps=config.prepare_warps,
@@ -235,19 +231,18 @@ def replay_step(
     recurrent = old._replace(**dict(zip(APPENDED, appended, strict=True)))
     x = x._replace(conv=x.conv._replace(buffer=buffer), recurrent=recurrent)
     of_rule = replay_inputs(x, tokens), Prepared(*prepared)
-    leaf = {name: i for i, name in enumerate(ReplayState._fields)}
     # an array that is updated in place is in a launch's inputs once
     besides = x._replace(recurrent=None)
     start = len(jax.tree.leaves(of_rule)) + 1
-    written = [shape(getattr(old, name)) for name in WRITTEN]
+    written = [_triton.shape_of(getattr(old, name)) for name in WRITTEN]
     written.append(((L, heads.HV, heads.V), jnp.float32))
     written.append(((L, heads.HV, config.spans(heads.V)), jnp.float32))
     *written, out, squares, start = _triton.launch(
         functools.partial(meet_step_kernel, **of_call),
         (*of_rule, besides),
-        (*written, shape(x.conv.start)),
+        (*written, _triton.shape_of(x.conv.start)),
         grid=(config.spans(heads.V), heads.HV, x.num_rows),
-        aliases={leaf[name]: i for i, name in enumerate(WRITTEN)}
+        aliases={leaf(name): i for i, name in enumerate(WRITTEN)}
         | {start: len(written)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,

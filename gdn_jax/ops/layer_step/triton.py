@@ -106,7 +106,7 @@ def triton(
     if not interpret:
         check_registers(config, heads.K, min(2, config.tiles(heads.V)))
     dtype, is_whole = x.projected.z.dtype, config.programs == 1
-    written = [(y.shape, y.dtype) for y in (x.conv.buffer, x.conv.start, x.recurrent)]
+    written = list(map(_triton.shape_of, (*x.conv, x.recurrent)))
     by_head = x.num_tokens, heads.HV
     written.append(((*by_head, heads.V), dtype if is_whole else jnp.float32))
     if not is_whole:
