@@ -9,6 +9,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.gated_delta.replay_state import WINDOWS
 from gdn_jax.ops.gated_delta.tuning import (
     MAX_HEAD_DIM,
     LaunchConfig,
@@ -19,6 +20,9 @@ from gdn_jax.ops.gated_delta.tuning import (
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
 MOST_OF_EIGHT_WARPS = 7  # tokens: with more, half a head of 128 spills on an H200
+# Tokens: with more, or where rows are packed, the launches that `replay_update` takes
+# spill here, beside gate and bounds; that of the most tokens does not.
+MOST_OF_REPLAYS_OWN = 8
 # conv.py's Ring counts a row's programs by 2**20s in the int32 `start`: up to 2**11
 MAX_HEADS, MAX_PROGRAMS = 255, 8
 
@@ -181,10 +185,11 @@ def find_config(device_kind: str, step: Step, key_dtype: Any) -> Any:
     tuned = find_tuned(device_kind, step)
     if tuned is not None:
         return tuned.config
-    tokens = step.tokens or step.columns
     if step.replay:
-        return replay_heuristic(tokens, key_dtype, step.state_dtype)
-    return heuristic(step.K, step.V, tokens)
+        few = step.tokens is not None and step.tokens <= MOST_OF_REPLAYS_OWN
+        most = step.tokens if few else WINDOWS[-1]
+        return replay_heuristic(most, key_dtype, step.state_dtype)
+    return heuristic(step.K, step.V, step.tokens or step.columns)
 
 
 def heuristic(K: int, V: int, tokens: int) -> LayerStepConfig:
