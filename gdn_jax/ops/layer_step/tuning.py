@@ -186,8 +186,9 @@ def find_config(device_kind: str, step: Step, key_dtype: Any) -> Any:
     if tuned is not None:
         return tuned.config
     if step.replay:
-        few = step.tokens is not None and step.tokens <= MOST_OF_REPLAYS_OWN
-        most = step.tokens if few else WINDOWS[-1]
+        most = step.tokens or WINDOWS[-1]
+        if most > MOST_OF_REPLAYS_OWN:
+            most = WINDOWS[-1]
         return replay_heuristic(most, key_dtype, step.state_dtype)
     return heuristic(step.K, step.V, step.tokens or step.columns)
 
