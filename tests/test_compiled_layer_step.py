@@ -1,11 +1,13 @@
 """What a layer's step compiles to for an H200, without a GPU."""
 
+import functools
+
 import aot
 import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn_jax import ConvState, LayerStepConfig, fused_layer_step
+from gdn_jax import ConvState, LayerStepConfig, ReplayState, fused_layer_step
 from gdn_jax.ops.layer_step.tuning import MAX_PROGRAMS
 
 P, H, HV, K, V, W = 70, 16, 32, 128, 128, 4
@@ -21,6 +23,7 @@ def compiled(
     pair=False,
     packed=False,
     act="bfloat16",
+    replay=False,
     implementation="triton",
     **kw,
 ):
@@ -30,7 +33,11 @@ def compiled(
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     conv = ConvState(array(P, C, W - 1 + T), array(P, dtype="int32"))
-    state = conv, array(P * T, HV, V, K, dtype=dtype)
+    pool = array(P * T, HV, V, K, dtype=dtype)
+    if replay:
+        make = functools.partial(ReplayState.zeros, P, H, HV, K, V, dtype=dtype)
+        pool = jax.eval_shape(functools.partial(make, key_dtype=act))
+    state = conv, pool
     lead = (N * T,) if packed else (N, T)
     heads, rows = array(HV, dtype="float32"), array(N, dtype="int32")
     qkvz, ba = array(*lead, C + HV * V), array(*lead, 2 * HV)
@@ -39,8 +46,9 @@ def compiled(
     arrays = dict(conv_weight=array(C, W), A_log=heads, dt_bias=heads)
     arrays |= dict(norm_weight=array(V), slots=rows)
     if T > 1:
-        arrays |= dict(slots=array(N, T, dtype="int32"), conv_slots=rows)
         arrays["num_accepted"] = rows
+        if not replay:
+            arrays |= dict(slots=array(N, T, dtype="int32"), conv_slots=rows)
     if packed:
         arrays["cu_seqlens"] = array(N + 1, dtype="int32")
 
@@ -91,6 +99,31 @@ def test_heads_that_programs_share_out_are_scaled_in_a_second_launch(
     kernel, scaling = found.launches()
     assert aot.KERNEL_CALL in kernel and aot.KERNEL_CALL not in scaling
     check_memory(state, found, beside=N * T * HV * (V + MAX_PROGRAMS) * 4)
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "layout"),
+    [
+        (1, "float32", "interleaved"),
+        (4, "float32", "flat"),
+        (4, "bfloat16", "interleaved"),
+        (8, "bfloat16", "flat"),
+    ],
+)
+def test_a_step_of_replay_is_three_launches_in_place_without_spills(T, dtype, layout):
+    """What lies between them is for 8 tokens of 32 rows some 10 MB."""
+    state, found = compiled(32, T, dtype, layout=layout, replay=True)
+    first, second, scaling = found.launches()
+    assert aot.KERNEL_CALL in first and aot.KERNEL_CALL in second
+    assert aot.KERNEL_CALL not in scaling
+    check_memory(state, found, beside=11 * 2**20)
+
+
+def test_packed_rows_of_replay_copy_no_states_and_do_not_spill():
+    state, found = compiled(32, 4, "float32", packed=True, replay=True)
+    large = (leaf for leaf in jax.tree.leaves(state) if leaf.size > 10**5)
+    assert not any(aot.copies(found, leaf) for leaf in large)
+    assert found.resources()["spills"] == 0
 
 
 def check_memory(state, found, beside=0):

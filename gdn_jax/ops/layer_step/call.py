@@ -161,18 +161,24 @@ def find_rows(
         columns=slots.shape[1] if table else 1,
         null_slot=rule.null_slot,
     )
-    null_slot, conv_slots = None, x.conv_slots
-    if conv_slots is not None:
-        own = conv_slots[number]
-    elif slots is None:
-        own = number
-    else:
-        null_slot = rule.null_slot
-        own = slots[number, 0] if table else slots[number]
-    num_slots = x.conv.start.shape[0]
+    return null_in_both(x, options, rows)
+
+
+def null_in_both(x: Inputs, options: Options, rows: Rows) -> tuple[Rows, Rows]:
+    """`rows` of the rule, and those of the convolution."""
+    own, num_slots = conv_slot(x, rows.number), x.conv.start.shape[0]
+    null_slot = options.rule.null_slot if x.conv_slots is None else None
     live = rows.live & batch.is_live_slot(own, num_slots, null_slot)
     live &= rows.length <= x.columns
     if x.tables.num_accepted is not None:
-        live &= x.tables.num_accepted[number] <= x.columns
+        live &= x.tables.num_accepted[rows.number] <= x.columns
     rows = rows._replace(live=live, keeps_state=rows.keeps_state & live)
     return rows, rows._replace(read=jnp.where(live, own, 0))
+
+
+def conv_slot(x: Inputs, number: Array) -> Array:
+    """Of the row of that number, which may be null."""
+    slots = x.tables.slots if x.conv_slots is None else x.conv_slots
+    if slots is None:
+        return number
+    return slots[number] if len(slots.shape) == 1 else slots[number, 0]

@@ -17,7 +17,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops import batch
 from gdn_jax.ops.batch import Rows
 from gdn_jax.ops.blocks import both, indices
 from gdn_jax.ops.causal_conv1d.call import ConvState
@@ -34,7 +33,13 @@ from gdn_jax.ops.gated_delta.replay_triton import (
     meet_kernel,
 )
 from gdn_jax.ops.gated_delta.tuning import ReplayConfig
-from gdn_jax.ops.layer_step.call import Inputs, Options, Stepped
+from gdn_jax.ops.layer_step.call import (
+    Inputs,
+    Options,
+    Stepped,
+    conv_slot,
+    null_in_both,
+)
 from gdn_jax.ops.layer_step.conv import Channels, Convolution, Ring
 from gdn_jax.ops.layer_step.program import gated, scaled
 
@@ -171,11 +176,6 @@ def replay_inputs(x: Inputs, tokens: Convolved) -> ReplayInputs:
     return ReplayInputs(x.recurrent, *tokens, gates, x.tables)
 
 
-def conv_slot(x: Inputs, number: Array) -> Array:
-    slots = x.tables.slots if x.conv_slots is None else x.conv_slots
-    return number if slots is None else slots[number]
-
-
 def find_step(
     x: Inputs, options: Options, number: Array | None = None
 ) -> tuple[Turn, Rows]:
@@ -184,21 +184,14 @@ def find_step(
     nothing: Any = None  # of q, k and v it is known how many tokens there are
     of_rule = replay_inputs(x, Convolved(x.projected.z, nothing, nothing))
     turn = find_turn(of_rule, options.rule, number, stands=1)
-    rows, null_slot = turn.rows, options.rule.null_slot
-    number = rows.number
-    own = conv_slot(x, number)
-    null_slot = null_slot if x.conv_slots is None else None
-    num_slots = x.conv.start.shape[0]
-    live: Any = rows.live & batch.is_live_slot(own, num_slots, null_slot)
-    live &= rows.length <= x.columns
+    rows = turn.rows
     if x.tables.num_accepted is not None:
         pending = jnp.where(rows.keeps_state, x.recurrent.pending[rows.read], 0)
-        most = jnp.clip(pending, 1, x.columns)
-        accepted = x.tables.num_accepted[number]
-        live &= (accepted >= 1) & (accepted <= most)
-    rows = rows._replace(live=live, keeps_state=rows.keeps_state & live)
-    turn = turn._replace(rows=rows, folds=turn.folds & live)
-    return turn, rows._replace(read=jnp.where(live, own, 0))
+        accepted = x.tables.num_accepted[rows.number]
+        stands = (accepted >= 1) & (accepted <= jnp.maximum(pending, 1))
+        rows = rows._replace(live=rows.live & stands)
+    rows, of_conv = null_in_both(x, options, rows)
+    return turn._replace(rows=rows, folds=turn.folds & rows.live), of_conv
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
