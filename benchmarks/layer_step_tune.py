@@ -55,12 +55,13 @@ MORE = (
 )
 ROWS = {SIZES[0]: (1, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
 # Of replay, beside what `replay_update` was tuned to: how programs convolve, and share
-# out V.
+# out V; with steps_v=2 and block_k=64, JAX 0.10.2 and 0.12 spill.
 REPLAY = (
     dict(prepare_warps=2),
     dict(prepare_warps=4),
     dict(prepare_k=64, prepare_warps=2),
-    dict(steps_v=2),
+    dict(steps_v=2, block_k=32),
+    dict(steps_v=2, block_k=128),
 )
 
 Job = tuple[str, LayerStepConfig | ReplayConfig | None]

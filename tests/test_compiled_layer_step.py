@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from gdn_jax import ConvState, LayerStepConfig, ReplayState, fused_layer_step
+from gdn_jax.ops.layer_step import tuning
 from gdn_jax.ops.layer_step.tuning import MAX_PROGRAMS
 
+TAKEN = {  # launches that a layer takes on an H200
+    (row.tokens, row.state_dtype, row.replay, row.config): row
+    for row in tuning.table("NVIDIA H200")
+    if row.pays and row.group == 2
+}
 P, H, HV, K, V, W = 70, 16, 32, 128, 128, 4
 C = 2 * H * K + HV * V
 
@@ -64,7 +70,6 @@ def compiled(
 @pytest.mark.parametrize(
     "call",
     [
-        dict(T=1, layout="interleaved", implementation=None),
         dict(T=1, pair=True, config=LayerStepConfig(32, 2, 4)),
         dict(T=4, config=LayerStepConfig(128, 2, 16)),
         dict(
@@ -74,17 +79,31 @@ def compiled(
     ids=str,
 )
 def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
-    """The first as the table has it for a few rows."""
     state, found = compiled(8, dtype=dtype, **call)
     [launch] = found.launches()
     assert aot.KERNEL_CALL in launch
     check_memory(state, found)
 
 
+@pytest.mark.parametrize("row", TAKEN.values(), ids=lambda row: row.reason)
+def test_what_a_layer_takes_is_as_many_launches_as_the_table_says(row):
+    """Of replay's, two kernels and what scales: beside the states and sums of squares
+    there is then what the first leaves for the second."""
+    N, T = max(1, row.programs // HV), row.tokens
+    call = dict(implementation=None, replay=row.replay)
+    state, found = compiled(N, T, row.state_dtype, layout="interleaved", **call)
+    kernels, scales = 1, row.replay or row.config.programs > 1
+    beside = N * T * HV * (V + MAX_PROGRAMS) * 4 if scales else 0
+    if row.replay:
+        kernels, beside = 2, 11 * 2**20
+    calls = [aot.KERNEL_CALL in launch for launch in found.launches()]
+    assert calls == [True] * kernels + [False] * scales
+    check_memory(state, found, beside)
+
+
 @pytest.mark.parametrize(
     ("N", "T", "dtype", "act", "layout"),
     [
-        (1, 1, "float32", "bfloat16", "interleaved"),
         (8, 7, "float32", "float32", "flat"),
         (64, 4, "bfloat16", "bfloat16", "interleaved"),
     ],
@@ -92,9 +111,9 @@ def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
 def test_heads_that_programs_share_out_are_scaled_in_a_second_launch(
     N, T, dtype, act, layout
 ):
-    """As the table has it for one and for several tokens, and the heuristic for as many
-    as eight warps take, which hold the most then. Beside the states there are out and
-    the programs' sums of squares."""
+    """As the heuristic has it for as many tokens as eight warps take, which hold the
+    most then, and as the table has it for more rows than a layer takes it for. Beside
+    the states there are out and the programs' sums of squares."""
     state, found = compiled(N, T, dtype, act=act, layout=layout)
     kernel, scaling = found.launches()
     assert aot.KERNEL_CALL in kernel and aot.KERNEL_CALL not in scaling
