@@ -206,8 +206,8 @@ OPS = {
     "chunks": Op(functools.partial(_rule, T=70), _chunks, ChunkConfig(16)),
     "replay": Op(_replay, _replay_updates, ReplayConfig(16, 32, 4, 1, 2)),
     "conv": Op(_conv, _convolve, ConvConfig(4, 2)),
-    "layer step": Op(_layer, _step, LayerStepConfig(8, 2, 2)),
-    "layer step, parts": Op(_layer, _step, LayerStepConfig(8, 2, 1, 2)),
+    "layer step": Op(_layer, _step, LayerStepConfig(128, 2, 16)),
+    "layer step, parts": Op(_layer, _step, LayerStepConfig(64, 2, 8, 2)),
     "attention": Op(_cache, _attend, AttentionConfig(2), slots=False),
 }
 
