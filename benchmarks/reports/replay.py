@@ -74,7 +74,7 @@ def steps(result: dict, dtype: str, T: int) -> list[str]:
     order = list(NAMES)
     names = sorted(
         {name for name, _ in timed},
-        key=lambda x: order.index(x) if x in order else len(order),
+        key=lambda x: (order.index(x) if x in order else len(order), x),
     )
     cells = [
         (
