@@ -53,7 +53,7 @@ MORE = (
     (32, 1, 4, 4),
     (16, 2, 4, 8),
 )
-ROWS = {SIZES[0]: (1, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
+ROWS = {SIZES[0]: (1, 2, 4, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
 # Of replay, beside what `replay_update` was tuned to: how programs convolve, and share
 # out V; with steps_v=2 and block_k=64, JAX 0.10.2 and 0.12 spill.
 REPLAY = (
