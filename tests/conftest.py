@@ -28,8 +28,8 @@ os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
 # XLA's pool has a thread a core: on two, four devices' triangular solves took them all
 # and waited for each other for good (jaxlib 0.10.2).
 os.environ.setdefault("NPROC", "16")
-# XLA's triangular solves are OpenBLAS's, whose threads spin while they wait: two workers
-# on two cores took five times as long.
+# XLA's triangular solves are OpenBLAS's, whose threads spin while they wait: for each
+# of two workers on two cores they took five times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
