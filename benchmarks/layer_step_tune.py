@@ -35,24 +35,15 @@ FOLDER = pathlib.Path(gdn_jax.__file__).parent / "ops/layer_step/tuned"
 # block_v, lanes_v, num_warps, programs: of one token a row, and of more, for which
 # registers hold less. What lost everywhere is not here any more.
 ONE = (
-    (128, 4, 16, 1),
     (64, 2, 8, 1),
     (64, 4, 8, 1),
     (32, 2, 4, 1),
-    (64, 2, 8, 2),
     (32, 2, 4, 2),
     (32, 2, 4, 4),
     (32, 4, 8, 4),
     (16, 2, 4, 8),
 )
-MORE = (
-    (128, 2, 16, 1),
-    (64, 2, 8, 2),
-    (32, 2, 4, 4),
-    (32, 4, 8, 4),
-    (32, 1, 4, 4),
-    (16, 2, 4, 8),
-)
+MORE = ((64, 2, 8, 2), (32, 2, 4, 4), (32, 4, 8, 4), (16, 2, 4, 8))
 ROWS = {SIZES[0]: (1, 2, 4, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
 # Of replay, beside what `replay_update` was tuned to: how programs convolve, and share
 # out V; with steps_v=2 and block_k=64, JAX 0.10.2 and 0.12 spill.

@@ -85,16 +85,18 @@ def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
     check_memory(state, found)
 
 
-@pytest.mark.parametrize("row", TAKEN.values(), ids=lambda row: row.reason)
-def test_what_a_layer_takes_is_as_many_launches_as_the_table_says(row):
+@pytest.mark.parametrize(("T", "dtype", "replay", "config"), TAKEN, ids=str)
+def test_what_a_layer_takes_is_as_many_launches_as_the_table_says(
+    T, dtype, replay, config
+):
     """Of replay's, two kernels and what scales: beside the states and sums of squares
     there is then what the first leaves for the second."""
-    N, T = max(1, row.programs // HV), row.tokens
-    call = dict(implementation=None, replay=row.replay)
-    state, found = compiled(N, T, row.state_dtype, layout="interleaved", **call)
-    kernels, scales = 1, row.replay or row.config.programs > 1
+    N = max(1, TAKEN[T, dtype, replay, config].programs // HV)
+    call = dict(layout="interleaved", replay=replay, config=config)
+    state, found = compiled(N, T, dtype, **call)
+    kernels, scales = 1, replay or config.programs > 1
     beside = N * T * HV * (V + MAX_PROGRAMS) * 4 if scales else 0
-    if row.replay:
+    if replay:
         kernels, beside = 2, 11 * 2**20
     calls = [aot.KERNEL_CALL in launch for launch in found.launches()]
     assert calls == [True] * kernels + [False] * scales
