@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,9 +30,11 @@ from common import RESULTS, console, header
 from gdn_jax import _triton
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Whose buffers are allocations of their own, as long as they are: in a pool of JAX's a
+# write past one is inside. Which of them are differs by JAX's version (`platform` is a
+# pool since 0.10.1): the first is taken in which all that is planted is found.
+ALLOCATORS = ("cuda_async", "address", "platform")
 ENVIRONMENT = {
-    # A buffer is an allocation of its own; in JAX's pool a write past one is inside.
-    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     # XLA's search for fast products runs hundreds of kernels that are not ours.
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",
@@ -68,6 +72,10 @@ def plant(past: int) -> jax.Array:
     return out
 
 
+def environment(allocator: str) -> dict[str, str]:
+    return {"XLA_PYTHON_CLIENT_ALLOCATOR": allocator} | ENVIRONMENT
+
+
 def find_sanitizer() -> str:
     places = [shutil.which("compute-sanitizer")]
     places += map(str, sorted(pathlib.Path("/usr/local").glob("cuda*/bin/*sanitizer")))
@@ -77,7 +85,11 @@ def find_sanitizer() -> str:
 
 
 def under_memcheck(
-    command: list[str], log: pathlib.Path, more: dict[str, str], timeout: float
+    command: list[str],
+    log: pathlib.Path,
+    allocator: str,
+    timeout: float,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Runs it; what memcheck says: `errors` is None where it said no summary."""
     sanitizer = [
@@ -90,7 +102,7 @@ def under_memcheck(
         run = subprocess.run(
             [*sanitizer, *command],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT | more,
+            env=os.environ | environment(allocator) | more,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -119,26 +131,37 @@ def summary(said: str) -> dict[str, Any]:
     }
 
 
-def check_plant(folder: pathlib.Path) -> dict[str, Any]:
-    """Raises where memcheck misses what was planted, or finds what was not."""
+def find_allocator(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
+    """(the first allocator with which memcheck finds what is planted and nothing else,
+    what it finds with each). Raises where there is none."""
 
-    def run_one(name: str) -> dict[str, Any]:
-        log = folder / f"plant_{name.replace(' ', '_')}.log"
+    def run_one(allocator: str, name: str) -> dict[str, Any]:
+        log = folder / f"plant_{allocator}_{name.replace(' ', '_')}.log"
         command = [sys.executable, __file__, "--plant", name]
-        return under_memcheck(command, log, {}, timeout=240)
+        return under_memcheck(command, log, allocator, timeout=240)
 
-    with concurrent.futures.ThreadPoolExecutor(len(PLANTED)) as pool:
-        runs = dict(zip(PLANTED, pool.map(run_one, PLANTED), strict=True))
-    for name, run in runs.items():
-        console.print(f"planted {name}: {run['errors']} errors {run['kinds']}")
-        is_right = run["errors"] is not None and (
-            (PLANTED[name] > 0) == (run["errors"] > 0)
-        )
-        if not is_right:
-            console.print(run["output"], run["lines"])
-            raise SystemExit(f"planted {name}: memcheck says {run['errors']} errors")
-    names = ("errors", "kinds", "seconds")
-    return {name: {key: run[key] for key in names} for name, run in runs.items()}
+    found: dict[str, dict[str, Any]] = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = {
+            (allocator, name): pool.submit(run_one, allocator, name)
+            for allocator in ALLOCATORS
+            for name in PLANTED
+        }
+        for (allocator, name), future in runs.items():
+            run = future.result()
+            what = f"{allocator}: planted {name}: {run['errors']} errors"
+            console.print(what, run["kinds"], markup=False)
+            if run["errors"] is None:
+                console.print(run["output"], run["lines"], markup=False)
+            keys = ("errors", "kinds", "seconds")
+            found.setdefault(allocator, {})[name] = {key: run[key] for key in keys}
+    for allocator, planted in found.items():
+        errors = {name: run["errors"] for name, run in planted.items()}
+        if None not in errors.values() and all(
+            (PLANTED[name] > 0) == (n > 0) for name, n in errors.items()
+        ):
+            return allocator, found
+    raise SystemExit("memcheck does not find what is planted, whatever the allocator")
 
 
 def collect(chosen: list[str]) -> list[str]:
@@ -164,7 +187,7 @@ def chunks(tests: list[str]) -> list[list[str]]:
 
 
 def run_chunk(
-    number: int, tests: list[str], folder: pathlib.Path, until: float
+    number: int, tests: list[str], folder: pathlib.Path, allocator: str, until: float
 ) -> dict[str, Any]:
     left = until - time.time()
     if left < 20:  # JAX itself takes that long to start
@@ -179,7 +202,8 @@ def run_chunk(
         memcheck_tests.REPORT: str(report),
         memcheck_tests.UNTIL: str(until - 15),
     }
-    run = under_memcheck(command, folder / f"{number}.log", more, left + 30)
+    log = folder / f"{number}.log"
+    run = under_memcheck(command, log, allocator, left + 30, more)
     lines = report.read_text().splitlines() if report.exists() else []
     ran = {each["test"]: each["outcome"] for each in map(json.loads, lines)}
     # 2 is how the plugin ends a run whose time is up
@@ -192,12 +216,20 @@ def run_chunk(
 class Part:
     """A part's results, written after every process."""
 
-    def __init__(self, path: pathlib.Path, part: str, plant: dict, left_out: list[str]):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        part: str,
+        allocator: str,
+        planted: dict,
+        left_out: list[str],
+    ):
         self.path, self.begun = path, time.perf_counter()
         self.result = header("those of the tests")
         del self.result["time"]
-        self.result |= {"part": part, "environment": ENVIRONMENT, "padding": PADDING}
-        self.result |= {"sanitizer": self.version(), "planted": plant}
+        self.result |= {"part": part, "environment": environment(allocator)}
+        self.result |= {"padding": PADDING, "sanitizer": self.version()}
+        self.result |= {"planted": planted[allocator], "planted_with": planted}
         self.result |= {"left_out": left_out, "seconds": 0.0}
         self.result |= {"passed": [], "failed": [], "skipped": [], "not_run": []}
         self.result |= {"errors": 0, "unchecked": [], "reports": []}
@@ -275,17 +307,19 @@ def main(
         raise SystemExit(f"--part must be like 2/4; got {part}")
     with tempfile.TemporaryDirectory() as name:
         logs = pathlib.Path(name)
-        planted = check_plant(logs)
+        allocator, planted = find_allocator(logs)
         found = collect(tests or [])
         left_out = [x for x in found if any(f"/{file}::" in x for file in LEFT_OUT)]
         groups = chunks([test for test in found if test not in set(left_out)])
         groups = groups[index - 1 :: count][: 2 if quick else None]
         total = sum(map(len, groups))
         console.print(f"part {part}: {total} of {len(found)} tests")
-        results = Part(folder / f"memcheck_{index}.json", part, planted, left_out)
+        results = Part(
+            folder / f"memcheck_{index}.json", part, allocator, planted, left_out
+        )
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             running = [
-                pool.submit(run_chunk, number, group, logs, until)
+                pool.submit(run_chunk, number, group, logs, allocator, until)
                 for number, group in enumerate(groups)
             ]
             for future in concurrent.futures.as_completed(running):

@@ -34,6 +34,10 @@ OPTIONS = {
     "kernels": "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true",
     "sync": "--xla_gpu_disable_async_collectives=ALLREDUCE",
     "graphs": "--xla_gpu_enable_command_buffer=+COLLECTIVES",
+    "graphs, sync": (
+        "--xla_gpu_enable_command_buffer=+COLLECTIVES "
+        "--xla_gpu_disable_async_collectives=ALLREDUCE"
+    ),
     "kernels, sync": (
         "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true "
         "--xla_gpu_disable_async_collectives=ALLREDUCE"

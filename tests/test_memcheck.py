@@ -89,5 +89,19 @@ def test_what_its_time_leaves_out_is_listed(memcheck, tmp_path, monkeypatch):
 def test_a_plant_that_is_missed_ends_the_run(memcheck, tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(SANITIZER.replace("one value", "nothing"))
-    with pytest.raises(SystemExit, match="planted one value: memcheck says 0 errors"):
+    with pytest.raises(SystemExit, match="memcheck does not find what is planted"):
         memcheck.main(None, out=tmp_path, **_options())
+
+
+def test_an_allocator_with_which_the_plant_is_found_is_taken(
+    memcheck, tmp_path, monkeypatch
+):
+    tool, chosen = tmp_path / "compute-sanitizer", memcheck.ALLOCATORS[1]
+    finds = f'[ "$XLA_PYTHON_CLIENT_ALLOCATOR" = {chosen} ] && case'
+    tool.write_text(SANITIZER.replace("case", finds, 1))
+    source = "def test_a():\n    pass\n"
+    code, result = _run(memcheck, tmp_path, monkeypatch, source)
+    assert code == 0
+    assert result["environment"]["XLA_PYTHON_CLIENT_ALLOCATOR"] == chosen
+    assert result["planted_with"][chosen] == result["planted"]
+    assert result["planted_with"][memcheck.ALLOCATORS[0]]["one value"]["errors"] == 0

@@ -53,6 +53,8 @@ class Tile:
         lanes_v, warps = config.lanes_v, config.num_warps
         aligned = K & -K  # the power of two that divides K: no load crosses a row's end
         vector = min(LOAD_BYTES // state.dtype.itemsize, aligned)
+        if config.block_v == 1:  # of a tile in one lane Triton's compiler crashes
+            vector = min(vector, pl.cdiv(padded, 2))
         lanes_k = min(_triton.LANES // lanes_v, padded // vector)
         chunk = lanes_k * vector
         rows = config.block_v // (lanes_v * warps)

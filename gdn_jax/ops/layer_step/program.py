@@ -96,7 +96,7 @@ class Pieces(NamedTuple):
 
     @classmethod
     def of(cls, K: int, part: int) -> "Pieces":
-        size = pl.next_power_of_2(K)
+        size = max(2, pl.next_power_of_2(K))  # of one Triton's compiler crashes
         return cls(size, (1, 1, max(1, pl.next_power_of_2(part) // size)), part)
 
     def channels(self, heads: Any, head: Array, part: Array) -> Channels:
