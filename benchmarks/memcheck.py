@@ -45,6 +45,10 @@ ENVIRONMENT = {
 PADDING = 4096
 SIZE, BLOCK = 1000, 8192  # of the buffer and of the program that writes it
 PLANTED = {"none": 0, "one value": 1, "many values": 4096}  # past the end
+# XLA's own kernel of scatters reads indices for threads that have none, up to 8 values
+# past the end (JAX 0.11.2), and an error ends a process. Tests make arrays by it; the
+# kernel that is planted shows that ours are still watched.
+NOT_WATCHED = "input_scatter_fusion"
 TESTS_AT_ONCE = 16  # of a process
 # Pools of gigabytes: as many processes at once do not fit, and what is checked of them
 # is their values.
@@ -95,6 +99,7 @@ def under_memcheck(
     sanitizer = [
         find_sanitizer(),
         *("--tool", "memcheck", "--report-api-errors", "no"),
+        *("--kernel-name-exclude", f"kns={NOT_WATCHED}"),
         *("--padding", str(PADDING), "--log-file", str(log)),
     ]
     begun = time.perf_counter()
@@ -123,10 +128,12 @@ def summary(said: str) -> dict[str, Any]:
     kinds = collections.Counter(
         line for line in lines if re.match(r"(Invalid|Misaligned|Out-of-range) ", line)
     )
+    at = re.findall(r"^=+ +at (\S+?)\+0x", said, flags=re.MULTILINE)
     has_errors = sum(counts) > 0 or bool(kinds)
     return {
         "errors": max(sum(counts), kinds.total()) if counts or kinds else None,
         "kinds": dict(kinds.most_common(20)),
+        "kernels": dict(collections.Counter(at).most_common(20)),
         "lines": lines[:SHOWN_LINES] if has_errors or not counts else [],
     }
 
@@ -167,6 +174,7 @@ def find_allocator(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
 def collect(chosen: list[str]) -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", *(chosen or ["tests"])]
+    command.append("--ignore=tests/test_notebooks.py")  # which needs more packages
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = [line for line in run.stdout.splitlines() if line.startswith("tests/")]
     if run.returncode != 0 or not found:
@@ -228,7 +236,8 @@ class Part:
         self.result = header("those of the tests")
         del self.result["time"]
         self.result |= {"part": part, "environment": environment(allocator)}
-        self.result |= {"padding": PADDING, "sanitizer": self.version()}
+        self.result |= {"padding": PADDING, "not_watched": NOT_WATCHED}
+        self.result |= {"sanitizer": self.version()}
         self.result |= {"planted": planted[allocator], "planted_with": planted}
         self.result |= {"left_out": left_out, "seconds": 0.0}
         self.result |= {"passed": [], "failed": [], "skipped": [], "not_run": []}

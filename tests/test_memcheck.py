@@ -17,7 +17,8 @@ SANITIZER = """#!/bin/sh
 while [ "$1" != --log-file ]; do [ "$1" = --version ] && exit; shift; done
 log=$2; shift 2; errors=0
 case "$*" in *"--plant one value"|*"--plant many values"|*test_faulty*)
-  echo "========= Invalid __global__ write of size 4 bytes" >"$log"; errors=1;; esac
+  echo "========= Invalid __global__ write of size 4 bytes" >"$log"
+  echo "=========     at some_kernel+0x70" >>"$log"; errors=1;; esac
 case "$*" in *--plant*) ;; *) "$@";; esac
 echo "========= ERROR SUMMARY: $errors errors" >>"$log"
 """
@@ -74,6 +75,7 @@ def test_an_error_is_reported(memcheck, tmp_path, monkeypatch):
     code, result = _run(memcheck, tmp_path, monkeypatch, source)
     assert (code, result["errors"]) == (1, 1)
     assert result["reports"][0]["kinds"]
+    assert result["reports"][0]["kernels"] == {"some_kernel": 1}
 
 
 def test_what_its_time_leaves_out_is_listed(memcheck, tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def test_what_memcheck_found_is_told_with_what_it_did_not_see(report):
     planted = {"none": dict(errors=0), "one value": dict(errors=1)}
     tests = dict(passed=["a"] * 1200, failed=["b"], unchecked=[], not_run=["c", "d"])
     tests |= dict(skipped=["e"], left_out=["f"])
-    about = dict(sanitizer="Version 1", planted=planted, errors=4)
+    about = dict(sanitizer="Version 1", planted=planted, errors=4, not_watched="k")
     result = _told([], **tests, **about)
     [(marker, text)] = report.REPORTS["memcheck"](result, None).items()
     assert marker == "memcheck"

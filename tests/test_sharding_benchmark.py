@@ -111,7 +111,7 @@ def test_what_is_measured(monkeypatch):
     assert {(x.case, x.gpus) for x in todo} == {
         *[("all_reduce", 2), ("tensor", 1), ("tensor", 2), ("data", 1), ("data", 2)]
     }
-    others = all_of("kernels")
+    others = all_of("NCCL")
     assert {each.case for each in others} == {"all_reduce", "tensor"}
     assert {each.gpus for each in others} == {2}
     assert list(sharded.works("default", 1, True)) == ["heads on 1"]

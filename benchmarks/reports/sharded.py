@@ -79,6 +79,13 @@ def all_reduces(result: dict) -> list[str]:
     )
 
 
+def flags_of(result: dict) -> list[str]:
+    """What XLA's options are called here."""
+    flags = {row["options"]: row.get("flags") for row in result["rows"]}
+    named = [f"{name}: `{each}`" for name, each in flags.items() if each]
+    return [f"XLA with {'; '.join(named)}.", ""] if named else []
+
+
 def weights(config: Config, parts: int) -> dict[str, float]:
     """Bytes on a GPU: of experts, of a table of which a few rows are read, of others;
     and all of the model's numbers."""
@@ -209,7 +216,7 @@ def layout(result: dict, name: str) -> list[str]:
 
 def sharded(result: dict, folder: pathlib.Path) -> dict[str, str]:
     del folder  # tables alone
-    lines = [*measured(result), "", *all_reduces(result), ""]
+    lines = [*measured(result), "", *all_reduces(result), "", *flags_of(result)]
     lines += [f"Inputs: {result['inputs']}. Times: {result['time']}.", source(result)]
     texts = {"sharded": "\n".join(lines)}
     can_tell = done(result, case="tensor", gpus=1) and done(result, case="all_reduce")

@@ -74,6 +74,10 @@ def memcheck(result: dict, folder: pathlib.Path) -> dict[str, str]:
     lines = markdown("memcheck of tests that need a GPU", [""], shown)
     bad = [*result["failed"], *result["unchecked"]]
     lines += ["", *(f"Not well: `{test}`." for test in bad)]
+    lines += [
+        f"Kernels that are not watched: `{result['not_watched']}`, XLA's own.",
+        "",
+    ]
     lines.append(f"compute-sanitizer {result['sanitizer']}; {source(result)}")
     return {"memcheck": "\n".join(lines)}
 
