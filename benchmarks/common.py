@@ -58,7 +58,7 @@ class Suite(NamedTuple):
       inputs: their distribution, in words.
       make_inputs: a problem's inputs, on the device.
       expect: what a first call must leave, by name.
-      tolerance: (problem, name, is_ours=) -> relative error below which it is right.
+      tolerance: (problem, name, is_ours=) -> relative error up to which it is right.
       ours, peers: contenders of a problem. A failure of ours ends the run; a peer that
         fails is reported as absent.
     """
@@ -86,7 +86,8 @@ def errors_of(
 
 
 def passed(tolerance: Callable[[str], float], errors: Mapping[str, float]) -> bool:
-    return all(error < tolerance(name) for name, error in errors.items())
+    """Up to the tolerance: of 0 all bits are wanted. NaN does not pass."""
+    return all(error <= tolerance(name) for name, error in errors.items())
 
 
 def wait() -> None:
@@ -177,6 +178,17 @@ def header(inputs: str, repeats: int = REPEATS) -> dict[str, Any]:
     }
 
 
+def results_folder(
+    device: str, out: pathlib.Path | None = None, *, quick: bool = False
+) -> pathlib.Path:
+    """Of a run's files, made where it is not there: `out`, or the device's. A quick
+    run's is in that, ignored by git: what is committed is of whole runs."""
+    folder = RESULTS / device.lower().replace(" ", "_")
+    folder = out or (folder / "quick" if quick else folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def commit_of(result: Mapping[str, Any]) -> dict[str, str]:
     """What a row says where a file's rows were not all measured at once."""
     return {"commit": result["commit"], "date": result["date"]}
@@ -207,15 +219,15 @@ def need_gpu() -> None:
         )
 
 
-def run_suite(suite: Suite, problems: list, out: pathlib.Path | None) -> None:
+def run_suite(
+    suite: Suite, problems: list, out: pathlib.Path | None, *, quick: bool
+) -> pathlib.Path:
     """Checks and times every contender on every problem; prints and writes the rows,
-    problem by problem."""
+    problem by problem. Gives the file that they are in."""
     need_gpu()
     result = header(suite.inputs)
     result |= {"copy_tb_per_s": timing.copy_bandwidth(), "rows": []}
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{suite.name}.json"
+    path = results_folder(result["device"], out, quick=quick) / f"{suite.name}.json"
     for problem in track(problems, description=suite.name, console=console):
         inputs = suite.make_inputs(problem)
         expected = suite.expect(problem, inputs)
@@ -227,6 +239,7 @@ def run_suite(suite: Suite, problems: list, out: pathlib.Path | None) -> None:
         result["rows"] += rows
         path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {path}")
+    return path
 
 
 def table(rows: list[dict], problem: Problem, copy_tb_per_s: float) -> Table:

@@ -260,7 +260,7 @@ def suite(*, tune: bool) -> Suite:
 def main(
     quick: bool = False, tune: bool = True, out: pathlib.Path | None = None
 ) -> None:
-    common.run_suite(suite(tune=tune and not quick), problems(quick), out)
+    common.run_suite(suite(tune=tune and not quick), problems(quick), out, quick=quick)
 
 
 if __name__ == "__main__":

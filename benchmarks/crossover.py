@@ -89,15 +89,16 @@ def main(
 def write_table(
     result: dict[str, Any], package: pathlib.Path, out: pathlib.Path | None
 ) -> None:
-    rows = [
-        crossover_of(
-            [x for x in result["rows"] if (x["state_dtype"], x["T"]) == (dtype, T)]
-        )
-        for dtype, T in itertools.product(STATE_DTYPES, TOKENS)
-    ]
+    """A row that is not of this run says which one it is of: of several the newest."""
+    table = []
+    for dtype, T in itertools.product(STATE_DTYPES, TOKENS):
+        rows = [x for x in result["rows"] if (x["state_dtype"], x["T"]) == (dtype, T)]
+        if found := crossover_of(rows):
+            run = commit_of(max(rows, key=lambda row: row["date"]))
+            table.append(found if run == commit_of(result) else run | found)
     kept = json.loads(package.read_text()) if package.is_file() else {"runs": []}
     about = {key: result[key] for key in ("date", "commit", "versions", "inputs")}
-    kept["replay"] = about | {"rows": [row for row in rows if row]}
+    kept["replay"] = about | {"rows": table}
     path = package if out is None else out / package.name
     path.write_text(json.dumps(kept, indent=1) + "\n")
     console.print(f"wrote {path}")

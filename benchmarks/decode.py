@@ -25,7 +25,7 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
             Problem(64, H=30, HV=30, K=96, V=192, state_dtype=s) for s in STATES
         ]
         problems += [Problem(64, gib=5, state_dtype=s) for s in STATES]
-    run_suite(suite("decode"), problems, out)
+    run_suite(suite("decode"), problems, out, quick=quick)
 
 
 if __name__ == "__main__":

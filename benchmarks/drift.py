@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from common import RESULTS, console, header
+from common import console, header, results_folder
 from rich.progress import track
 
 import gdn_jax
@@ -196,11 +196,11 @@ def main(
     out: pathlib.Path | None = None,
 ) -> None:
     result = header(INPUTS)
+    del result["time"]  # nothing is timed
     way = "triton" if jax.default_backend() == "gpu" else "xla"
     result |= {"steps": steps, "implementation": way}
     result["rows"] = measure(tuple(dtype), steps, way)
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(result["device"], out)
     (folder / "drift.json").write_text(json.dumps(result, indent=1) + "\n")
     last = {(x["state_dtype"], x["how"]): x["error"] for x in result["rows"]}
     for (state, how), error in last.items():

@@ -209,7 +209,7 @@ def suite(*, tune: bool) -> Suite:
 def main(
     quick: bool = False, tune: bool = False, out: pathlib.Path | None = None
 ) -> None:
-    common.run_suite(suite(tune=tune), problems(quick), out)
+    common.run_suite(suite(tune=tune), problems(quick), out, quick=quick)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import typer
-from common import RESULTS, console, header
+from common import console, header, results_folder
 from fuzz_calls import Calls, Found, Wrong
 from fuzz_steps import LayerSteps, Replays
 from peers import Unavailable
@@ -219,9 +219,7 @@ def main(
     if against not in known:
         raise SystemExit(f"--against must be one of {', '.join(known)}; got {against}")
     subject = SUBJECTS[op](against, implementation)
-    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    folder = out or RESULTS / device
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(jax.devices()[0].device_kind, out, quick=quick)
     name = "fuzz" if against == "vllm" else f"fuzz_{op}"
     path = folder / f"{name}.json"
     run = Run(subject, seed=seed, cases=cases, sets=sets, path=path)

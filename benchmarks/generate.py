@@ -22,7 +22,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import typer
-from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
+from common import (
+    commit_of,
+    console,
+    header,
+    need_gpu,
+    results_folder,
+    rows_besides,
+)
 from geometries import (
     CONTEXT,
     MODELS,
@@ -263,9 +270,8 @@ def main(
         f"wall clock of a block of {STEPS} steps, median of {ROUNDS} to {MOST_ROUNDS}"
     )
     result["copy_tb_per_s"] = timing.copy_bandwidth()
-    committed = RESULTS / result["device"].lower().replace(" ", "_")
-    folder = out or committed
-    folder.mkdir(parents=True, exist_ok=True)
+    committed = results_folder(result["device"])
+    folder = results_folder(result["device"], out, quick=quick)
     for name in model:
         file = f"generate_{name.split(',')[0].lower()}.json"
         needed = {point: memory(point) for point in points(name, quick, rows, drafts)}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 import update
-from common import REPEATS, RESULTS, console, header, wait
+from common import REPEATS, console, header, results_folder, wait
 from jax import lax
 from rich.table import Table
 
@@ -284,8 +284,7 @@ def main(
     result["time"] = f"the kernel alone, median of {REPEATS} calls"
     implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     result |= {"steps": steps, "implementation": implementation, "rows": []}
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(result["device"], out, quick=quick)
     path, begin = folder / "horizon.json", time.perf_counter()
     for rows in measure(CONTENDERS, steps, implementation):
         result["rows"] += rows

@@ -204,7 +204,7 @@ def problems(quick: bool = False) -> list[Problem]:
 
 
 def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
-    run_suite(SUITE, problems(quick), out)
+    run_suite(SUITE, problems(quick), out, quick=quick)
 
 
 if __name__ == "__main__":

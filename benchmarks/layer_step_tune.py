@@ -5,6 +5,7 @@ ops one after another. The fastest, and whether it pays, is written for the pack
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -12,7 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import typer
-from common import RESULTS, commit_of, console, header, need_gpu, rows_besides, wait
+from common import (
+    RESULTS,
+    commit_of,
+    console,
+    header,
+    need_gpu,
+    passed,
+    rows_besides,
+    wait,
+)
 from layer_step import COMPILERS, INPUTS, REPLAY_ROWS, SIZES, check_step, tolerance
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +37,7 @@ from step_programs import (
 
 import gdn_jax
 from gdn_jax import LayerStepConfig, ReplayConfig, timing
-from gdn_jax.ops.gated_delta.tuning import replay_heuristic
+from gdn_jax.ops.gated_delta.replay_tuning import replay_heuristic
 
 CALLS = 40
 NOISE = 0.01  # what two runs of one step differ by
@@ -93,8 +103,7 @@ def measure(
     step = compiled.result()
     if name == "fused":
         row["errors"] = check_step(problem, inputs, step)
-        errors = row["errors"].items()
-        if any(error > tolerance(problem, what) for what, error in errors):
+        if not passed(functools.partial(tolerance, problem), row["errors"]):
             return row | {"absent": "errors above the tolerance"}
     return row | time_step(problem, inputs, step)
 
@@ -103,7 +112,9 @@ def launches_of(problem: Problem) -> list[Any]:
     if not problem.replay:
         launches = ONE if problem.T == 1 else MORE
         return [LayerStepConfig(*launch) for launch in launches]
-    plain = replay_heuristic(problem.T, "bfloat16", problem.state_dtype)
+    plain = replay_heuristic(
+        problem.T, "bfloat16", problem.state_dtype, problem.HV // problem.H
+    )
     return [plain, *(dataclasses.replace(plain, **change) for change in REPLAY)]
 
 

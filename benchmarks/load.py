@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import load_killed
 import typer
-from common import RESULTS, console, header
+from common import console, header, results_folder
 from load_parts import (
     Load,
     Text,
@@ -243,8 +243,7 @@ def main(
         f"greedy, 1 to {load.new} new tokens, a third of the texts up to a line's end"
     )
     result["time"] = "wall clock"
-    path = out or RESULTS / result["device"].lower().replace(" ", "_")
-    path.mkdir(parents=True, exist_ok=True)
+    path = results_folder(result["device"], out, quick=quick)
     path /= f"load_{drafts}_drafts.json" if drafts else "load.json"
     result |= {"load": dataclasses.asdict(load), "rows": []}
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import memcheck_tests
 import typer
-from common import RESULTS, console, header
+from common import console, header, results_folder
 
 from gdn_jax import _triton
 
@@ -45,14 +45,19 @@ ENVIRONMENT = {
 PADDING = 4096
 SIZE, BLOCK = 1000, 8192  # of the buffer and of the program that writes it
 PLANTED = {"none": 0, "one value": 1, "many values": 4096}  # past the end
-# XLA's own kernel of scatters reads indices for threads that have none, up to 8 values
-# past the end (JAX 0.11.2), and an error ends a process. Tests make arrays by it; the
-# kernel that is planted shows that ours are still watched.
-NOT_WATCHED = "input_scatter_fusion"
+# An error ends a process; the kernel that is planted shows that ours are still watched.
+NOT_WATCHED = {
+    "kernel": "input_scatter_fusion",
+    "reason": (
+        "XLA's own of scatters, by which tests make arrays, reads indices for threads "
+        "that have none, up to 8 values past their end (JAX 0.11.2)"
+    ),
+}
 TESTS_AT_ONCE = 16  # of a process
 # Pools of gigabytes: as many processes at once do not fit, and what is checked of them
 # is their values.
 LEFT_OUT = ("test_large.py",)
+OUTCOMES = ("passed", "failed", "skipped", "not_run")  # of a part's tests
 SHOWN_LINES = 40
 
 
@@ -99,7 +104,7 @@ def under_memcheck(
     sanitizer = [
         find_sanitizer(),
         *("--tool", "memcheck", "--report-api-errors", "no"),
-        *("--kernel-name-exclude", f"kns={NOT_WATCHED}"),
+        *("--kernel-name-exclude", f"kns={NOT_WATCHED['kernel']}"),
         *("--padding", str(PADDING), "--log-file", str(log)),
     ]
     begun = time.perf_counter()
@@ -230,6 +235,7 @@ class Part:
         part: str,
         allocator: str,
         planted: dict,
+        collected: int,
         left_out: list[str],
     ):
         self.path, self.begun = path, time.perf_counter()
@@ -239,8 +245,8 @@ class Part:
         self.result |= {"padding": PADDING, "not_watched": NOT_WATCHED}
         self.result |= {"sanitizer": self.version()}
         self.result |= {"planted": planted[allocator], "planted_with": planted}
-        self.result |= {"left_out": left_out, "seconds": 0.0}
-        self.result |= {"passed": [], "failed": [], "skipped": [], "not_run": []}
+        self.result |= {"collected": collected, "left_out": left_out, "seconds": 0.0}
+        self.result |= {outcome: [] for outcome in OUTCOMES}
         self.result |= {"errors": 0, "unchecked": [], "reports": []}
 
     @staticmethod
@@ -265,29 +271,68 @@ class Part:
         self.path.write_text(json.dumps(result, indent=1) + "\n")
 
     def line(self) -> str:
-        names = ("passed", "failed", "skipped", "not_run", "unchecked")
+        names = (*OUTCOMES, "unchecked")
         counts = ", ".join(f"{len(self.result[name])} {name}" for name in names)
         return f"{counts}; {self.result['errors']} errors"
 
 
+def read_parts(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All of one run, in order."""
+    parts = [json.loads(x.read_text()) for x in folder.glob("memcheck_*.json")]
+    parts.sort(key=lambda part: int(part["part"].split("/")[0]))
+    found = [part["part"] for part in parts]
+    if not found or found != [f"{i + 1}/{len(found)}" for i in range(len(found))]:
+        raise SystemExit(
+            f"--join wants all parts of one count in {folder}; got "
+            f"{', '.join(found) or 'none'}. Run those that are missing, and remove "
+            f"those of another count."
+        )
+    names = ("commit", "package", "collected")
+    kinds = [{name: part[name] for name in names} for part in parts]
+    if any(kind != kinds[0] for kind in kinds):
+        raise SystemExit(
+            f"--join wants parts of one commit, package and number of tests; got "
+            f"{kinds}. Run all of them again."
+        )
+    return parts
+
+
 def join(folder: pathlib.Path) -> None:
-    """One file of all parts', which must be of one commit."""
-    parts = [json.loads(x.read_text()) for x in sorted(folder.glob("memcheck_*.json"))]
-    if len({(part["commit"], part["package"]) for part in parts}) != 1:
-        raise SystemExit("the parts are not of one commit and package")
-    whole, names = parts[0], ("passed", "failed", "skipped", "unchecked", "reports")
-    for part in parts[1:]:
-        for name in names:
-            whole[name] += part[name]
-        for name in ("errors", "seconds"):
+    """One file of all parts'."""
+    whole, *others = read_parts(folder)
+    for part in others:
+        for name in (*OUTCOMES, "unchecked", "reports", "errors", "seconds"):
             whole[name] += part[name]
         whole["part"] += f", {part['part']}"
-        whole["not_run"] += part["not_run"]
-    done = {test for name in names[:3] for test in whole[name]}
-    whole["not_run"] = sorted(set(whole["not_run"]) - done)
+    counts = {name: len(whole[name]) for name in (*OUTCOMES, "left_out")}
+    if sum(counts.values()) != whole["collected"]:
+        raise SystemExit(
+            f"--join wants an outcome of each of {whole['collected']} tests; got "
+            f"{counts}. Run all parts again, without --quick."
+        )
     path = folder / "memcheck.json"
     path.write_text(json.dumps(whole, indent=1) + "\n")
-    console.print(f"wrote {path}")
+    console.print(f"{whole['collected']} tests: {counts}; wrote {path}")
+
+
+def run_groups(
+    groups: list[list[str]],
+    results: Part,
+    logs: pathlib.Path,
+    allocator: str,
+    until: float,
+    workers: int,
+) -> None:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [
+            pool.submit(run_chunk, number, group, logs, allocator, until)
+            for number, group in enumerate(groups)
+        ]
+        for future in concurrent.futures.as_completed(running):
+            chunk = future.result()
+            results.add(chunk)
+            file, seconds = chunk["tests"][0].split("::")[0], chunk.get("seconds", 0)
+            console.print(f"{seconds:6} s  {file}  {results.line()}")
 
 
 def main(
@@ -305,9 +350,7 @@ def main(
         jax.block_until_ready(plant(PLANTED[plant_name]))
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # memory is for the tests
-    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    folder = out or RESULTS / device
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(jax.devices()[0].device_kind, out, quick=quick)
     if join_parts:
         join(folder)
         return
@@ -323,20 +366,9 @@ def main(
         groups = groups[index - 1 :: count][: 2 if quick else None]
         total = sum(map(len, groups))
         console.print(f"part {part}: {total} of {len(found)} tests")
-        results = Part(
-            folder / f"memcheck_{index}.json", part, allocator, planted, left_out
-        )
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            running = [
-                pool.submit(run_chunk, number, group, logs, allocator, until)
-                for number, group in enumerate(groups)
-            ]
-            for future in concurrent.futures.as_completed(running):
-                chunk = future.result()
-                results.add(chunk)
-                file = chunk["tests"][0].split("::")[0]
-                seconds = chunk.get("seconds", 0)
-                console.print(f"{seconds:6} s  {file}  {results.line()}")
+        path = folder / f"memcheck_{index}.json"
+        results = Part(path, part, allocator, planted, len(found), left_out)
+        run_groups(groups, results, logs, allocator, until, workers)
     result = results.result
     for report in result["reports"]:
         console.print(report, highlight=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import typer
-from common import RESULTS, Build, Suite, console, need_gpu, run_suite
+from common import Build, Suite, console, need_gpu, run_suite
 from rich.table import Table
 from update import Problem, ours, suite
 
@@ -104,9 +104,7 @@ def pinning_suite() -> Suite:
 
 def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
     need_gpu()
-    run_suite(pinning_suite(), problems(quick), out)
-    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    path = (out or RESULTS / device) / "pinning.json"
+    path = run_suite(pinning_suite(), problems(quick), out, quick=quick)
     result = json.loads(path.read_text())
     result["costs"] = costs(result["rows"])
     path.write_text(json.dumps(result, indent=1) + "\n")

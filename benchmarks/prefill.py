@@ -28,7 +28,7 @@ def problems(quick: bool = False) -> list[Problem]:
 def main(
     quick: bool = False, tune: bool = False, out: pathlib.Path | None = None
 ) -> None:
-    run_suite(chunked.prefill(tune=tune), problems(quick), out)
+    run_suite(chunked.prefill(tune=tune), problems(quick), out, quick=quick)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ import peers
 import typer
 import update
 from common import (
-    RESULTS,
     commit_of,
     console,
     header,
     need_gpu,
     passed,
+    results_folder,
     rows_besides,
     time_contender,
     wait,
@@ -273,11 +273,9 @@ def main(
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
     result["copy_tb_per_s"] = timing.copy_bandwidth()
-    committed = RESULTS / result["device"].lower().replace(" ", "_")
-    folder = out or committed
-    folder.mkdir(parents=True, exist_ok=True)
-    modes = {f"_tune_{tune}": tune, "_quick": quick, "": True}
-    file = f"replay{next(mode for mode, wanted in modes.items() if wanted)}.json"
+    committed = results_folder(result["device"])
+    folder = results_folder(result["device"], out, quick=quick)
+    file = f"replay_tune_{tune}.json" if tune else "replay.json"
     path = folder / file
     parts = itertools.product(state_dtype, tokens)
     measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]

@@ -120,8 +120,8 @@ def main(
     rows: list[int] = typer.Option(list(BATCHES)),  # noqa: B008
     out: pathlib.Path | None = None,
 ) -> None:
-    need_gpu()
     """rows: texts at once; the results file keeps others."""
+    need_gpu()
     result = header(INPUTS)
     result["time"] = (
         f"wall clock of a block of {STEPS} steps, median of {ROUNDS} to {MOST_ROUNDS}"

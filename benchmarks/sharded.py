@@ -21,7 +21,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import typer
-from common import RESULTS, commit_of, console, header, need_gpu, rows_besides
+from common import (
+    commit_of,
+    console,
+    header,
+    need_gpu,
+    results_folder,
+    rows_besides,
+)
 from rich.table import Table
 from shared_work import AllReduce, Decoding, Work
 
@@ -228,37 +235,37 @@ def main(
                 result.setdefault("copy_tb_per_s", what)
             elif result:
                 result["rows"].append(commit_of(result) | what)
-                write(result, out)
+                write(result, path_of(result, out, quick))
                 console.print(said_of(what), highlight=False)
     if result:
         console.print(table(result["rows"]))
-        console.print(
-            f"wrote {path_of(result, out)} by {time.perf_counter() - begin:.0f} s"
-        )
+        path, seconds = path_of(result, out, quick), time.perf_counter() - begin
+        console.print(f"wrote {path} by {seconds:.0f} s")
 
 
-def path_of(result: dict[str, Any], out: pathlib.Path | None) -> pathlib.Path:
-    folder = out or RESULTS / result["device"].lower().replace(" ", "_")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "sharded.json"
+def path_of(
+    result: dict[str, Any], out: pathlib.Path | None = None, quick: bool = False
+) -> pathlib.Path:
+    return results_folder(result["device"], out, quick=quick) / "sharded.json"
 
 
 def begin_file(
     result: dict[str, Any], names: list[str], gpus: int, quick: bool, out: Any
 ) -> dict[str, Any]:
-    """With the rows of earlier runs that this one does not measure again."""
+    """With the rows of earlier runs that this one does not measure again, of options
+    that there still are."""
     measured = [
         dataclasses.asdict(work) | {"options": name}
         for name in names
         for todo in works(name, gpus, quick).values()
         for work in todo
     ]
-    paths = path_of(result, out), path_of(result, None)
-    return result | {"rows": rows_besides(measured, *paths)}
+    kept = rows_besides(measured, path_of(result, out, quick), path_of(result))
+    return result | {"rows": [row for row in kept if row["options"] in OPTIONS]}
 
 
-def write(result: dict[str, Any], out: pathlib.Path | None) -> None:
-    path_of(result, out).write_text(json.dumps(result, indent=1) + "\n")
+def write(result: dict[str, Any], path: pathlib.Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def said_of(row: dict[str, Any]) -> str:

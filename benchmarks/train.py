@@ -19,7 +19,7 @@ def problems(quick: bool = False) -> list[Problem]:
 
 
 def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
-    run_suite(chunked.train(), problems(quick), out)
+    run_suite(chunked.train(), problems(quick), out, quick=quick)
 
 
 if __name__ == "__main__":

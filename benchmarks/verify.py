@@ -21,7 +21,7 @@ def main(quick: bool = False, out: pathlib.Path | None = None) -> None:
     ]
     if not quick:
         problems += [Problem(64, T=4, gib=5, state_dtype=state) for state in states]
-    run_suite(suite("verify"), problems, out)
+    run_suite(suite("verify"), problems, out, quick=quick)
 
 
 if __name__ == "__main__":

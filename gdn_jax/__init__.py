@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from gdn_jax.ops.gated_delta.chunk_api import chunk_update as chunk_update
     from gdn_jax.ops.gated_delta.replay_api import replay_update as replay_update
     from gdn_jax.ops.gated_delta.replay_state import ReplayState as ReplayState
+    from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig as ReplayConfig
     from gdn_jax.ops.gated_delta.tuning import ChunkConfig as ChunkConfig
     from gdn_jax.ops.gated_delta.tuning import LaunchConfig as LaunchConfig
-    from gdn_jax.ops.gated_delta.tuning import ReplayConfig as ReplayConfig
     from gdn_jax.ops.gated_delta.unfused import gates as gates
     from gdn_jax.ops.gated_rms_norm.api import gated_rms_norm as gated_rms_norm
     from gdn_jax.ops.grouped_dot.api import grouped_dot as grouped_dot
@@ -56,7 +56,7 @@ _MODULES = {
     "GroupedDotConfig": "ops.grouped_dot.tuning",
     "LayerStepConfig": "ops.layer_step.tuning",
     "LaunchConfig": "ops.gated_delta.tuning",
-    "ReplayConfig": "ops.gated_delta.tuning",
+    "ReplayConfig": "ops.gated_delta.replay_tuning",
     "ReplayState": "ops.gated_delta.replay_state",
     "SlotPool": "pool",
     "causal_conv1d": "ops.causal_conv1d.api",

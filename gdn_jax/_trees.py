@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdn_jax import _json
 from gdn_jax.ops import checks
 
 NOTES = "gdn_jax"  # the key of the file's metadata that holds ours
@@ -49,7 +50,9 @@ def save(path: pathlib.Path, tree: Any, notes: dict[str, Any]) -> None:
     arrays = {name: _plain(x) for name, x in _named(tree).items()}
     beside = path.with_name(path.name + ".partial")
     write(beside, arrays, {NOTES: json.dumps(notes)})
+    on_disk(beside)
     os.replace(beside, path)
+    on_disk(path.parent)
 
 
 def write(path: pathlib.Path, arrays: Any, metadata: dict[str, str]) -> None:
@@ -63,6 +66,16 @@ def write(path: pathlib.Path, arrays: Any, metadata: dict[str, str]) -> None:
     path.chmod(mode)
 
 
+def on_disk(path: pathlib.Path) -> None:
+    """Waits until a file, or what a folder says of its files, outlasts a loss of
+    power: a name may otherwise be there before what it names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def load_notes(path: pathlib.Path) -> dict[str, Any]:
     """The notes; {} if the file is another program's.
 
@@ -71,13 +84,10 @@ def load_notes(path: pathlib.Path) -> dict[str, Any]:
     with opened(path) as file:
         text = (file.metadata() or {}).get(NOTES, "{}")
     try:
-        notes = json.loads(text)
-        if not isinstance(notes, dict):
-            raise ValueError(f"they are a {type(notes).__name__}")
-    except (ValueError, RecursionError) as error:
+        return _json.parse(text)
+    except ValueError as error:
         text = f"{path} has broken notes ({error}). Take another copy of it."
         raise ValueError(text) from None
-    return notes
 
 
 def load(

@@ -172,12 +172,16 @@ def launch(
     """Runs `kernel(inputs, *outputs)` on unblocked references, once per grid point.
 
     `inputs` is one pytree of arrays, `outputs` a sequence of (shape, dtype); `aliases`
-    maps flat input numbers to output numbers. Grid axis 0 is the fastest.
+    maps flat input numbers to output numbers. Grid axis 0 is the fastest. Under
+    `shard_map` an output varies as the input that it replaces, others as any input.
     """
-    varying = varying_axes(inputs)
+    leaves, varying = jax.tree.leaves(inputs), varying_axes(inputs)
+    types = {
+        output: jax.typeof(leaves[i]).manual_axis_type for i, output in aliases.items()
+    }
     out_shape = tuple(
-        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
-        for shape, dtype in outputs
+        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=types.get(i, varying))
+        for i, (shape, dtype) in enumerate(outputs)
     )
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(

@@ -96,7 +96,7 @@ def make(case, seed=0):
         if case.says:
             tables["has_state"] = (np.arange(N) != FRESH) | (number != FRESH_AT)
             if number == FRESH_AT:
-                tables["num_accepted"][FRESH] = 1
+                tables["num_accepted"][FRESH] = S  # of a last step that is not its own
         if case.packed:
             lengths = random.integers(0, S + 1, N)
             if number == FRESH_AT:
@@ -108,16 +108,19 @@ def make(case, seed=0):
         qkvz, ba = normal(*lead, C + HV * V), normal(*lead, 2 * HV)
         nobody = np.array(nulls, int)
         if case.packed:
-            bounds = tables["cu_seqlens"]
-            live = [n for n in range(N) if n not in nulls]
-            owned = [np.arange(*bounds[n : n + 2]) for n in live]
-            nobody = np.setdiff1d(np.arange(lead[0]), np.concatenate(owned))
+            nobody = _of_no_row(tables["cu_seqlens"], nulls, lead[0])
         qkvz, ba = (x.at[nobody].set(jnp.nan) for x in (qkvz, ba))
         if case.pair:
             qkvz, ba = (qkvz[..., :C], qkvz[..., C:]), (ba[..., :HV], ba[..., HV:])
         return (qkvz, ba), options | tables, nulls, nobody
 
     return (conv, recurrent), step
+
+
+def _of_no_row(bounds, nulls, tokens):
+    live = [n for n in range(N) if n not in nulls]
+    owned = [np.arange(*bounds[n : n + 2]) for n in live]
+    return np.setdiff1d(np.arange(tokens), np.concatenate(owned))
 
 
 def of_decode(case=CASES[2]):

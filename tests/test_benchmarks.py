@@ -1,9 +1,12 @@
 """What of the benchmarks runs without a GPU: their problems, inputs and checks."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -278,6 +281,55 @@ def test_a_layers_step_is_checked_and_the_best_launch_kept(monkeypatch, tmp_path
     assert of_replay.replay and of_replay.config == gdn_jax.ReplayConfig()
     assert sorted(row.tokens for row in rows) == [1, 4]
     assert {row.config for row in rows} == {gdn_jax.LayerStepConfig(**launch)}
+
+
+@pytest.mark.parametrize("file", ["layer_step", "layer_step_tune"])
+def test_a_launch_that_gives_nan_is_not_timed(file, monkeypatch):
+    """Nor one whose convolution differs in a bit."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module, steps = map(importlib.import_module, (file, "step_programs"))
+    problem = steps.Problem(2, 1, 1, 2, "float32", K=16, V=16)
+    right = dict(state=0.0, conv=0.0, out=0.0)
+    tuned = file == "layer_step_tune"
+    names = ("check_step", "time_step") if tuned else ("check", "time_program")
+    name = ("fused", None) if tuned else "fused"
+
+    def measure(errors):
+        monkeypatch.setattr(module, names[0], lambda *_: errors)
+        monkeypatch.setattr(module, names[1], lambda *_: dict(busy_us=1.0))
+        compiled = concurrent.futures.Future()
+        compiled.set_result(None)
+        return module.measure(problem, None, name, compiled)
+
+    assert measure(right)["busy_us"] == 1.0
+    for wrong in (dict(out=math.nan), dict(state=math.nan), dict(conv=1e-9)):
+        row = measure(right | wrong)
+        assert "busy_us" not in row and "above the tolerance" in row["absent"]
+
+
+def test_nan_is_the_worst_of_some_errors(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    layer_step, common = map(importlib.import_module, ("layer_step", "common"))
+    for errors in itertools.permutations((0.0, math.nan, 1.0)):
+        assert math.isnan(layer_step.worst(errors))
+    assert layer_step.worst([0.0, 1.0]) == 1.0
+    assert common.passed(lambda what: 0.0, dict(conv=0.0))
+    assert not common.passed(lambda what: 1.0, dict(conv=math.nan, out=0.0))
+
+
+def test_a_quick_run_writes_over_nothing_that_is_committed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    common = importlib.import_module("common")
+    command = ["git", "check-ignore", "-q", common.RESULTS / "a_gpu/quick/some.json"]
+    folder = BENCHMARKS.parent
+    if (folder / ".git").exists():
+        assert subprocess.run(command, cwd=folder, check=False).returncode == 0
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    found = common.results_folder
+    assert found("a GPU") == tmp_path / "a_gpu"
+    assert found("a GPU", quick=True) == tmp_path / "a_gpu" / "quick"
+    assert found("a GPU", tmp_path / "out", quick=True) == tmp_path / "out"
+    assert (tmp_path / "out").is_dir() and (tmp_path / "a_gpu" / "quick").is_dir()
 
 
 def test_what_pinning_a_launch_costs(monkeypatch):

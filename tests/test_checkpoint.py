@@ -247,6 +247,34 @@ def test_a_save_that_fails_leaves_the_old_files(copied, monkeypatch):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("number", [0, 1, 3, 7])
+def test_a_save_that_fails_amid_its_renames_is_refused(copied, monkeypatch, number):
+    """New and old files beside each other are no model; the next save makes one."""
+    folder, replace = copied("3.5 tied"), os.replace
+    (folder / "model_adapter.safetensors").touch()
+    model, params = models.load(folder)
+    changed = jax.tree.map(lambda x: x + 1, params)
+    calls = itertools.count()
+
+    def fail(old, new):
+        if next(calls) == number:
+            raise OSError("no such disk")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no such disk"):
+        models.save(folder, model, changed, max_shard_bytes=1)
+    if number == 0:
+        assert_same(models.load(folder)[1], params)
+    else:
+        with pytest.raises(ValueError, match="was stopped while its files"):
+            models.load(folder)
+    calls = itertools.count(10**6)
+    models.save(folder, model, changed, max_shard_bytes=1)
+    assert_same(models.load(folder)[1], changed)
+    assert (folder / "model_adapter.safetensors").exists()
+
+
 def test_files_may_be_read_by_whom_the_umask_lets(saved, tmp_path):
     _, model, params = saved("3.5 tied")
     before = os.umask(0o027)

@@ -22,7 +22,7 @@ from gdn_jax.ops.cached_attention.call import Inputs as Cached
 from gdn_jax.ops.cached_attention.tuning import AttentionConfig
 from gdn_jax.ops.causal_conv1d.tuning import ConvConfig
 from gdn_jax.ops.few_rows.api import products
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig
 from gdn_jax.ops.routing.api import route
 
 KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]

@@ -228,7 +228,33 @@ def test_ctrl_c_goes_to_whom_it_is_for(monkeypatch):
 def test_other_threads_may_run_an_engine():
     engine = make_engine()
     request = engine.submit(PROMPTS[0], max_tokens=NEW, stop=())
-    thread = threading.Thread(target=finish, args=(engine,))
+    _in_a_thread(finish, engine)
+    assert request.tokens == greedy(0)[0][0].tokens
+
+
+def test_threads_may_run_an_engine_in_turn():
+    engine, before = make_engine(), signal.getsignal(signal.SIGINT)
+    requests = [engine.submit(PROMPTS[0], max_tokens=NEW, stop=()) for _ in range(3)]
+    steps = engine.run()
+    next(steps)
+    assert _in_a_thread(next, steps) == []
+    for _ in steps:
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
+    assert {len(request.tokens) for request in requests} == {NEW}
+
+
+def _in_a_thread(function, *args):
+    """What it raised."""
+    raised = []
+
+    def run():
+        try:
+            function(*args)
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert request.tokens == greedy(0)[0][0].tokens
+    return raised

@@ -159,10 +159,12 @@ def _find_their_slots(name, P, N, HV, implementation):
     want_pool, want = jax.jit(alone)(want_pool, *few, order)
     pool, out = jax.jit(call, donate_argnums=0)(pool, *tokens, slots)
 
-    assert testing.relative_error(out[some], want) < 1e-2
+    bar = 2 * testing.TOLERANCE["chunked out", "bfloat16"]
+    assert testing.relative_error(out[some], want) < bar
     assert np.all(np.asarray(jnp.any(out.reshape(N, -1) != 0, axis=1)))
     got_pool = jax.tree.map(lambda x: x[slots[some]], pool)
-    jax.tree.map(_agree, _in_order(got_pool), _in_order(want_pool))
+    agree = functools.partial(_agree, name)
+    jax.tree.map(agree, _in_order(got_pool), _in_order(want_pool))
     others = np.setdiff1d(np.arange(P), slots)
     changed = np.zeros(P, bool)
     for x, y in zip(before, _sums(pool), strict=True):
@@ -184,8 +186,15 @@ def _in_order(state):
     return jax.tree.map(dense, state, is_leaf=is_ring)
 
 
-def _agree(got, want):
-    assert testing.relative_error(got, want) < 1e-2
+def _agree(name, got, want):
+    """Both round: twice what one may."""
+    if jnp.issubdtype(got.dtype, jnp.integer):
+        np.testing.assert_array_equal(got, want)
+        return
+    kind = "chunked state" if name in ("chunk_update", "replay_update") else "state"
+    # a step's q, k and v are rounded to the tokens' dtype on their way
+    dtype = "bfloat16" if name == "fused_layer_step" else got.dtype.name
+    assert testing.relative_error(got, want) < 2 * testing.TOLERANCE[kind, dtype]
 
 
 def _per_row(x, N):

@@ -196,6 +196,7 @@ def measured(monkeypatch):
         (dict(tokens=None, columns=4, verifies=True), LARGE, False),
         (dict(tokens=5, columns=5, verifies=True), None, False),  # not measured
         (dict(state_dtype="float16"), LARGE, True),  # bfloat16's
+        (dict(act_dtype="float32"), None, False),
         (dict(HV=8), None, False),
         (dict(K=64), None, False),
     ],
@@ -204,10 +205,10 @@ def measured(monkeypatch):
 def test_a_step_takes_what_was_measured(change, launch, pays, measured):
     step = dataclasses.replace(STEP, **change)
     plain = tuning.heuristic(step.K, step.V, step.tokens or step.columns)
-    assert tuning.find_config("NVIDIA H200", step, "bfloat16") == (launch or plain)
+    assert tuning.find_config("NVIDIA H200", step) == (launch or plain)
     assert tuning.pays(None, (), step) == tuning.pays("triton", (), step) == pays
     assert not tuning.pays("xla", (), step)
-    assert tuning.find_config("another", step, "bfloat16") == plain
+    assert tuning.find_config("another", step) == plain
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9])

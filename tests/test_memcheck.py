@@ -68,6 +68,7 @@ def test_clean_tests_are_counted(memcheck, tmp_path, monkeypatch):
     code, result = _run(memcheck, tmp_path, monkeypatch, source)
     assert (code, result["errors"], _counts(result)) == (0, 0, [2, 0, 0, 0])
     assert result["planted"]["one value"]["errors"] == 1
+    assert (result["part"], result["collected"], result["left_out"]) == ("1/1", 2, [])
 
 
 def test_an_error_is_reported(memcheck, tmp_path, monkeypatch):
@@ -107,3 +108,46 @@ def test_an_allocator_with_which_the_plant_is_found_is_taken(
     assert result["environment"]["XLA_PYTHON_CLIENT_ALLOCATOR"] == chosen
     assert result["planted_with"][chosen] == result["planted"]
     assert result["planted_with"][memcheck.ALLOCATORS[0]]["one value"]["errors"] == 0
+
+
+def _part(folder, part, **others):
+    """Of three tests: what the part ran, and one that no part runs."""
+    about = dict(part=part, commit="one", package="two", collected=3, left_out=["c"])
+    names = ("failed", "skipped", "not_run", "unchecked", "reports")
+    lists: dict[str, list[str]] = {name: [] for name in names}
+    told = about | lists | dict(passed=["a"], errors=0, seconds=1.0) | others
+    (folder / f"memcheck_{part.split('/')[0]}.json").write_text(json.dumps(told))
+
+
+def test_parts_make_one_file(memcheck, tmp_path):
+    _part(tmp_path, "1/2")
+    _part(tmp_path, "2/2", passed=[], not_run=["b"], errors=4)
+    memcheck.join(tmp_path)
+    whole = json.loads((tmp_path / "memcheck.json").read_text())
+    assert (whole["part"], whole["errors"], whole["seconds"]) == ("1/2, 2/2", 4, 2.0)
+    assert (whole["collected"], whole["left_out"]) == (3, ["c"])
+    assert _counts(whole) == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "all parts of one count in .*; got none"),
+        ({"1/2": {}}, "got 1/2. Run those that are missing"),
+        ({"2/2": {}}, "got 2/2"),
+        ({"1/1": {}, "2/2": {}}, "got 1/1, 2/2"),
+        ({"1/2": {}, "2/2": dict(commit="other")}, "of one commit, package"),
+        ({"1/2": {}, "2/2": dict(collected=4)}, "and number of tests"),
+        ({"1/2": {}, "2/2": dict(passed=[])}, "an outcome of each of 3 tests"),
+        ({"1/1": {}}, "an outcome of each of 3 tests; got {'passed': 1"),
+    ],
+    ids=str,
+)
+def test_parts_that_are_not_of_one_whole_run_are_not_joined(
+    parts, message, memcheck, tmp_path
+):
+    for part, others in parts.items():
+        _part(tmp_path, part, **others)
+    with pytest.raises(SystemExit, match=message):
+        memcheck.join(tmp_path)
+    assert not (tmp_path / "memcheck.json").exists()

@@ -2,12 +2,14 @@
 
 import functools
 
+import aot
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 import gdn_jax
@@ -284,14 +286,23 @@ def test_nothing_to_do_changes_nothing():
     assert jax.tree.all(jax.tree.map(lambda x, y: x is y, state, after))
 
 
-def test_vmap_is_a_loop():
+def test_vmap_is_a_loop(path):
     state, tokens = dense_call()
-    many = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    both = [jnp.stack([x, x]) if x.ndim > 1 else x for x in tokens]
+    calls = [(state, tokens)]
+    calls.append(jax.tree.map(lambda x: x[::-1] if x.ndim > 2 else x, calls[0]))
+    update = functools.partial(replay_update, implementation=path)
     axes = [0 if x.ndim > 1 else None for x in tokens]
-    _, out = jax.vmap(replay_update, in_axes=(0, *axes))(many, *both)
-    _, want = replay_update(state, *tokens)
-    assert testing.relative_error(out[1], want) < 1e-6
+    states, (first, second) = zip(*calls, strict=True)
+    both = [
+        x if axis is None else jnp.stack([x, y])
+        for axis, x, y in zip(axes, first, second, strict=True)
+    ]
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    got = jax.vmap(update, in_axes=(0, *axes))(many, *both)
+    for i, (state, tokens) in enumerate(calls):
+        mine, want = jax.tree.map(lambda x: x[i], got), update(state, *tokens)  # noqa: B023
+        for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(want), strict=True):
+            assert testing.relative_error(x, y) < 1e-6
 
 
 @pytest.mark.parametrize(("window", "T"), [(16, 1), (16, 4), (32, 1), (32, 4)])
@@ -333,20 +344,37 @@ def test_it_has_no_gradient_and_says_so(way):
         jax.grad(total)(tokens[2])
 
 
-def test_heads_shard():
+def _over_heads(mesh, implementation):
     """Of the counters every part has all."""
-    state, tokens = dense_call(2, 3, H=2, HV=4, act_dtype="float32")
-    mesh = jax.make_mesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
     heads, last = P(None, "h"), P(None, None, "h")
     leaves = dict.fromkeys(("start", "committed", "pending"), P())
     of_state = ReplayState(*[leaves.get(name, heads) for name in ReplayState._fields])
-    sharded = jax.shard_map(
-        functools.partial(replay_update, implementation="xla"),
+    return jax.shard_map(
+        functools.partial(replay_update, implementation=implementation),
         mesh=mesh,
         in_specs=(of_state, last, last, last, P("h"), last, last, P("h")),
         out_specs=(of_state, last),
-        check_vma=False,
     )
-    got, want = jax.jit(sharded)(state, *tokens), replay_update(state, *tokens)
+
+
+def test_heads_shard():
+    state, tokens = dense_call(2, 3, H=2, HV=4, act_dtype="float32")
+    mesh = jax.make_mesh((2,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    got = jax.jit(_over_heads(mesh, "xla"))(state, *tokens)
+    want = replay_update(state, *tokens)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert testing.relative_error(x, y) < 1e-6
+
+
+def test_the_kernels_lower_for_cuda_where_heads_shard():
+    mesh = AbstractMesh(
+        (2,),
+        ("h",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        abstract_device=aot.ABSTRACT_H200.abstract_device,
+    )
+    state, tokens = dense_call(2, 3, H=2, HV=4, act_dtype="float32")
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(_over_heads(mesh, "triton")).trace(state, *tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(aot.KERNEL_CALL) == 2

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gdn_jax import testing
+from gdn_jax.ops.gated_delta import replay_tuning, tuning
 
 pytestmark = pytest.mark.once
 
@@ -160,6 +161,7 @@ def test_a_crossover_is_where_replay_stays_faster(monkeypatch, tmp_path):
 
     def rows(T=2, **us):
         of = dict(T=T, state_dtype="float32", H=2, HV=8, K=32, V=16)
+        of |= dict(commit="told", date="told")
         for contender, name in crossover.CONTENDERS.items():
             for N, value in zip((1, 2, 4, 8), us[contender], strict=True):
                 yield of | {"contender": contender, "N": N, name: value}
@@ -176,7 +178,14 @@ def test_a_crossover_is_where_replay_stays_faster(monkeypatch, tmp_path):
     package = tmp_path / "device.json"
     package.write_text(json.dumps({"runs": ["kept"]}))
     about = dict.fromkeys(("date", "commit", "versions", "inputs"), "told")
+    older, newest = (dict(commit=x, date=f"of {x}") for x in ("earlier", "last"))
+    never = [row | older for row in never[:-1]] + [never[-1] | newest]
     crossover.write_table(about | {"rows": found + never}, package, None)
     table = json.loads(package.read_text())
     assert table["runs"] == ["kept"] and table["replay"]["commit"] == "told"
-    assert [row["heads"] for row in table["replay"]["rows"]] == [None, 32]
+    first, second = table["replay"]["rows"]
+    assert (first["heads"], second["heads"]) == (None, 32)
+    assert newest.items() <= first.items() and "commit" not in second
+    monkeypatch.setattr(tuning, "read", lambda kind: table)
+    read = replay_tuning.crossovers.__wrapped__("device")
+    assert [row.heads for row in read] == [None, 32]

@@ -12,7 +12,7 @@ import gdn_jax
 from gdn_jax import ReplayState, _triton, models, testing
 from gdn_jax.generation import sizes
 from gdn_jax.nn import GatedDeltaNet
-from gdn_jax.ops.gated_delta import tuning
+from gdn_jax.ops.gated_delta import replay_tuning as tuning
 
 D, N, DRAFTS = 48, 3, 3
 LAYER = GatedDeltaNet(D, 2, 4, 16, 16)
@@ -221,8 +221,8 @@ def test_an_engine_writes_the_texts_of_plain_decoding(drafts):
 def test_an_engine_decodes_by_what_was_measured(
     rows, drafts, dtype, decode, monkeypatch
 ):
-    model, _ = small()
-    config = model.config
+    plain, _ = small()
+    model, config = dataclasses.replace(plain, dtype=jnp.bfloat16), plain.config
     heads = config.linear_num_value_heads
     dims = config.linear_key_head_dim, config.linear_value_head_dim
     group = heads // config.linear_num_key_heads
@@ -253,6 +253,7 @@ def test_an_engine_decodes_by_what_was_measured(
     monkeypatch.setattr(_triton, "device_kind", lambda arrays: "NVIDIA H200")
     assert chosen(model) == decode
     assert chosen(dataclasses.replace(model, implementation="xla")) == otherwise
+    assert chosen(plain) == otherwise  # float32 activations were not measured
 
 
 @pytest.mark.once

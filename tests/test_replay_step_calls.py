@@ -19,6 +19,7 @@ from gdn_jax import (
     testing,
 )
 from gdn_jax.nn import GatedDeltaNet, arguments
+from gdn_jax.ops.gated_delta.replay_tuning import replay_heuristic
 from gdn_jax.ops.layer_step import tuning
 
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -163,4 +164,9 @@ def test_the_table_tells_replays_rows_from_others(monkeypatch):
     assert tuning.find_tuned("any", step) is of_arrays
     step = dataclasses.replace(step, replay=True)
     assert tuning.find_tuned("any", step) is of_replay
-    assert tuning.find_config("any", step, "bfloat16") == ReplayConfig()
+    assert tuning.find_config("any", step) == ReplayConfig()
+    for other in (dict(window=32), dict(act_dtype="float32"), dict(tokens=None)):
+        unlike = dataclasses.replace(step, **other)
+        most = unlike.tokens or 32
+        dtypes = unlike.act_dtype, unlike.state_dtype
+        assert tuning.find_config("any", unlike) == replay_heuristic(most, *dtypes, 2)

@@ -17,6 +17,24 @@ def _result(rows):
     return header | dict(versions=versions, copy_tb_per_s=4.0, rows=rows)
 
 
+def test_a_source_names_every_commit(monkeypatch):
+    """Of the rows; that of the file where rows name none."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    source = importlib.import_module("reports.style").source
+    own = "a GPU, JAX 0, 2026-01-01, commit 0000000000; a copy moves 4.00 TB/s."
+    late = dict(commit="1" * 40, date="2026-01-02T09:00")
+    early = dict(commit="2" * 40, date="2025-12-31T09:00")
+    assert source(_result([])) == source(_result([{}, {}])) == own
+    assert "JAX 0, 2026-01-02, commit 1111111111;" in source(_result([late, late]))
+    assert "2026-01-01 to 2026-01-02, commits 0000000000, 1111111111;" in source(
+        _result([late, {}])
+    )
+    of_three = source(_result([late, early, {}, early]))
+    assert "JAX 0, 2025-12-31 to 2026-01-02, commits 2222222222, 0000000000, " in (
+        of_three
+    )
+
+
 def test_the_convolutions_table_holds_what_was_measured(report):
     plain = dict(N=8, T=1, S=1, lengths=[])
     time = dict(median_us=2.0, tb_per_s=3.0)
@@ -225,15 +243,25 @@ def test_random_calls_are_told_with_what_failed(report, tmp_path):
 
 def test_what_memcheck_found_is_told_with_what_it_did_not_see(report):
     planted = {"none": dict(errors=0), "one value": dict(errors=1)}
+    missed = planted | {"one value": dict(errors=0)}
+    silent = planted | {"none": dict(errors=None)}
     tests = dict(passed=["a"] * 1200, failed=["b"], unchecked=[], not_run=["c", "d"])
-    tests |= dict(skipped=["e"], left_out=["f"])
-    about = dict(sanitizer="Version 1", planted=planted, errors=4, not_watched="k")
+    tests |= dict(skipped=["e"], left_out=["f"], collected=1205)
+    about = dict(sanitizer="Version 1", planted=planted, errors=4)
+    about |= dict(planted_with=dict(pool=missed, own=planted, late=silent))
+    about |= dict(environment=dict(XLA_PYTHON_CLIENT_ALLOCATOR="own"))
+    about |= dict(not_watched=dict(kernel="k", reason="It reads past its end"))
     result = _told([], **tests, **about)
     [(marker, text)] = report.REPORTS["memcheck"](result, None).items()
     assert marker == "memcheck"
-    assert "| errors of a kernel that writes one value past its buffer | 1 |" in text
-    assert "| errors of the tests | 4 |\n| tests that passed | 1,200 |" in text
-    assert "| that failed | 1 |\n| for which there was no time | 2 |" in text
+    assert "with JAX's allocator | `pool` | `own` | `late` |\n" in text
+    assert "| none | 0 | 0 | - |\n| one value | 0 | 1 | 1 |\n\n" in text
+    assert "| tests that need a GPU, with `own` |  |\n" in text
+    assert "| errors | 4 |\n| tests collected | 1,205 |" in text
+    assert "| that passed | 1,200 |\n| that failed | 1 |" in text
+    assert "| that were skipped | 1 |\n| for which there was no time | 2 |" in text
+    assert "| left out: of many gigabytes | 1 |" in text
+    assert "Not watched: `k`. It reads past its end.\n" in text
     assert "said nothing" not in text and "Not well: `b`." in text
     assert "compute-sanitizer Version 1; a GPU, JAX 0, 2026-01-01" in text
 
@@ -249,7 +277,10 @@ def test_a_load_is_told_plain_and_with_drafts(report):
     """Memory from the second wave on; a run without a verdict is no good one."""
     waves = [_wave(5), _wave(7), _wave(7)]
     killed = dict(kills=2, faults=[])
+    generated = dict(texts=2000, texts_parted_from_alone=132)
+    generated |= dict(largest_gap_of_log_probabilities=0.1147)
     whole = dict(load=dict(rows=64, drafts=0), killed=killed, faults=[])
+    whole |= dict(generate=generated)
     stopped = dict(load=dict(rows=64, drafts=3))
     wrong = [_wave(5, texts_not_as_alone=1), _wave(5), _wave(8)]
     [suite] = [each for each in report.REPORTS_OF_SEVERAL if "load" in each]
@@ -264,6 +295,10 @@ def test_a_load_is_told_plain_and_with_drafts(report):
     assert "| processes killed | 2 | 0 |" in text
     assert "| bytes by which JAX's arrays grew | 0 | 3 |" in text
     assert "| bytes by which the device's memory grew | - | - |" in text
+    assert "| texts by `generate` | 2,000 | - |" in text
+    assert "| that part from those alone | 132 | - |" in text
+    assert "| largest gap of log-probabilities | 0.11 | - |" in text
+    assert "\nplain: a GPU, JAX 0," in text and "\n3 drafts: a GPU, JAX 0," in text
     assert text.count("At fault: ") == 1 and "did not come to its end" in text
 
 

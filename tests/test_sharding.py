@@ -349,6 +349,21 @@ def test_an_error_offers_what_all_axes_allow():
         shared(pool(9), *tokens(N), slots=SLOTS)
 
 
+@pytest.mark.parametrize("columns", [(), (1,)], ids=["slots", "columns"])
+def test_slots_of_another_part(columns):
+    """Are an error where the host knows of them, and null where it does not."""
+    update = sharding.split(gdn_jax.fused_update, mesh_of(2, 1))
+    slots = np.array([0, 5, 4, 7], np.int32).reshape(4, *columns)
+    more = dict(num_accepted=np.ones(4, np.int32)) if columns else {}
+    with says("slots must be .*own part.*|slots must be .*of 4 slots each; got .*1: "):
+        update(pool(), *tokens(4), slots=slots, **more)
+    slots[1] = -1
+    update(pool(), *tokens(4), slots=slots, **more)
+    slots[1] = 5
+    _, out = jax.jit(update)(pool(), *tokens(4), slots=jnp.asarray(slots), **more)
+    assert not np.any(out[1]) and np.all(np.any(out[2], axis=-1))
+
+
 def test_copies_between_parts():
     """Are an error where the host knows of them, and no copies where it does not."""
     copy = sharding.split(gdn_jax.copy_slots, mesh_of(2, 1))

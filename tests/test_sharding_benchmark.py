@@ -117,6 +117,20 @@ def test_what_is_measured(monkeypatch):
     assert list(sharded.works("default", 1, True)) == ["heads on 1"]
 
 
+def test_rows_of_options_that_there_are_no_more_are_dropped(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    sharded = importlib.import_module("sharded")
+    about = dict(device="a GPU", commit="told", date="told")
+    rows = [
+        dict(case="tensor", options=options, gpus=8)
+        for options in ("default", "renamed", "NCCL")
+    ]
+    path = tmp_path / "sharded.json"
+    path.write_text(json.dumps(about | dict(rows=rows)))
+    begun = sharded.begin_file(about, ["default"], 2, True, tmp_path)
+    assert [row["options"] for row in begun["rows"]] == ["default", "NCCL"]
+
+
 def test_the_report(monkeypatch):
     """Speed-ups, and a larger model's step, of figures made up."""
     monkeypatch.syspath_prepend(BENCHMARKS)

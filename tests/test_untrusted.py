@@ -64,6 +64,7 @@ LARGE = [
     ("intermediate_size", 2**31, "wanted < 2^28"),
     ("intermediate_size", -(10**400), "wanted < 2^28"),
     ("num_experts", 10**12, "wanted < 2^28"),
+    ("num_experts", 10**5, "wanted 0 to 4096"),
     ("decoder_sparse_step", 2**70, "wanted < 2^28"),
     ("max_position_embeddings", 2**62, "wanted < 2^28"),
     ("rms_norm_eps", 10**400, "wanted < 2^31"),
@@ -104,6 +105,26 @@ def test_values_that_no_model_has(copied, key, value, told):
         del config["rope_parameters"]
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     with refused(folder / "config.json", told):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("size", [0, -5])
+def test_experts_need_one_that_all_share(copied, size):
+    folder = copied("3.5 with experts")
+    edit_json(folder, shared_expert_intermediate_size=size)
+    told = f"shared_expert_intermediate_size is {size}, wanted >= 1"
+    with refused(folder / "config.json", told):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", files.INDEX])
+def test_a_key_that_is_said_twice(copied, name):
+    """Readers of JSON do not take the same one."""
+    folder = copied("next")
+    (folder / files.SINGLE).unlink()
+    text = (folder / name).read_text() if name == "config.json" else "{}"
+    (folder / name).write_text('{"a": 1, "a": 2,' + text.strip()[1:])
+    with refused(folder / name, "it has 'a' twice"):
         models.load(folder)
 
 

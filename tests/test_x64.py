@@ -1,10 +1,12 @@
 """Where JAX keeps float64 the ops still compute, and loop, in 32 bits."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_calls
 import pytest
 
 import gdn_jax
@@ -65,3 +67,11 @@ def test_values_and_gradients_are_those_of_32_bits(op, path):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", op_calls.OPS)
+def test_nothing_is_computed_in_64_bits(name, path):
+    call, shapes = op_calls.OPS[name](4, 3, 2, path)
+    with jax.enable_x64(True):
+        traced = str(jax.make_jaxpr(call)(*shapes))
+    assert set(re.findall(r"\bf64\[\d[^\]]*\]", traced)) == set()

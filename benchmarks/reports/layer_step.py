@@ -53,7 +53,8 @@ def table(rows: list[dict], device_kind: str, names: dict[str, str]) -> list[str
 
 def tables(result: dict, names: dict[str, str]) -> str:
     rows, lines = result["rows"], []
-    for kind in sorted({kind_of(row) for row in rows}, key=lambda kind: kind[:3]):
+    kinds = {kind_of(row) for row in rows}
+    for kind in sorted(kinds, key=lambda kind: (kind[:3], kind[3] != "float32")):
         of_kind = [row for row in rows if kind_of(row) == kind]
         lines += table(of_kind, result["device"], names)
     missing = absences(rows, lambda row: f"N = {row['N']}", names.__getitem__)

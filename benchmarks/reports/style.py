@@ -93,9 +93,16 @@ def absences(
 
 
 def source(result: dict) -> str:
+    """With the commits of all rows, the oldest first; those that name none are of the
+    file's own."""
+    about = {key: result[key] for key in ("commit", "date")}
+    runs = [about | row for row in result.get("rows") or [about]]
+    runs.sort(key=lambda run: run["date"])
+    dates = dict.fromkeys(run["date"][:10] for run in (runs[0], runs[-1]))
+    commits = dict.fromkeys(run["commit"][:SHOWN] for run in runs)
     text = (
-        f"{result['device']}, JAX {result['versions']['jax']}, {result['date'][:10]}, "
-        f"commit {result['commit'][:SHOWN]}"
+        f"{result['device']}, JAX {result['versions']['jax']}, {' to '.join(dates)}, "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     )
     if "copy_tb_per_s" not in result:
         return f"{text}."

@@ -7,12 +7,19 @@ from reports.style import markdown, source
 
 BESIDE = dict(vllm="vLLM's kernel", oracle="float64", reference="its ops in turn")
 OUTCOMES = dict(
-    passed="tests that passed",
+    passed="that passed",
     failed="that failed",
     unchecked="of which the sanitizer said nothing",
+    skipped="that were skipped",
     not_run="for which there was no time",
     left_out="left out: of many gigabytes",
 )
+# label: name and form, of the same prompts' texts
+BY_GENERATE = {
+    "texts by `generate`": ("texts", ","),
+    "that part from those alone": ("texts_parted_from_alone", ","),
+    "largest gap of log-probabilities": ("largest_gap_of_log_probabilities", ".2g"),
+}
 
 
 def fuzz(results: list[dict], folder: pathlib.Path) -> dict[str, str]:
@@ -62,24 +69,39 @@ def drawn_of(result: dict) -> list[str]:
 def memcheck(result: dict, folder: pathlib.Path) -> dict[str, str]:
     del folder
     shown = [
-        (f"errors of a kernel that writes {past} past its buffer", [str(run["errors"])])
-        for past, run in result["planted"].items()
+        ("errors", [f"{result['errors']:,}"]),
+        ("tests collected", [f"{result['collected']:,}"]),
     ]
-    shown.append(("errors of the tests", [str(result["errors"])]))
     shown += [
         (text, [f"{len(result[name]):,}"])
         for name, text in OUTCOMES.items()
         if name == "passed" or result[name]
     ]
-    lines = markdown("memcheck of tests that need a GPU", [""], shown)
-    bad = [*result["failed"], *result["unchecked"]]
-    lines += ["", *(f"Not well: `{test}`." for test in bad)]
-    lines += [
-        f"Kernels that are not watched: `{result['not_watched']}`, XLA's own.",
+    allocator = result["environment"]["XLA_PYTHON_CLIENT_ALLOCATOR"]
+    unwatched = result["not_watched"]
+    lines = [
+        *planted(result["planted_with"]),
         "",
+        *markdown(f"tests that need a GPU, with `{allocator}`", [""], shown),
+        "",
+        *(f"Not well: `{x}`." for x in (*result["failed"], *result["unchecked"])),
+        f"Not watched: `{unwatched['kernel']}`. {unwatched['reason']}.",
+        "",
+        f"compute-sanitizer {result['sanitizer']}; {source(result)}",
     ]
-    lines.append(f"compute-sanitizer {result['sanitizer']}; {source(result)}")
     return {"memcheck": "\n".join(lines)}
+
+
+def planted(found: dict[str, dict]) -> list[str]:
+    """With which allocators it is reported, and with which not; a dash where memcheck
+    came to no end."""
+    names = next(iter(found.values()))
+    rows = []
+    for name in names:
+        errors = [runs[name]["errors"] for runs in found.values()]
+        rows.append((name, ["-" if n is None else f"{n:,}" for n in errors]))
+    head = "errors of a kernel that writes past its buffer, with JAX's allocator"
+    return markdown(head, [f"`{allocator}`" for allocator in found], rows)
 
 
 def load(results: list[dict], folder: pathlib.Path) -> dict[str, str]:
@@ -90,9 +112,11 @@ def load(results: list[dict], folder: pathlib.Path) -> dict[str, str]:
     shown = [(name, [str(each[name]) for each in cells]) for name in cells[0]]
     drafts = [result["load"]["drafts"] for result in results]
     columns = [f"{count} drafts" if count else "plain" for count in drafts]
+    sources = zip(columns, map(source, results), strict=True)
     lines = [*markdown("an engine under load", columns, shown), ""]
     lines += [f"At fault: {text}." for text in faults_of(results)]
-    lines += [f"Inputs: {results[0]['inputs']}.", *map(source, results)]
+    lines += [f"Inputs: {results[0]['inputs']}."]
+    lines += [f"{column}: {text}" for column, text in sources]
     return {"load": "\n".join(lines)}
 
 
@@ -125,4 +149,14 @@ def found_under_load(result: dict) -> dict[str, object]:
         "bytes by which the device's memory grew": growth("device"),
         "bytes by which the host's grew": growth("host"),
         "tokens/s": f"{total('tokens') / total('seconds'):,.0f}",
+        **found_by_generate(result),
+    }
+
+
+def found_by_generate(result: dict) -> dict[str, str]:
+    """Nothing of a run that was stopped before."""
+    found = result.get("generate", {})
+    return {
+        label: format(found[name], form) if name in found else "-"
+        for label, (name, form) in BY_GENERATE.items()
     }

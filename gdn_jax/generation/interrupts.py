@@ -28,8 +28,9 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        before, self._before = self._before, None  # another thread may be the next
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
     def deliver(self) -> None:
         """Hands a SIGINT that came to whom it was for: by default KeyboardInterrupt."""

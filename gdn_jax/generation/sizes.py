@@ -13,7 +13,7 @@ from gdn_jax import _triton
 from gdn_jax.models.sharded import AnyModel, ShardedModel
 from gdn_jax.nn import arguments
 from gdn_jax.ops import checks
-from gdn_jax.ops.gated_delta import tuning
+from gdn_jax.ops.gated_delta.replay_tuning import replay_pays
 from gdn_jax.sharding.grid import Axis
 
 SHORTEST_PIECE = 16  # of a prompt; shorter ones are padded to it
@@ -80,8 +80,9 @@ def _fastest(model: AnyModel, rows: int, drafts: int, dtype: Any) -> str:
     heads = config.linear_num_value_heads, config.linear_num_key_heads
     sizes = config.linear_value_head_dim, config.linear_key_head_dim
     state = jax.ShapeDtypeStruct((rows, heads[0], *sizes), dtype)
-    kernels = model.implementation in (None, "triton")
-    if kernels and tuning.replay_pays(device_kind, 1 + drafts, state, heads[1], rows):
+    is_measured = jnp.dtype(model.dtype).itemsize == 2  # with records of 16 bits
+    kernels = is_measured and model.implementation in (None, "triton")
+    if kernels and replay_pays(device_kind, 1 + drafts, state, heads[1], rows):
         return "replay"
     return "checkpoints" if drafts else "in_place"
 

@@ -184,8 +184,9 @@ def save(
     """Writes config.json and safetensors, as `load` and transformers read them.
 
     Everything is written beside the old files first, so that a save that is stopped
-    leaves these as they were. Other files of the folder, a tokenizer's, stay; in a
-    generation_config.json eos_token_id becomes the model's.
+    leaves these as they were; one that is stopped while the new ones take their places
+    leaves a folder that `load` refuses, and says what to do. Other files of the folder,
+    a tokenizer's, stay; in a generation_config.json eos_token_id becomes the model's.
 
     Args:
       path: the folder; made if there is none.

@@ -29,8 +29,9 @@ POSITIVE = (
     "max_position_embeddings",
 )
 # A file may claim any size, and what is made before the weights are looked at must not
-# grow with it: layers are listed, and a convolution's taps are unrolled.
+# grow with it: layers and experts are listed, and a convolution's taps are unrolled.
 MOST_LAYERS = 1000
+MOST_EXPERTS = 4096
 MOST_TAPS = 32
 # JAX counts along an axis in int32, where several of a layer's may lie side by side.
 SIZE_BITS = 28
@@ -169,9 +170,14 @@ def _rotary(head_dim, partial_rotary_factor):
         yield f"partial_rotary_factor is {share}, wanted {wanted}"
 
 
-def _experts(num_experts, num_experts_per_tok, moe_intermediate_size):
-    if num_experts < 0:
-        yield f"num_experts is {num_experts}, wanted >= 0"
+def _experts(
+    num_experts,
+    num_experts_per_tok,
+    moe_intermediate_size,
+    shared_expert_intermediate_size,
+):
+    if not 0 <= num_experts <= MOST_EXPERTS:
+        yield f"num_experts is {num_experts}, wanted 0 to {MOST_EXPERTS}"
     if num_experts <= 0:
         return
     if not 0 < num_experts_per_tok <= num_experts:
@@ -180,6 +186,9 @@ def _experts(num_experts, num_experts_per_tok, moe_intermediate_size):
     if moe_intermediate_size < 1:
         size = moe_intermediate_size
         yield f"moe_intermediate_size is {size}, wanted >= 1 where there are experts"
+    if shared_expert_intermediate_size < 1:
+        got = f"shared_expert_intermediate_size is {shared_expert_intermediate_size}"
+        yield f"{got}, wanted >= 1 where there are experts"
 
 
 def _ends(eos_token_id):

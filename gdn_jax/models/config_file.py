@@ -1,11 +1,11 @@
 """What a checkpoint's config.json says of its text model."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from gdn_jax import _json
 from gdn_jax.models.config_faults import LAYER_TYPES, MOST_LAYERS
 from gdn_jax.ops.checks import shown
 
@@ -89,13 +89,10 @@ def read(path: pathlib.Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
             text = file.read(most_bytes + 1)
         if len(text) > most_bytes:
             raise ValueError(f"it has more than {most_bytes} bytes")
-        found = json.loads(text.decode())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
+        return _json.parse(text.decode())
+    except ValueError as error:
         text = f"{path} is no JSON object ({error}). Download it again."
         raise ValueError(text) from None
-    return found
 
 
 def text_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,8 +21,14 @@ from gdn_jax.ops import checks
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Those of a model with 70 thousand tensors have 10 million.
-MOST_INDEX_BYTES = 2**26
+# Those of a model with 70 thousand tensors have 10 million; read, JSON takes many times
+# its file's memory.
+MOST_INDEX_BYTES = 2**24
+# Folders of a save in the folder that it is of: while its files are written, and while
+# they take the places of the old ones.
+WRITING, REPLACING = ".saving", ".replacing"
+# What a save writes, and no other file of weights, as an adapter's.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 # By safetensors' names; weights in others are quantised or no weights.
 DTYPES = dict(F32="float32", BF16="bfloat16", F16="float16")
 
@@ -70,8 +77,15 @@ def read_folder(path: pathlib.Path) -> Folder:
 
     Raises:
       FileNotFoundError: there is no safetensors file.
-      ValueError: the index is broken, or names what is no file of this folder.
+      ValueError: the index is broken, or names what is no file of this folder; or a
+        save was stopped while its files took the old ones' places.
     """
+    if (path / REPLACING).exists():
+        raise ValueError(
+            f"a save to {path} was stopped while its files took the old ones' places. "
+            f"Move those that are left up from {path / REPLACING} and delete it, or "
+            "save again."
+        )
     folder, index, held = Folder(), path / INDEX, {}
     if (path / SINGLE).exists():
         files = [SINGLE]
@@ -142,23 +156,34 @@ def _tensors(file: pathlib.Path) -> list[Tensor]:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder inside `path` for new files, which take the old ones' places at the end:
-    whatever stops the writing leaves `path` as it was. Older files of weights that no
-    new one replaces are deleted."""
+    """A folder inside `path` for new files, which take the old ones' places at the end.
+    Older files of weights that no new one replaces are deleted.
+
+    Whatever stops the writing leaves `path` as it was. What stops the renames behind it
+    leaves `REPLACING` with the files that are not yet in their places: such a folder is
+    refused by `read_folder`, and the next save writes all of it."""
     path.mkdir(parents=True, exist_ok=True)
-    new = path / ".saving"
+    new, complete = path / WRITING, path / REPLACING
     shutil.rmtree(new, ignore_errors=True)  # of one that was killed
     new.mkdir()
     try:
         yield new
-        names = sorted(file.name for file in new.iterdir())
-        old = {file.name for file in path.glob("model*.safetensors")} | {INDEX}
-        for name in names:
-            os.replace(new / name, path / name)
-        for name in old - set(names):
-            (path / name).unlink(missing_ok=True)
+        for file in new.iterdir():
+            _trees.on_disk(file)
+        names = {file.name for file in new.iterdir()}
+        if complete.exists():  # and has to be there until this save's is
+            for file in complete.iterdir():
+                file.unlink()
+        os.replace(new, complete)
     finally:
-        shutil.rmtree(new)
+        shutil.rmtree(new, ignore_errors=True)
+    old = {file.name for file in path.iterdir() if WEIGHTS.fullmatch(file.name)}
+    for name in sorted(old - names):
+        (path / name).unlink()
+    for name in sorted(names):
+        os.replace(complete / name, path / name)
+    complete.rmdir()
+    _trees.on_disk(path)
 
 
 def write_shards(

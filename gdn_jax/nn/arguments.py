@@ -9,11 +9,11 @@ from gdn_jax.nn.projections import LAYOUTS
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
 from gdn_jax.ops.batch import Batch
-from gdn_jax.ops.gated_delta.replay_state import WINDOWS
+from gdn_jax.ops.gated_delta.replay_state import WINDOWS, ReplayState
 from gdn_jax.ops.gated_rms_norm.api import ACTIVATIONS
 from gdn_jax.ops.layer_step.call import LAYOUTS as LAYOUTS_OF_STEPS
 from gdn_jax.ops.layer_step.call import pool_of
-from gdn_jax.ops.layer_step.tuning import Step, pays
+from gdn_jax.ops.layer_step.tuning import MEASURED_WINDOW, Step, pays
 
 PATHS = ("fused", "chunk")
 # Dense rows up to here are walked token by token: a chunk would be mostly empty.
@@ -141,5 +141,9 @@ def steps_at_once(
     HV, V, K = pool.shape[1:]
     sizes = layer.num_key_heads, HV, K, V, pool.dtype.name
     verifies = given.num_accepted is not None
-    step = Step(rows, tokens, columns, verifies, *sizes, state.is_replay)
+    act = jnp.dtype(layer.dtype).name
+    recurrent: Any = state.recurrent
+    replay = isinstance(recurrent, ReplayState)
+    window = recurrent.window if replay else MEASURED_WINDOW
+    step = Step(rows, tokens, columns, verifies, *sizes, replay, act, window)
     return pays(implementation, x, step)

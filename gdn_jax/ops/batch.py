@@ -39,6 +39,13 @@ class Rows(NamedTuple):
     keeps_state: Array
 
 
+def can_stand(accepted: Array, pending: Array, keeps_state: Array) -> Array:
+    """Of a step whose convolution takes one token of the last step to stand: of those
+    that are pending no more than there are, where a row goes on with its state."""
+    upto = jnp.maximum(pending, 1)
+    return ~keeps_state | ((accepted >= 1) & (accepted <= upto))
+
+
 def find_rows(
     batch: Batch,
     number: Array,

@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from gdn_jax.ops import batch, checks
-from gdn_jax.ops.batch import Batch, Rows
+from gdn_jax.ops.batch import Batch, Rows, can_stand
 
 
 class Pools(NamedTuple):
@@ -106,7 +106,7 @@ def _can_stand(given: Batch, rows: Rows, pools: Pools) -> Array:
     if pools.pending is None or given.num_accepted is None:
         return short
     pending = jnp.where(rows.keeps_state, pools.pending[rows.read], 0)
-    return short & (given.num_accepted <= jnp.maximum(pending, 1))
+    return short & can_stand(given.num_accepted, pending, rows.keeps_state)
 
 
 def _is_one_table(slots: Array, conv_slots: Array | None, pools: Pools) -> bool:

@@ -44,8 +44,9 @@ def split(
     parts, see `by_parts`, as does a `ConvState`'s buffer.
 
     Rows: a row's slot lies in the same part of the pool as the row in the batch; one of
-    another part is null. `copy_slots` copies within a part: a pair of two parts is an
-    error where src and dst are the host's, and skipped where they are JAX's arrays.
+    another part is an error where slots are the host's, and null where they are a JAX
+    array. `copy_slots` copies within a part: a pair of two parts is an error likewise,
+    or skipped. A `SlotPool` for each part hands out its slots.
     Packed rows have `cu_seqlens` [parts, N / parts + 1], each part's own, and a
     `grouped_dot` `group_sizes` [parts, E].
 
@@ -76,6 +77,7 @@ def split(
     def shared(*args: Any, **keywords: Any) -> Any:
         call = dict(signature.bind(*args, **keywords).arguments)
         if name != "copy_slots":
+            _check_slots(grid, OPS[name].pools, call)
             return _run(op, OPS[name], grid, call)
         _check_copies(grid, call)
         return _run(op, of_pools(call["state"]), grid, call)
@@ -174,6 +176,45 @@ def _check_copies(grid: Grid, call: dict[str, Any]) -> None:
         wanted = f"of one part of the pool, of {own} slots each"
         remedy = "Devices keep their sequences: take a free slot of the same part."
         checks.fail("src and dst", checks.listed(map(str, pairs)), wanted, remedy)
+
+
+def _check_slots(grid: Grid, pools: Mapping[str, str], call: dict[str, Any]) -> None:
+    """
+    Raises:
+      ValueError: a row's slot is in another part, as far as the host knows.
+    """
+    parts, null_slot = grid.parts("rows"), call.get("null_slot")
+    given = {name: call.get(name) for name in pools.keys() & {"slots", "conv_slots"}}
+    for name, table in given.items():
+        if parts == 1 or table is None or isinstance(table, Array):
+            continue
+        try:
+            table = np.asarray(table)
+        except jax.errors.TracerArrayConversionError:  # a list of them
+            continue
+        P = _slots_of(call["state"], pools[name])
+        if table.ndim == 0 or P % parts or len(table) % parts:
+            continue  # errors of their own
+        own = max(P // parts, 1)
+        part = np.arange(len(table)) // max(len(table) // parts, 1)
+        part = part.reshape(-1, *(1,) * (table.ndim - 1))
+        real = (table >= 0) & (table < P)
+        if null_slot is not None:
+            real &= table != null_slot
+        if (across := real & (table // own != part)).any():
+            pairs = [
+                f"{n}: {table[n].tolist()}" for n in np.unique(np.where(across)[0])
+            ]
+            wanted = f"for each row of the part that it is in, of {own} slots each"
+            remedy = "Take a free slot of the row's own part; -1 pads."
+            checks.fail(name, f"for row {checks.listed(pairs)}", wanted, remedy)
+
+
+def _slots_of(state: Any, path: str) -> int:
+    """Of a pool of a call's state, by its path in the table."""
+    for key in path.split(".")[1:]:
+        state = state[int(key)] if key.isdigit() else getattr(state, key)
+    return jnp.shape(jax.tree.leaves(state)[0])[0]
 
 
 def _own_key(key: Any, grid: Grid) -> Any:

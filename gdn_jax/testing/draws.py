@@ -109,17 +109,22 @@ class Drawn(NamedTuple):
         return written
 
 
+class _Dice:
+    def __init__(self, *seeds: int):
+        self.random = np.random.default_rng(seeds)
+
+    def one_of(self, *values: Any) -> Any:
+        return values[self.random.integers(len(values))]
+
+    def chance(self, share: float) -> bool:
+        return bool(self.random.random() < share)
+
+
 def draw_shapes(seed: int, number: int, *, shared: bool = False) -> Shapes:
     """`shared`: such alone as vLLM's kernel takes as well (softplus gates; a decay for
     each K with one token a row and a K that is a power of two)."""
-    random = np.random.default_rng([seed, number])
-
-    def one_of(*values):
-        return values[random.integers(len(values))]
-
-    def chance(share):
-        return bool(random.random() < share)
-
+    dice = _Dice(seed, number)
+    one_of, chance, random = dice.one_of, dice.chance, dice.random
     tokens, slots = MODES[number % len(MODES)]
     N, spare = one_of(1, 2, 3, 4, 5, 7, 9, 13), one_of(1, 2, 5)
     longest = 1 if tokens == "single" else one_of(1, 2, 4, 5, 8, 17)
@@ -140,22 +145,9 @@ def draw_shapes(seed: int, number: int, *, shared: bool = False) -> Shapes:
     state = one_of("float32", "float32", "bfloat16", act)
     is_power = K & (K - 1) == 0
     kda = chance(0.15) and (not shared or (tokens == "single" and is_power))
-    options: dict[str, Any] = dict(
-        null_slot=0 if slots != "none" and spare > 1 and chance(0.4) else None,
-        per_token_states=chance(0.15),
+    options = _draw_options(
+        dice, can_reserve=slots != "none" and spare > 1, shared=shared
     )
-    if chance(0.2):
-        options |= dict(qk_l2norm=False)
-    if chance(0.3):
-        options |= dict(scale=round(random.uniform(0.05, 2), 3))
-    if chance(0.2):
-        options |= dict(
-            softplus_beta=one_of(0.5, 2.0), softplus_threshold=one_of(3.0, 20.0)
-        )
-    elif not shared and chance(0.2):
-        options |= dict(gate_lower_bound=-5.0)
-    if not shared and chance(0.2):
-        options |= dict(allow_neg_eigval=True)
     return Shapes(
         tokens=tokens,
         slots=slots,
@@ -175,6 +167,27 @@ def draw_shapes(seed: int, number: int, *, shared: bool = False) -> Shapes:
         tells_fresh=chance(0.3),
         options=tuple(options.items()),
     )
+
+
+def _draw_options(dice: _Dice, *, can_reserve: bool, shared: bool) -> dict[str, Any]:
+    one_of, chance = dice.one_of, dice.chance
+    options: dict[str, Any] = dict(
+        null_slot=0 if can_reserve and chance(0.4) else None,
+        per_token_states=chance(0.15),
+    )
+    if chance(0.2):
+        options |= dict(qk_l2norm=False)
+    if chance(0.3):
+        options |= dict(scale=round(dice.random.uniform(0.05, 2), 3))
+    if chance(0.2):
+        options |= dict(
+            softplus_beta=one_of(0.5, 2.0), softplus_threshold=one_of(3.0, 20.0)
+        )
+    elif not shared and chance(0.2):
+        options |= dict(gate_lower_bound=-5.0)
+    if not shared and chance(0.2):
+        options |= dict(allow_neg_eigval=True)
+    return options
 
 
 def draw(shapes: Shapes, seed: int, number: int) -> Drawn:

@@ -18,7 +18,7 @@ def clear(new_ref, out_ref, begin, length, head, tile: Tile, options: Options) -
 
     def clear_token(step, _):
         at = begin + step
-        tile.store_v(out_ref, jnp.zeros(tile.v.shape), at, head)
+        tile.store_v(out_ref, jnp.zeros(tile.v.shape, jnp.float32), at, head)
         if options.per_token_states:
             tile.store_state(new_ref, tile.zeros(), True, at, head)
 

@@ -17,10 +17,20 @@ from gdn_jax.ops.gated_delta import arguments
 from gdn_jax.ops.gated_delta.call import GateLogits, Options
 from gdn_jax.ops.gated_delta.replay_call import Inputs
 from gdn_jax.ops.gated_delta.replay_reference import replay_reference
-from gdn_jax.ops.gated_delta.replay_state import WINDOWS, ReplayState, check_state
+from gdn_jax.ops.gated_delta.replay_state import (
+    WINDOWS,
+    ReplayState,
+    check_state,
+    varying_as,
+)
 from gdn_jax.ops.gated_delta.replay_triton import replay_triton
+from gdn_jax.ops.gated_delta.replay_tuning import (
+    ReplayConfig,
+    check_replay_registers,
+    replay_heuristic,
+)
 from gdn_jax.ops.gated_delta.replay_xla import replay_xla
-from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, ReplayConfig, replay_heuristic
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM
 
 
 def replay_update(
@@ -60,19 +70,30 @@ def replay_update(
       3. computes `out` of its T tokens, as `fused_update` does, and leaves their
          records pending.
 
+    With g_i the log-decay of a record's token, G its running sum, and beta, k and v as
+    in `fused_update`, the state S_j behind j records is found from the checkpoint S_0:
+
+        u_i = beta_i (v_i - exp(g_i) S_{i-1} k_i)
+        S_j = exp(G_j) S_0 + sum over i <= j of exp(G_j - G_i) u_i k_i^T
+
     One token a call, all of which stand, is plain decoding with fewer writes. Source:
-    ReplaySSM (Dao-AILab and NVIDIA, 2026; vLLM RFC 47572).
+    ReplaySSM (Dao-AILab and NVIDIA, 2026; vLLM RFC 47572); the sum is that of Yang,
+    Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464), section 3.
 
     Args:
       state: a `ReplayState` of P slots; under `jit` with it donated, updated in place.
-      q, k, v, A_log, a, b, dt_bias: as in `fused_update`; k of a dtype that `state.k`
+      q, k: [N, T, H, K] (dense) or [L, H, K] (packed); k of a dtype that `state.k`
         holds.
+      v: [.., HV, V], of q's lead.
+      A_log, dt_bias, a, b: [HV], [HV], [.., HV] and [.., HV]; KDA's as in
+        `fused_update`.
       slots: [N] int32, each row's slot; None: row i is slot i.
       cu_seqlens: as in `fused_update`. A row has at most R tokens.
       num_accepted: [N] int32, how many of the row's pending tokens stand, 1 to all of
         them; where none is pending any number. None: all stand.
       has_state: [N] bool; False: the row starts from zeros, whatever its slot holds.
-      config: a `ReplayConfig`, the kernels' launch.
+      config: a `ReplayConfig`, the kernels' launch; with `implementation` None it says
+        nothing where the kernels cannot run.
       null_slot, scale, qk_l2norm, out_dtype, implementation: as in `fused_update`.
       softplus_beta, softplus_threshold: as in `fused_update`.
       allow_neg_eigval, gate_lower_bound: as in `fused_update`.
@@ -94,6 +115,10 @@ def replay_update(
       NotImplementedError: the implementation asked for cannot run this call here. With
         a decay for each K (KDA), or K or V above 256, there are "xla" and "reference"
         alone.
+
+    Transformations: `jit`, `scan` and `vmap`, which broadcasts an unbatched state, one
+    copy an entry; `shard_map` over rows, or over heads, of whose states the counters
+    start, committed and pending are whole. "interpret" needs `check_vma=False`.
 
     Numerics: a float32 checkpoint is folded in float32's own precision; the kernel
     reads it in `config.parts` bfloat16 parts, of which 2 leave 2^-17. A 16-bit one is
@@ -139,8 +164,7 @@ def replay_update(
             softplus_beta, softplus_threshold, allow_neg_eigval, gate_lower_bound
         ),
     )
-    varying = jax.tree.map(lambda y: _triton.varying_like(y, x), x.state)
-    x = without_gradient(x._replace(state=varying))
+    x = without_gradient(x._replace(state=varying_as(x.state, x, x.tables)))
     new, out = _dispatch.run(_paths(x, options, config), implementation)
     return new, unpack(out)
 
@@ -190,7 +214,9 @@ def _check_records(x: Inputs, options: Options) -> None:
     if T is not None and T > R:
         longer = f"Take a ReplayState of window={WINDOWS[-1]}, or read"
         begins = longer if WINDOWS[-1] >= T else "Read"
-        remedy = f"{begins} prompts with chunk_update into its checkpoint."
+        remedy = (
+            f"{begins} prompts with chunk_update into its checkpoint, reset before."
+        )
         checks.fail("q", f"{T} tokens a row", f"of at most R = {R} tokens", remedy)
     if x.state.k.shape[1] != x.k.shape[1]:
         got, wanted = x.k.shape[1], x.state.k.shape[1]
@@ -230,7 +256,9 @@ def _paths(
                 f"{K=}, {V=}. Use implementation='xla'."
             )
         dtypes = x.k.dtype, x.state.checkpoint.dtype
-        launch = config or replay_heuristic(x.longest(options), *dtypes)
+        group = x.v.shape[1] // x.k.shape[1]
+        launch = config or replay_heuristic(x.longest(options), *dtypes, group)
+        check_replay_registers(launch, K, V)
         return _launched(x, options, launch, interpret)
 
     return {

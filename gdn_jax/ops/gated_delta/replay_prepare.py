@@ -25,7 +25,7 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
     blocks_of,
     cut_keys,
 )
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig
 
 
 def prepare_kernel(

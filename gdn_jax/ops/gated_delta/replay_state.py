@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from gdn_jax import _triton
 from gdn_jax import _types as t
 from gdn_jax.ops import checks
 
@@ -68,8 +69,20 @@ class ReplayState(NamedTuple):
         key_dtype: Any = jnp.bfloat16,
         per_key_decay: bool = False,
     ) -> "ReplayState":
-        """Empty states of `num_slots` sequences; `window` is R, 16 or 32, `key_dtype`
-        that of the keys that calls bring, `per_key_decay` of KDA."""
+        """Empty states of sequences.
+
+        Args:
+          num_slots, num_key_heads, num_value_heads: P, H, HV.
+          key_head_dim, value_head_dim: K, V.
+          window: R, 16 or 32.
+          dtype: the checkpoints', float32, bfloat16 or float16.
+          key_dtype: of the keys that calls bring.
+          per_key_decay: of KDA.
+
+        Raises:
+          ValueError: a size is no axis', or HV no multiple of H, or a dtype is none of
+            those.
+        """
         for name, x in dict(
             num_slots=num_slots,
             num_key_heads=num_key_heads,
@@ -99,9 +112,18 @@ class ReplayState(NamedTuple):
         key_dtype: Any = jnp.bfloat16,
         per_key_decay: bool = False,
     ) -> "ReplayState":
-        """From a pool [P, HV, V, K] of states, as `fused_update` or a prefill by
-        `chunk_update` leaves it. The array itself becomes the checkpoints: it is gone
-        once the state is donated."""
+        """States without records.
+
+        Args:
+          state: [P, HV, V, K], as `fused_update` or a prefill by `chunk_update` leaves
+            it. The array itself becomes the checkpoints: it is gone once the state is
+            donated.
+          num_key_heads: H, which divides HV.
+          window, key_dtype, per_key_decay: as in `zeros`.
+
+        Raises:
+          ValueError: state is no such array, or the others are not what `zeros` takes.
+        """
         state = checks.floating("state", state)
         if state.ndim != 4:
             checks.fail("state", state.shape, "[P, HV, V, K]", "Add the missing axes.")
@@ -162,12 +184,30 @@ class ReplayState(NamedTuple):
         return self._replace(**cleared)
 
 
+def varying_as(state: ReplayState, arrays: Any, tables: Any) -> ReplayState:
+    """Under `shard_map`: what a call writes varies as its arrays do, but counters as
+    the call's tables alone, so that of heads all devices know the same ones."""
+    counters = state.start, state.committed, state.pending
+    like = {name: (counters, tables) for name in ("start", "committed", "pending")}
+    return ReplayState(
+        *(
+            _triton.varying_like(x, like.get(name, arrays))
+            for name, x in state._asdict().items()
+        )
+    )
+
+
 def check_state(state: Any) -> None:
     """Of the right type, shapes and dtypes."""
     make = "Make it with ReplayState.zeros or ReplayState.from_dense."
     if not isinstance(state, ReplayState):
         checks.fail("state", type(state).__name__, "a ReplayState", make)
+    shapeless = (name for name, x in state._asdict().items() if not hasattr(x, "shape"))
+    for name in shapeless:
+        got = type(getattr(state, name)).__name__
+        checks.fail(f"state.{name}", got, "an array", make)
     checks.floating("state.checkpoint", state.checkpoint)
+    checks.floating("state.k", state.k)
     if jnp.ndim(state.checkpoint) != 4 or jnp.ndim(state.k) != 4:
         got = f"checkpoint {state.checkpoint.shape}, k {state.k.shape}"
         checks.fail("state", got, "[P, HV, V, K] and [P, H, R, K]", make)
@@ -175,9 +215,9 @@ def check_state(state: Any) -> None:
     H, R = state.k.shape[1:3]
     if R not in WINDOWS:
         checks.fail("state.k", f"{R} records", f"one of {WINDOWS} records", make)
-    wanted = dict(u=(P, HV, R, V), k=(P, H, R, K), k_scale=(P, H, R))
-    wanted |= dict.fromkeys(("start", "committed", "pending"), (P,))
-    for name, shape in wanted.items():
+    shapes = dict(u=(P, HV, R, V), k=(P, H, R, K), k_scale=(P, H, R))
+    shapes |= dict.fromkeys(("start", "committed", "pending"), (P,))
+    for name, shape in shapes.items():
         if getattr(state, name).shape != shape:
             got = getattr(state, name).shape
             wanted = f"{shape}, as its checkpoint and k have"

@@ -42,7 +42,7 @@ from gdn_jax.ops.gated_delta.replay_tiles import (
     cut_keys,
     prepared_shapes,
 )
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig
 
 APPENDED = "k", "k_scale", "log_decay"  # by the first kernel
 WRITTEN = "checkpoint", "u", "start", "committed", "pending"  # by the second

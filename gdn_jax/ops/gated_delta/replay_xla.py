@@ -104,7 +104,7 @@ def _solve(state: Array, own: _Own) -> tuple[Array, Array]:
     A = beta * _scores(own.k, own.k, since, before)
     u = beta * (own.v - predicted)
     if T > 1:
-        u = solve_triangular(A + jnp.eye(T), u, lower=True, unit_diagonal=True)
+        u = solve_triangular(A, u, lower=True, unit_diagonal=True)
     B = _scores(own.q, own.k, since, upto)
     return u, recalled + _multiply("nhtj,nhjv->nhtv", B, u)
 

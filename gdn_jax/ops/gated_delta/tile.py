@@ -119,7 +119,8 @@ class Tile:
             _triton.store(ref.at[(*index, self.v, k)], chunk, mask=mask)
 
     def zeros(self) -> Chunks:
-        return (jnp.zeros(self.v.shape),) * (len(self.k) * self.k[0].shape[-1])
+        zeros = jnp.zeros(self.v.shape, jnp.float32)
+        return (zeros,) * (len(self.k) * self.k[0].shape[-1])
 
     def _k_masks(self) -> tuple[Array | None, ...]:
         return (None,) * len(self.k) if self.in_k is None else self.in_k

@@ -16,13 +16,14 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.arguments import gate_options
 from gdn_jax.ops.gated_delta.replay_api import without_gradient
 from gdn_jax.ops.gated_delta.replay_state import ReplayState
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig, check_replay_registers
 from gdn_jax.ops.layer_step import arguments
 from gdn_jax.ops.layer_step.call import Inputs, Options, Stepped
 from gdn_jax.ops.layer_step.chain import chain
 from gdn_jax.ops.layer_step.replay import replay_step
 from gdn_jax.ops.layer_step.triton import triton
 from gdn_jax.ops.layer_step.tuning import (
+    MEASURED_WINDOW,
     LayerStepConfig,
     Step,
     find_config,
@@ -68,6 +69,9 @@ def fused_layer_step(
         out = gated delta rule(q, k, v, a, b)   (`fused_update` or `replay_update`)
         out = RMS norm(out) * activation(z)                     (`gated_rms_norm`)
 
+    Sources: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv:2412.06464); a
+    layer's parts and both layouts are those of Qwen3-Next and Qwen3.5 in transformers.
+
     For decoding and for verifying drafts, of at most as many tokens a row as the ring
     of `state[0]` has room for, S; prompts are for `chunk_update`. The projections are
     read where they lie: no split, copy or transpose is made of them.
@@ -87,7 +91,7 @@ def fused_layer_step(
         (Qwen3.5).
       conv_weight: [C, W], of the state's channels; no bias, and silu behind it.
       A_log, dt_bias: [HV].
-      norm_weight: [V].
+      norm_weight: [V]. These four and the projections are floating, of any dtype.
       eps, activation: as in `gated_rms_norm`.
       slots, cu_seqlens, num_accepted, has_state, null_slot: as in `fused_update`, or
         with a `ReplayState` as in `replay_update`, but that rows of several tokens need
@@ -194,13 +198,14 @@ def _replay_paths(x: Inputs, options: Options, config: Any) -> Paths:
     def run_kernel(interpret: bool) -> Stepped:
         found = ReplayConfig() if interpret else _find_config(x, step)
         _need_registers(step)
+        check_replay_registers(config or found, step.K, step.V)
         return replay_step(x, options, config or found, interpret)
 
     return _of_kernel(x, options, run_kernel)
 
 
 def _find_config(x: Inputs, step: Step) -> Any:
-    return find_config(_triton.device_kind(x), step, x.projected.qkv.dtype)
+    return find_config(_triton.device_kind(x), step)
 
 
 def _of_kernel(
@@ -238,7 +243,9 @@ KERNELS = vjp.kernel_paths(
 def _step(x: Inputs, options: Options) -> Step:
     heads = options.heads
     sizes = heads.H, heads.HV, heads.K, heads.V, x.pool.dtype.name
-    replay = isinstance(x.recurrent, ReplayState)
+    records, act = x.recurrent, x.projected.qkv.dtype.name
+    replay = isinstance(records, ReplayState)
+    window = records.window if replay else MEASURED_WINDOW
     verifies = x.tables.num_accepted is not None
     tokens = options.rule.tokens_per_row
-    return Step(x.num_rows, tokens, x.columns, verifies, *sizes, replay)
+    return Step(x.num_rows, tokens, x.columns, verifies, *sizes, replay, act, window)

@@ -15,7 +15,11 @@ from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.arguments import check_scale, check_slots
 from gdn_jax.ops.gated_delta.call import GateOptions, dtype_before_norm
 from gdn_jax.ops.gated_delta.call import Options as RuleOptions
-from gdn_jax.ops.gated_delta.replay_state import ReplayState, check_state
+from gdn_jax.ops.gated_delta.replay_state import (
+    ReplayState,
+    check_state,
+    varying_as,
+)
 from gdn_jax.ops.gated_rms_norm.api import check_options
 from gdn_jax.ops.layer_step.call import (
     LAYOUTS,
@@ -80,11 +84,15 @@ def pack(
         gating=gating,
         longest=x.columns,
     )
+    tables: tuple[Any, ...] = conv.start, given, own
+    if isinstance(recurrent, ReplayState):  # whose counters say which rows are null
+        tables += recurrent.start, recurrent.committed, recurrent.pending
+        states = varying_as(recurrent, x, tables)
+    else:
+        states = _triton.varying_like(recurrent, x)
     varying = ConvState(
-        _triton.varying_like(conv.buffer, x),
-        _triton.varying_like(conv.start, (conv.start, given, own)),
+        _triton.varying_like(conv.buffer, x), _triton.varying_like(conv.start, tables)
     )
-    states = jax.tree.map(lambda y: _triton.varying_like(y, x), recurrent)
     x = x._replace(conv=varying, recurrent=states)
 
     def unpack(out: Array) -> Array:

@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Rows, can_stand
 from gdn_jax.ops.blocks import both, indices
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta.call import GateLogits
@@ -32,7 +32,7 @@ from gdn_jax.ops.gated_delta.replay_triton import (
     cleared,
     meet_kernel,
 )
-from gdn_jax.ops.gated_delta.tuning import ReplayConfig
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig
 from gdn_jax.ops.layer_step.call import (
     Inputs,
     Options,
@@ -188,7 +188,7 @@ def find_step(
     if x.tables.num_accepted is not None:
         pending = jnp.where(rows.keeps_state, x.recurrent.pending[rows.read], 0)
         accepted = x.tables.num_accepted[rows.number]
-        stands = (accepted >= 1) & (accepted <= jnp.maximum(pending, 1))
+        stands = can_stand(accepted, pending, rows.keeps_state)
         rows = rows._replace(live=rows.live & stands)
     rows, of_conv = null_in_both(x, options, rows)
     return turn._replace(rows=rows, folds=turn.folds & rows.live), of_conv

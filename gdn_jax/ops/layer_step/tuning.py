@@ -6,17 +6,13 @@ import importlib.resources
 import json
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops.gated_delta.replay_state import WINDOWS
-from gdn_jax.ops.gated_delta.tuning import (
-    MAX_HEAD_DIM,
-    LaunchConfig,
-    ReplayConfig,
-    check_tile,
-    replay_heuristic,
-)
+from gdn_jax.ops.gated_delta.replay_tuning import ReplayConfig, replay_heuristic
+from gdn_jax.ops.gated_delta.tuning import MAX_HEAD_DIM, LaunchConfig, check_tile
 
 MAX_TOKENS = 9  # of a row: a step with eight drafts
 MOST_OF_EIGHT_WARPS = 7  # tokens: with more, half a head of 128 spills on an H200
@@ -24,6 +20,7 @@ MOST_OF_EIGHT_WARPS = 7  # tokens: with more, half a head of 128 spills on an H2
 # spill here, beside gate and bounds; that of the most tokens does not.
 MOST_OF_REPLAYS_OWN = 8
 # conv.py's Ring counts a row's programs by 2**20s in the int32 `start`: up to 2**11
+MEASURED_WINDOW = WINDOWS[0]
 MAX_HEADS, MAX_PROGRAMS = 255, 8
 
 
@@ -73,6 +70,8 @@ class Step:
       verifies: whether there is `num_accepted`.
       H, HV, K, V, state_dtype: of the state.
       replay: whether that is a `ReplayState`.
+      act_dtype: of the projections.
+      window: R of a `ReplayState`.
     """
 
     rows: int
@@ -85,6 +84,13 @@ class Step:
     V: int
     state_dtype: str
     replay: bool = False
+    act_dtype: str = "bfloat16"
+    window: int = MEASURED_WINDOW
+
+    def is_like_measured(self) -> bool:
+        """But for its sizes: of projections and records of 16 bits."""
+        is_short = jnp.dtype(self.act_dtype).itemsize == 2
+        return is_short and (not self.replay or self.window == MEASURED_WINDOW)
 
     def why_not(self) -> str | None:
         """Why the kernel cannot take the call, on any device; None where it can."""
@@ -143,8 +149,10 @@ def table(device_kind: str) -> tuple[Tuned, ...]:
 
 def find_tuned(device_kind: str, step: Step) -> Tuned | None:
     """The row of the fewest tokens that are as many, and of those the one of the fewest
-    programs that are as many, or of the most there are. None where its sizes, or rows
-    of so many tokens, were not measured."""
+    programs that are as many, or of the most there are. None where nothing like it, or
+    no rows of so many tokens, were measured."""
+    if not step.is_like_measured():
+        return None
     dtype = "bfloat16" if step.state_dtype == "float16" else step.state_dtype
     sizes = step.K, step.V, dtype, step.HV // step.H, step.replay
     tokens = step.tokens or step.columns
@@ -181,15 +189,17 @@ def pays(implementation: str | None, arrays: Any, step: Step) -> bool:
     return tuned is not None and tuned.pays
 
 
-def find_config(device_kind: str, step: Step, key_dtype: Any) -> Any:
+def find_config(device_kind: str, step: Step) -> Any:
     tuned = find_tuned(device_kind, step)
-    if tuned is not None:
+    of_any_length = step.replay and step.tokens is None
+    if tuned is not None and not of_any_length:
         return tuned.config
     if step.replay:
         most = step.tokens or WINDOWS[-1]
         if most > MOST_OF_REPLAYS_OWN:
             most = WINDOWS[-1]
-        return replay_heuristic(most, key_dtype, step.state_dtype)
+        dtypes, group = (step.act_dtype, step.state_dtype), step.HV // step.H
+        return replay_heuristic(most, *dtypes, group)
     return heuristic(step.K, step.V, step.tokens or step.columns)
 
 
@@ -197,8 +207,8 @@ def heuristic(K: int, V: int, tokens: int) -> LayerStepConfig:
     """What registers hold, also of float32 tokens, but for some bytes of several where
     K is small beside V, or both are above 128. With one token a program has all of a
     head of 128 and walks over it. More tokens want registers too: it has half of the
-    head, or a quarter, and loads that at once. On an H200 whole heads, by 16 warps,
-    took 1.06 to 1.46 times as long to verify 4 tokens."""
+    head, or a quarter, and loads that at once: whole heads, by 16 warps, took longer to
+    verify 4 tokens in all that was measured on an H200."""
     V, K = pl.next_power_of_2(V), pl.next_power_of_2(K)
     many = tokens > MOST_OF_EIGHT_WARPS
     values = 2**14 if tokens == 1 else 2**12 if many else 2**13  # of a program
