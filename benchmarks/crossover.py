@@ -59,9 +59,11 @@ def main(
     state_dtype: list[str] = typer.Option(list(STATE_DTYPES)),  # noqa: B008
     tokens: list[int] = typer.Option(list(TOKENS)),  # noqa: B008
     rows: list[int] = typer.Option(list(ROWS)),  # noqa: B008
+    value_heads: list[int] = typer.Option([32]),  # noqa: B008
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens, rows: what is measured; the files keep other rows."""
+    """state_dtype, tokens, rows, value_heads (of 16 key heads): what is measured; the
+    files keep other rows."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
@@ -70,12 +72,12 @@ def main(
     committed, file = RESULTS / device, "replay_crossover.json"
     folder = out or committed
     folder.mkdir(parents=True, exist_ok=True)
-    parts = list(itertools.product(state_dtype, tokens, rows))
+    parts = list(itertools.product(state_dtype, tokens, rows, value_heads))
     measured: list[dict[str, Any]] = [
-        dict(zip(("state_dtype", "T", "N"), part, strict=True)) for part in parts
+        dict(zip(("state_dtype", "T", "N", "HV"), part, strict=True)) for part in parts
     ]
     result["rows"] = rows_besides(measured, folder / file, committed / file)
-    problems = [Problem(N, T, dtype) for dtype, T, N in parts]
+    problems = [Problem(N, T, dtype, HV=HV) for dtype, T, N, HV in parts]
     with ThreadPoolExecutor() as pool:
         compiled = begin_compiling(problems, [None], pool)
     for problem in track(problems, description="crossover", console=console):
@@ -91,8 +93,11 @@ def write_table(
 ) -> None:
     """A row that is not of this run says which one it is of: of several the newest."""
     table = []
-    for dtype, T in itertools.product(STATE_DTYPES, TOKENS):
-        rows = [x for x in result["rows"] if (x["state_dtype"], x["T"]) == (dtype, T)]
+    sizes = sorted({row["HV"] for row in result["rows"]})
+    for part in itertools.product(sizes, STATE_DTYPES, TOKENS):
+        rows = [
+            x for x in result["rows"] if (x["HV"], x["state_dtype"], x["T"]) == part
+        ]
         if found := crossover_of(rows):
             run = commit_of(max(rows, key=lambda row: row["date"]))
             table.append(found if run == commit_of(result) else run | found)

@@ -23,7 +23,7 @@ from common import (
     rows_besides,
     wait,
 )
-from layer_step import COMPILERS, INPUTS, REPLAY_ROWS, SIZES, check_step, tolerance
+from layer_step import COMPILERS, INPUTS, REPLAY_ROWS, check_step, tolerance
 from rich.progress import track
 from rich.table import Table
 from step_programs import (
@@ -54,7 +54,13 @@ ONE = (
     (16, 2, 4, 8),
 )
 MORE = ((64, 2, 8, 2), (32, 2, 4, 4), (32, 4, 8, 4), (16, 2, 4, 8))
-ROWS = {SIZES[0]: (1, 2, 4, 8, 16, 32, 64, 256), SIZES[1]: (1,)}
+# (H, HV): those of Qwen3.5-9B, a quarter of them, of 27B and of 397B.
+ROWS = {
+    (16, 32): (1, 2, 4, 8, 16, 32, 64, 256),
+    (4, 8): (1, 8),
+    (16, 48): (1, 2, 4, 8, 16, 64),
+    (16, 64): (1, 2, 4, 8, 16, 64),
+}
 # Of replay, beside what `replay_update` was tuned to: how programs convolve, and share
 # out V; with steps_v=2 and block_k=64, JAX 0.10.2 and 0.12 spill.
 REPLAY = (
@@ -141,6 +147,7 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
         V=problem.V,
         state_dtype=problem.state_dtype,
         group=problem.HV // problem.H,
+        HV=problem.HV,
         tokens=problem.T,
         programs=problem.N * problem.HV,
         config=best["config"],
@@ -156,11 +163,12 @@ def tuned_row(problem: Problem, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main(
     state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
     tokens: list[int] = typer.Option([1, 4]),  # noqa: B008
+    value_heads: list[int] = typer.Option([32, 8]),  # noqa: B008
     replay: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens: what is measured; the files keep other rows. replay: of
-    replay's states."""
+    """state_dtype, tokens, value_heads: what is measured; the files keep other rows.
+    replay: of replay's states."""
     need_gpu()
     result = header(INPUTS)
     middle = "mean" if replay else "median"
@@ -174,11 +182,13 @@ def main(
         Problem(N, T, *heads, dtype, replay=replay)
         for T in tokens
         for dtype in state_dtype
-        for heads, rows in ({SIZES[0]: REPLAY_ROWS} if replay else ROWS).items()
-        for N in rows
+        for heads in ROWS
+        if heads[1] in value_heads
+        for N in (REPLAY_ROWS if replay else ROWS[heads])
     ]
     measured = [
-        dict(T=problem.T, state_dtype=problem.state_dtype) for problem in problems
+        dict(T=problem.T, state_dtype=problem.state_dtype, HV=problem.HV)
+        for problem in problems
     ]
     result["rows"] = rows_besides(measured, folder / file, committed / file)
     with ThreadPoolExecutor(COMPILERS) as pool:
@@ -207,7 +217,7 @@ def write_table(
     result: dict[str, Any], tuned: list[dict[str, Any]], path: pathlib.Path
 ) -> None:
     package = FOLDER / path.name
-    keys = "tokens", "state_dtype", "replay"
+    keys = "tokens", "state_dtype", "HV", "replay"
     parts = [{key: row.get(key) for key in keys} for row in tuned]
     about = {key: result[key] for key in ("device", "date", "commit", "versions")}
     rows = [*rows_besides(parts, package), *(commit_of(result) | row for row in tuned)]
