@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from gdn_jax import models
 from gdn_jax.models import files
+from gdn_jax.models.config_faults import MOST_EXPERTS
 
 saved, copied = checkpoints.saved, checkpoints.copied
 
@@ -154,8 +155,8 @@ BROKEN = {
     ),
     "experts without end": (
         "next with experts",
-        claim(num_experts=LARGEST, moe_intermediate_size=LARGEST),
-        [f"layers.0.mlp.gate.weight [4, 16], wanted [{LARGEST}, 16]"],
+        claim(num_experts=MOST_EXPERTS, moe_intermediate_size=LARGEST),
+        [f"layers.0.mlp.gate.weight [4, 16], wanted [{MOST_EXPERTS}, 16]"],
     ),
     "one more expert": (
         "next with experts",

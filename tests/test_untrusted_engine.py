@@ -99,7 +99,7 @@ def lose_tokens(arrays, notes):
 REPLAY = "model/layers/0/recurrent/"
 LIES = {
     "no JSON": (lambda arrays, notes: "{", "has broken notes"),
-    "a list": (lambda arrays, notes: "[]", "has broken notes (they are a list)"),
+    "a list": (lambda arrays, notes: "[]", "has broken notes (it holds a list)"),
     "nested": (lambda arrays, notes: "[" * 10**5, "has broken notes"),
     "no engine": (lambda arrays, notes: "{}", "holds no engine"),
     "an engine of text": (lambda arrays, notes: '{"engine": "x"}', "notes must be"),
