@@ -233,7 +233,7 @@ def test_a_fault_is_told_of_its_file(tmp_path):
             dict(num_experts=4, num_experts_per_tok=2),
             "moe_intermediate_size is 0, wanted >= 1 where there are experts",
         ),
-        (dict(num_experts=-4), "num_experts is -4, wanted >= 0"),
+        (dict(num_experts=-4), "num_experts is -4, wanted 0 to 4096"),
         (dict(num_mtp_layers=[1]), r"num_mtp_layers is \[1\], wanted an int >= 0"),
         (
             dict(num_mtp_layers="1", mtp_num_hidden_layers=1),
@@ -276,7 +276,7 @@ def test_a_model_that_cannot_be_is_refused(changes, told, monkeypatch):
 
 def test_only_dense_layers_need_their_width():
     experts = dict(num_experts=4, num_experts_per_tok=2, intermediate_size=0)
-    experts |= dict(moe_intermediate_size=8)
+    experts |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=8)
     assert read(**experts).is_sparse(0)
     with pytest.raises(ValueError, match=r"layers \[2\] have no experts"):
         read(**experts, mlp_only_layers=[2])
