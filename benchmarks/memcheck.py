@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import memcheck_tests
 import typer
-from common import console, header, results_folder
+from common import console, results_folder
+from memcheck_parts import Part, join
 
 from gdn_jax import _triton
 
@@ -57,7 +58,6 @@ TESTS_AT_ONCE = 16  # of a process
 # Pools of gigabytes: as many processes at once do not fit, and what is checked of them
 # is their values.
 LEFT_OUT = ("test_large.py",)
-OUTCOMES = ("passed", "failed", "skipped", "not_run")  # of a part's tests
 SHOWN_LINES = 40
 
 
@@ -91,6 +91,12 @@ def find_sanitizer() -> str:
     for place in filter(None, places):
         return place
     raise SystemExit("compute-sanitizer is not on PATH nor under /usr/local/cuda*/bin")
+
+
+def version() -> str:
+    command = [find_sanitizer(), "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip().splitlines()[-1] if run.stdout.strip() else ""
 
 
 def under_memcheck(
@@ -226,93 +232,16 @@ def run_chunk(
     return {"tests": tests, "ran": ran, **run, "late": False, "has_run": has_run}
 
 
-class Part:
-    """A part's results, written after every process."""
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        part: str,
-        allocator: str,
-        planted: dict,
-        collected: int,
-        left_out: list[str],
-    ):
-        self.path, self.begun = path, time.perf_counter()
-        self.result = header("those of the tests")
-        del self.result["time"]
-        self.result |= {"part": part, "environment": environment(allocator)}
-        self.result |= {"padding": PADDING, "not_watched": NOT_WATCHED}
-        self.result |= {"sanitizer": self.version()}
-        self.result |= {"planted": planted[allocator], "planted_with": planted}
-        self.result |= {"collected": collected, "left_out": left_out, "seconds": 0.0}
-        self.result |= {outcome: [] for outcome in OUTCOMES}
-        self.result |= {"errors": 0, "unchecked": [], "reports": []}
-
-    @staticmethod
-    def version() -> str:
-        command = [find_sanitizer(), "--version"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        return run.stdout.strip().splitlines()[-1] if run.stdout.strip() else ""
-
-    def add(self, chunk: dict[str, Any]) -> None:
-        result = self.result
-        for test in chunk["tests"]:
-            outcome = chunk["ran"].get(test, "not_run")
-            result[outcome].append(test)
-        if chunk["errors"] is None:  # ended without a summary: nothing is known
-            result["unchecked"] += list(chunk["ran"])
-        elif not chunk["has_run"] and "failed" not in chunk["ran"].values():
-            result["unchecked"] += chunk["tests"]
-        result["errors"] += chunk["errors"] or 0
-        if chunk.get("output") is not None:
-            result["reports"].append(chunk)
-        result["seconds"] = round(time.perf_counter() - self.begun, 1)
-        self.path.write_text(json.dumps(result, indent=1) + "\n")
-
-    def line(self) -> str:
-        names = (*OUTCOMES, "unchecked")
-        counts = ", ".join(f"{len(self.result[name])} {name}" for name in names)
-        return f"{counts}; {self.result['errors']} errors"
-
-
-def read_parts(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """All of one run, in order."""
-    parts = [json.loads(x.read_text()) for x in folder.glob("memcheck_*.json")]
-    parts.sort(key=lambda part: int(part["part"].split("/")[0]))
-    found = [part["part"] for part in parts]
-    if not found or found != [f"{i + 1}/{len(found)}" for i in range(len(found))]:
-        raise SystemExit(
-            f"--join wants all parts of one count in {folder}; got "
-            f"{', '.join(found) or 'none'}. Run those that are missing, and remove "
-            f"those of another count."
-        )
-    names = ("commit", "package", "collected")
-    kinds = [{name: part[name] for name in names} for part in parts]
-    if any(kind != kinds[0] for kind in kinds):
-        raise SystemExit(
-            f"--join wants parts of one commit, package and number of tests; got "
-            f"{kinds}. Run all of them again."
-        )
-    return parts
-
-
-def join(folder: pathlib.Path) -> None:
-    """One file of all parts'."""
-    whole, *others = read_parts(folder)
-    for part in others:
-        for name in (*OUTCOMES, "unchecked", "reports", "errors", "seconds"):
-            whole[name] += part[name]
-        whole["part"] += f", {part['part']}"
-    counts = {name: len(whole[name]) for name in (*OUTCOMES, "left_out")}
-    if sum(counts.values()) != whole["collected"]:
-        raise SystemExit(
-            f"--join wants an outcome of each of {whole['collected']} tests; got "
-            f"{counts}. Run all parts again, without --quick."
-        )
-    path = folder / "memcheck.json"
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-    console.print(f"{whole['collected']} tests: {counts}; wrote {path}")
+def about(part: str, allocator: str, planted: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "part": part,
+        "environment": environment(allocator),
+        "padding": PADDING,
+        "not_watched": NOT_WATCHED,
+        "sanitizer": version(),
+        "planted": planted[allocator],
+        "planted_with": planted,
+    }
 
 
 def run_groups(
@@ -367,7 +296,8 @@ def main(
         total = sum(map(len, groups))
         console.print(f"part {part}: {total} of {len(found)} tests")
         path = folder / f"memcheck_{index}.json"
-        results = Part(path, part, allocator, planted, len(found), left_out)
+        known = about(part, allocator, planted)
+        results = Part(path, known | {"collected": len(found), "left_out": left_out})
         run_groups(groups, results, logs, allocator, until, workers)
     result = results.result
     for report in result["reports"]:
