@@ -130,6 +130,16 @@ def test_a_key_that_is_said_twice(copied, name):
         models.load(folder)
 
 
+def test_the_last_of_many_keys_that_is_said_twice(copied):
+    """Is found in one pass over them."""
+    folder, last = copied("next"), 500_000
+    (folder / files.SINGLE).unlink()
+    keys = ", ".join(f'"{i}": 1' for i in [*range(last), last - 1])
+    (folder / files.INDEX).write_text(f"{{{keys}}}")
+    with refused(folder / files.INDEX, f"it has '{last - 1}' twice"):
+        models.load(folder)
+
+
 def test_any_number_of_faults_is_listed_in_part(copied):
     folder = copied("next")
     edit_json(folder, **{f"key {i}": i for i in range(10**4)})
