@@ -1,9 +1,11 @@
 """compute-sanitizer's memcheck over the gpu-marked tests:
-python benchmarks/memcheck.py [--quick] [--part 1/4] [--minutes 8]
+python benchmarks/memcheck.py [--quick] [--part 1/4] [--rest] [--ours] [--minutes 8]
 
 First it must find writes past a buffer that are planted in a kernel, and nothing in the
 same kernel without them. Every part takes other tests; what its time leaves out is
-listed in its results file. `--join` makes one file of those of all parts.
+listed in its results file, and `--rest` takes that up. `--ours` watches the kernels of
+this project alone: XLA's and cuBLAS's take most of the time. `--join` makes one file of
+all.
 """
 
 import collections
@@ -17,16 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import memcheck_tests
 import typer
 from common import console, results_folder
-from memcheck_parts import Part, join
+from memcheck_parts import Part, Whole, join, read_parts
 
 from gdn_jax import _triton
 
@@ -54,6 +56,7 @@ NOT_WATCHED = {
         "that have none, up to 8 values past their end (JAX 0.11.2)"
     ),
 }
+OURS = "_kernel"  # in the name of every kernel of this project
 TESTS_AT_ONCE = 16  # of a process
 # Pools of gigabytes: as many processes at once do not fit, and what is checked of them
 # is their values.
@@ -64,13 +67,13 @@ SHOWN_LINES = 40
 def plant(past: int) -> jax.Array:
     """A kernel of ours that writes its buffer, and so many values past its end."""
 
-    def kernel(x, out_ref):
+    def plant_kernel(x, out_ref):
         at = jnp.arange(BLOCK, dtype=jnp.int32)
         value = jnp.full((BLOCK,), 1.0) * _triton.load(x.at[0])
         _triton.store(out_ref.at[at], value, mask=at < SIZE + past)
 
     [out] = _triton.launch(
-        kernel,
+        plant_kernel,
         jnp.ones(1),
         (((SIZE,), jnp.float32),),
         grid=(1,),
@@ -83,6 +86,26 @@ def plant(past: int) -> jax.Array:
 
 def environment(allocator: str) -> dict[str, str]:
     return {"XLA_PYTHON_CLIENT_ALLOCATOR": allocator} | ENVIRONMENT
+
+
+class Watch(NamedTuple):
+    """How tests are run: with which of JAX's allocators, and which kernels memcheck
+    looks at."""
+
+    allocator: str
+    is_ours: bool = False
+
+    @property
+    def words(self) -> tuple[str, str]:
+        if self.is_ours:
+            return "--kernel-name", f"kns={OURS}"
+        return "--kernel-name-exclude", f"kns={NOT_WATCHED['kernel']}"
+
+    @property
+    def text(self) -> str:
+        if self.is_ours:
+            return f"kernels with {OURS} in their names, which are all of gdn_jax's"
+        return f"all kernels but {NOT_WATCHED['kernel']}"
 
 
 def find_sanitizer() -> str:
@@ -102,7 +125,7 @@ def version() -> str:
 def under_memcheck(
     command: list[str],
     log: pathlib.Path,
-    allocator: str,
+    watch: Watch,
     timeout: float,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
@@ -110,7 +133,7 @@ def under_memcheck(
     sanitizer = [
         find_sanitizer(),
         *("--tool", "memcheck", "--report-api-errors", "no"),
-        *("--kernel-name-exclude", f"kns={NOT_WATCHED['kernel']}"),
+        *watch.words,
         *("--padding", str(PADDING), "--log-file", str(log)),
     ]
     begun = time.perf_counter()
@@ -118,7 +141,7 @@ def under_memcheck(
         run = subprocess.run(
             [*sanitizer, *command],
             cwd=ROOT,
-            env=os.environ | environment(allocator) | more,
+            env=os.environ | environment(watch.allocator) | more,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -149,20 +172,22 @@ def summary(said: str) -> dict[str, Any]:
     }
 
 
-def find_allocator(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
-    """(the first allocator with which memcheck finds what is planted and nothing else,
-    what it finds with each). Raises where there is none."""
+def find_allocator(
+    folder: pathlib.Path, allocators: Sequence[str], is_ours: bool
+) -> tuple[Watch, dict[str, Any]]:
+    """(with the first allocator with which memcheck finds what is planted and nothing
+    else, what it finds with each). Raises where there is none."""
 
     def run_one(allocator: str, name: str) -> dict[str, Any]:
         log = folder / f"plant_{allocator}_{name.replace(' ', '_')}.log"
         command = [sys.executable, __file__, "--plant", name]
-        return under_memcheck(command, log, allocator, timeout=240)
+        return under_memcheck(command, log, Watch(allocator, is_ours), timeout=240)
 
     found: dict[str, dict[str, Any]] = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         runs = {
             (allocator, name): pool.submit(run_one, allocator, name)
-            for allocator in ALLOCATORS
+            for allocator in allocators
             for name in PLANTED
         }
         for (allocator, name), future in runs.items():
@@ -178,7 +203,7 @@ def find_allocator(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
         if None not in errors.values() and all(
             (PLANTED[name] > 0) == (n > 0) for name, n in errors.items()
         ):
-            return allocator, found
+            return Watch(allocator, is_ours), found
     raise SystemExit("memcheck does not find what is planted, whatever the allocator")
 
 
@@ -193,23 +218,23 @@ def collect(chosen: list[str]) -> list[str]:
     return found
 
 
-def chunks(tests: list[str]) -> list[list[str]]:
-    """Of a file's tests, which share what they compile."""
+def chunks(tests: list[str], most: int) -> list[list[str]]:
+    """At most so many of a file's tests, which share what they compile."""
     files = collections.defaultdict(list)
     for test in tests:
         files[test.split("::")[0]].append(test)
     return [
-        group[i : i + TESTS_AT_ONCE]
+        group[i : i + most]
         for group in files.values()
-        for i in range(0, len(group), TESTS_AT_ONCE)
+        for i in range(0, len(group), most)
     ]
 
 
 def run_chunk(
-    number: int, tests: list[str], folder: pathlib.Path, allocator: str, until: float
+    number: int, tests: list[str], folder: pathlib.Path, watch: Watch, until: float
 ) -> dict[str, Any]:
     left = until - time.time()
-    if left < 20:  # JAX itself takes that long to start
+    if left < 40:  # JAX itself takes half of that to start
         return {"tests": tests, "ran": {}, "errors": 0, "late": True, "has_run": True}
     report = folder / f"report_{number}.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-x"]
@@ -219,10 +244,10 @@ def run_chunk(
     more = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         memcheck_tests.REPORT: str(report),
-        memcheck_tests.UNTIL: str(until - 15),
+        memcheck_tests.UNTIL: str(until - 20),
     }
     log = folder / f"{number}.log"
-    run = under_memcheck(command, log, allocator, left + 30, more)
+    run = under_memcheck(command, log, watch, left + 30, more)
     lines = report.read_text().splitlines() if report.exists() else []
     ran = {each["test"]: each["outcome"] for each in map(json.loads, lines)}
     # 2 is how the plugin ends a run whose time is up
@@ -232,14 +257,15 @@ def run_chunk(
     return {"tests": tests, "ran": ran, **run, "late": False, "has_run": has_run}
 
 
-def about(part: str, allocator: str, planted: dict[str, Any]) -> dict[str, Any]:
+def about(part: str, watch: Watch, planted: dict[str, Any]) -> dict[str, Any]:
     return {
         "part": part,
-        "environment": environment(allocator),
+        "watched": watch.text,
+        "environment": environment(watch.allocator),
         "padding": PADDING,
         "not_watched": NOT_WATCHED,
         "sanitizer": version(),
-        "planted": planted[allocator],
+        "planted": planted[watch.allocator],
         "planted_with": planted,
     }
 
@@ -248,13 +274,13 @@ def run_groups(
     groups: list[list[str]],
     results: Part,
     logs: pathlib.Path,
-    allocator: str,
+    watch: Watch,
     until: float,
     workers: int,
 ) -> None:
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = [
-            pool.submit(run_chunk, number, group, logs, allocator, until)
+            pool.submit(run_chunk, number, group, logs, watch, until)
             for number, group in enumerate(groups)
         ]
         for future in concurrent.futures.as_completed(running):
@@ -269,7 +295,10 @@ def main(
     part: str = "1/1",
     minutes: float = 8.5,
     workers: int = 8,
+    at_once: int = typer.Option(TESTS_AT_ONCE, help="tests of a process, at most"),
     quick: bool = False,
+    rest: bool = typer.Option(False, help="what runs in --out left, as parts of it"),
+    ours: bool = typer.Option(False, help="watch the kernels of this project alone"),
     plant_name: str = typer.Option("", "--plant"),
     join_parts: bool = typer.Option(False, "--join"),
     out: pathlib.Path | None = None,
@@ -286,19 +315,22 @@ def main(
     index, count = map(int, part.split("/"))
     if not 1 <= index <= count:
         raise SystemExit(f"--part must be like 2/4; got {part}")
+    earlier = Whole(read_parts(folder)) if rest else None
+    allocators = (earlier.allocator,) if earlier else ALLOCATORS
     with tempfile.TemporaryDirectory() as name:
         logs = pathlib.Path(name)
-        allocator, planted = find_allocator(logs)
+        watch, planted = find_allocator(logs, allocators, ours)
         found = collect(tests or [])
         left_out = [x for x in found if any(f"/{file}::" in x for file in LEFT_OUT)]
-        groups = chunks([test for test in found if test not in set(left_out)])
+        done = {*left_out, *(earlier.done if earlier else ())}
+        groups = chunks([test for test in found if test not in done], at_once)
         groups = groups[index - 1 :: count][: 2 if quick else None]
         total = sum(map(len, groups))
         console.print(f"part {part}: {total} of {len(found)} tests")
-        path = folder / f"memcheck_{index}.json"
-        known = about(part, allocator, planted)
+        path = folder / f"memcheck_{'rest_' if rest else ''}{index}.json"
+        known = about(f"{part}{' of the rest' if rest else ''}", watch, planted)
         results = Part(path, known | {"collected": len(found), "left_out": left_out})
-        run_groups(groups, results, logs, allocator, until, workers)
+        run_groups(groups, results, logs, watch, until, workers)
     result = results.result
     for report in result["reports"]:
         console.print(report, highlight=False)

@@ -54,8 +54,9 @@ def _run(memcheck, folder, monkeypatch, source, **options):
 
 
 def _options(**given):
-    options = dict(part="1/1", minutes=2.0, workers=1, quick=False)
-    return options | dict(plant_name="", join_parts=False) | given
+    options = dict(part="1/1", minutes=2.0, workers=1, at_once=16, quick=False)
+    options |= dict(rest=False, ours=False, plant_name="", join_parts=False)
+    return options | given
 
 
 def _counts(result):
@@ -113,10 +114,12 @@ def test_an_allocator_with_which_the_plant_is_found_is_taken(
 def _part(folder, part, **others):
     """Of three tests: what the part ran, and one that no part runs."""
     about = dict(part=part, commit="one", package="two", collected=3, left_out=["c"])
+    about |= dict(watched="all", date="2026-01-01")
     names = ("failed", "skipped", "not_run", "unchecked", "reports")
     lists: dict[str, list[str]] = {name: [] for name in names}
     told = about | lists | dict(passed=["a"], errors=0, seconds=1.0) | others
-    (folder / f"memcheck_{part.split('/')[0]}.json").write_text(json.dumps(told))
+    name = f"rest_{part}" if "rest" in part else part
+    (folder / f"memcheck_{name.split('/')[0]}.json").write_text(json.dumps(told))
 
 
 def test_parts_make_one_file(memcheck, tmp_path):
@@ -127,6 +130,41 @@ def test_parts_make_one_file(memcheck, tmp_path):
     assert (whole["part"], whole["errors"], whole["seconds"]) == ("1/2, 2/2", 4, 2.0)
     assert (whole["collected"], whole["left_out"]) == (3, ["c"])
     assert _counts(whole) == [1, 0, 1, 0]
+
+
+def test_what_took_up_the_rest_comes_after(memcheck, tmp_path):
+    """A test that was interrupted, and one that there was no time for."""
+    hung = dict(errors=None, tests=["a", "b"])
+    _part(tmp_path, "1/1", unchecked=["a"], not_run=["b"], reports=[hung])
+    rest = dict(passed=["a"], skipped=["b"], watched="ours")
+    _part(tmp_path, "1/1 of the rest", **rest)
+    memcheck.join(tmp_path)
+    whole = json.loads((tmp_path / "memcheck.json").read_text())
+    assert _counts(whole) == [1, 0, 0, 0] and whole["skipped"] == ["b"]
+    assert whole["watched"] == {"all": 0, "ours": 2} and whole["reports"] == []
+
+
+def test_the_rest_is_what_has_not_passed(memcheck, tmp_path, monkeypatch):
+    source = "def test_a():\n    pass\ndef test_b():\n    pass\n"
+    _run(memcheck, tmp_path, monkeypatch, source)
+    path = tmp_path / "memcheck_1.json"
+    first = json.loads(path.read_text())
+    first["not_run"] = [first["passed"].pop()]
+    path.write_text(json.dumps(first))
+    with pytest.raises(SystemExit) as end:
+        memcheck.main(None, out=tmp_path, **_options(rest=True, ours=True))
+    rest = json.loads((tmp_path / "memcheck_rest_1.json").read_text())
+    assert (end.value.code, rest["passed"]) == (0, first["not_run"])
+    assert list(rest["planted_with"]) == [memcheck.ALLOCATORS[0]]
+    assert memcheck.OURS in rest["watched"]
+
+
+def test_a_test_that_takes_too_long_is_interrupted(memcheck, tmp_path, monkeypatch):
+    """So that what passed before it is told of."""
+    source = "def test_a():\n    pass\ndef test_b():\n    import time\n"
+    source += "    time.sleep(300)\n"
+    code, result = _run(memcheck, tmp_path, monkeypatch, source, minutes=0.8)
+    assert (code, _counts(result)) == (0, [1, 0, 1, 0])
 
 
 @pytest.mark.parametrize(

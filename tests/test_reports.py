@@ -251,6 +251,7 @@ def test_what_memcheck_found_is_told_with_what_it_did_not_see(report):
     about |= dict(planted_with=dict(pool=missed, own=planted, late=silent))
     about |= dict(environment=dict(XLA_PYTHON_CLIENT_ALLOCATOR="own"))
     about |= dict(not_watched=dict(kernel="k", reason="It reads past its end"))
+    about |= dict(watched={"all": 1200, "ours": 1})
     result = _told([], **tests, **about)
     [(marker, text)] = report.REPORTS["memcheck"](result, None).items()
     assert marker == "memcheck"
@@ -261,6 +262,7 @@ def test_what_memcheck_found_is_told_with_what_it_did_not_see(report):
     assert "| that passed | 1,200 |\n| that failed | 1 |" in text
     assert "| that were skipped | 1 |\n| for which there was no time | 2 |" in text
     assert "| left out: of many gigabytes | 1 |" in text
+    assert "Watched: of 1,200 tests all; of 1 tests ours.\n" in text
     assert "Not watched: `k`. It reads past its end.\n" in text
     assert "said nothing" not in text and "Not well: `b`." in text
     assert "compute-sanitizer Version 1; a GPU, JAX 0, 2026-01-01" in text

@@ -79,12 +79,16 @@ def memcheck(result: dict, folder: pathlib.Path) -> dict[str, str]:
     ]
     allocator = result["environment"]["XLA_PYTHON_CLIENT_ALLOCATOR"]
     unwatched = result["not_watched"]
+    watched = "; ".join(
+        f"of {count:,} tests {text}" for text, count in result["watched"].items()
+    )
     lines = [
         *planted(result["planted_with"]),
         "",
         *markdown(f"tests that need a GPU, with `{allocator}`", [""], shown),
         "",
         *(f"Not well: `{x}`." for x in (*result["failed"], *result["unchecked"])),
+        f"Watched: {watched}.",
         f"Not watched: `{unwatched['kernel']}`. {unwatched['reason']}.",
         "",
         f"compute-sanitizer {result['sanitizer']}; {source(result)}",
