@@ -34,18 +34,21 @@ from shared_work import AllReduce, Decoding, Work
 
 from gdn_jax import timing
 
-# By name. XLA's default is kernels of its own that read peers' memory, each launched
-# between the CUDA graphs that it captures of all else. NCCL's can be captured too.
-CAPTURED = (
-    "--xla_gpu_experimental_use_collective_kernels= "
-    "--xla_gpu_enable_command_buffer=+COLLECTIVES --xla_gpu_graph_min_graph_size=1"
-)
+# By name; of the default those that a ShardedModel tells XLA, of others flags. XLA's
+# own are kernels that read peers' memory, each launched between the CUDA graphs that it
+# captures of all else. NCCL's can be captured too.
+DEFAULT = "default"
+NCCL = "--xla_gpu_experimental_use_collective_kernels="
 OPTIONS = {
-    "default": "",
-    "NCCL": "--xla_gpu_experimental_use_collective_kernels=",
-    "NCCL in graphs": CAPTURED,
-    "symmetric": (
-        f"{CAPTURED} --xla_gpu_experimental_enable_nccl_symmetric_buffers=true"
+    DEFAULT: "",
+    "XLA's own": "",
+    "NCCL": NCCL,
+    "NCCL in graphs": (
+        f"{NCCL} --xla_gpu_enable_command_buffer=+COLLECTIVES "
+        f"--xla_gpu_graph_min_graph_size=1"
+    ),
+    "NCCL, symmetric": (
+        f"{NCCL} --xla_gpu_experimental_enable_nccl_symmetric_buffers=true"
     ),
     "no graphs": "--xla_gpu_enable_command_buffer=",
 }
@@ -66,7 +69,7 @@ def works(options: str, gpus: int, quick: bool) -> dict[str, list[Work]]:
     messages = messages if gpus > 1 else []
     tensor = Decoding("tensor", TENSOR, TENSOR_ROWS, gpus)
     found: dict[str, list[Work]] = {f"heads on {gpus}": [*messages, tensor]}
-    if options != "default":
+    if options != DEFAULT:
         return found
     if gpus > 1:
         found["heads on 1"] = [Decoding("tensor", TENSOR, TENSOR_ROWS, 1)]
@@ -124,7 +127,8 @@ def run_worker(options: str, todo: list[Work]) -> None:
     with ThreadPoolExecutor(COMPILERS) as pool:
         programs: dict[Work, Future] = {}
         for work in todo:  # traced here: what is traced depends on contexts
-            programs[work] = pool.submit(work.lower().compile)
+            told = work.compiler_options if options == DEFAULT else {}
+            programs[work] = pool.submit(work.lower().compile, told)
             pool.submit(work.compile_inputs)
             say("NOTE", f"traced {work.title}")
         for work in todo:
@@ -139,6 +143,8 @@ def run_worker(options: str, todo: list[Work]) -> None:
         say("COPY", timing.copy_bandwidth())
     for work in todo:
         row = dataclasses.asdict(work) | {"options": options, "flags": OPTIONS[options]}
+        if options == DEFAULT:
+            row["compiler_options"] = work.compiler_options
         try:
             program = programs[work].result()
             row |= {"collectives": work.collectives(program.as_text())}
@@ -210,7 +216,7 @@ def main(
     names = [name.strip() for name in options.split(";")]
     if unknown := set(names) - OPTIONS.keys():
         raise SystemExit(f"no options {', '.join(unknown)}; there are {[*OPTIONS]}")
-    names = ["default", *(name for name in names if name != "default")]
+    names = [DEFAULT, *(name for name in names if name != DEFAULT)]
     words = ["--gpus", str(gpus), *(["--quick"] if quick else [])]
     begin = time.perf_counter()
     workers = [

@@ -17,6 +17,7 @@ from gdn_jax.generation import state as states
 from gdn_jax.generation import steps
 from gdn_jax.generation.sizes import Sizes
 from gdn_jax.models import ShardedModel
+from gdn_jax.sharding.compiling import options_of
 
 ROOM = 1280  # positions of a row, CONTEXT of them read: 1024 rows fit one GPU
 
@@ -49,6 +50,10 @@ class Decoding:
         parts = {"model" if self.case == "tensor" else "data": self.gpus}
         mesh = sharding.make_mesh(**parts)
         return ShardedModel(make_model(config), mesh)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        return dict(self.shared.decoding_options)
 
     @property
     def sizes(self) -> Sizes:
@@ -141,6 +146,10 @@ class AllReduce:
         shape = (self.gpus * self.bytes // 2,)
         where = NamedSharding(mesh, PartitionSpec("model"))
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        return dict(options_of(self.x.sharding.mesh))
 
     def lower(self) -> Any:
         def chain(x: jax.Array) -> jax.Array:

@@ -51,6 +51,25 @@ def on_every_device(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class Jitted:
+    """`jax.jit(step)` of `step(model, ..)`, compiled with what the model tells XLA; one
+    program for all engines of a model and sizes."""
+
+    def __init__(self, step: Callable[..., Any], **keywords: Any):
+        self._compiled = functools.cache(
+            lambda options: jax.jit(step, compiler_options=dict(options), **keywords)
+        )
+        functools.update_wrapper(self, step)
+
+    def __call__(self, model: AnyModel, *args: Any, **keywords: Any) -> Any:
+        return self.of(model)(model, *args, **keywords)
+
+    def of(self, model: AnyModel) -> Any:
+        """What `jax.jit` made for such a model."""
+        is_shared = isinstance(model, ShardedModel)
+        return self._compiled(model.decoding_options if is_shared else ())
+
+
 def own_part(model: AnyModel, sizes: Sizes) -> tuple[Any, Sizes]:
     """What a device has of a model and of an engine's rows."""
     if not isinstance(model, ShardedModel):

@@ -20,7 +20,7 @@ from gdn_jax.generation.sampling import (
     probabilities,
     sample,
 )
-from gdn_jax.generation.shared import on_every_device
+from gdn_jax.generation.shared import Jitted, on_every_device
 from gdn_jax.generation.speculative import draft, speculative_step
 from gdn_jax.generation.state import Emitted, EngineState, Row
 from gdn_jax.models.model import Model
@@ -120,7 +120,7 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "steps", "greedy"), donate_argnames="state"
+    Jitted, static_argnames=("model", "steps", "greedy"), donate_argnames="state"
 )
 @on_every_device
 def decode(

@@ -27,6 +27,7 @@ from gdn_jax.nn.shares import Read, Shares, is_traced
 from gdn_jax.nn.split import Split
 from gdn_jax.nn.state import GatedDeltaNetState
 from gdn_jax.ops import checks
+from gdn_jax.sharding.compiling import options_of
 from gdn_jax.sharding.grid import AXES, Axis, Grid, MeshAxes
 
 METHODS = ("__call__", "hidden", "logits", "draft")
@@ -59,6 +60,9 @@ class ShardedModel:
       model: what is shared out.
       mesh: with axes of type Auto.
       axes: which logical axis is split over which of the mesh's; see `sharding.AXES`.
+      compiler_options: of XLA, with which an engine compiles its decoding. None: those
+        with which sums were measured to be fastest on such devices
+        (`gdn_jax/sharding/compiling.py`), else XLA's own choice, as {}.
 
     Raises:
       ValueError: the devices cannot share it out; the text names the sizes that could.
@@ -67,6 +71,7 @@ class ShardedModel:
     model: Model
     mesh: Mesh
     axes: Mapping[str, MeshAxes] = dataclasses.field(default_factory=lambda: AXES)
+    compiler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if self.model.split is not None:
@@ -75,7 +80,8 @@ class ShardedModel:
         _ = self.part  # so that what cannot be shared out is told here
 
     def __hash__(self) -> int:
-        return hash((self.model, self.mesh, tuple(sorted(self.axes.items()))))
+        axes = tuple(sorted(self.axes.items()))
+        return hash((self.model, self.mesh, axes, self.decoding_options))
 
     @property
     def config(self) -> Config:
@@ -88,6 +94,15 @@ class ShardedModel:
     @functools.cached_property
     def grid(self) -> Grid:
         return Grid(self.mesh, self.axes)
+
+    @functools.cached_property
+    def decoding_options(self) -> tuple[tuple[str, Any], ...]:
+        """XLA's, by name."""
+        options = self.compiler_options
+        if options is None:
+            has_sums = self.mesh.size > self.groups
+            options = options_of(self.mesh) if has_sums else {}
+        return tuple(sorted(options.items()))
 
     @functools.cached_property
     def part(self) -> Model:
