@@ -12,12 +12,11 @@ from gdn_jax.ops.layer_step import tuning
 from gdn_jax.ops.layer_step.tuning import MAX_PROGRAMS
 
 TAKEN = {  # launches that a layer takes on an H200
-    (row.tokens, row.state_dtype, row.replay, row.config): row
+    (row.group, row.tokens, row.state_dtype, row.replay, row.config): row
     for row in tuning.table("NVIDIA H200")
-    if row.pays and row.group == 2
+    if row.pays
 }
-P, H, HV, K, V, W = 70, 16, 32, 128, 128, 4
-C = 2 * H * K + HV * V
+P, H, K, V, W = 70, 16, 128, 128, 4
 
 
 def compiled(
@@ -29,6 +28,7 @@ def compiled(
     pair=False,
     packed=False,
     act="bfloat16",
+    group=2,
     replay=False,
     implementation="triton",
     **kw,
@@ -38,6 +38,8 @@ def compiled(
     def array(*shape, dtype=act):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
+    HV = group * H
+    C = 2 * H * K + HV * V
     conv = ConvState(array(P, C, W - 1 + T), array(P, dtype="int32"))
     pool = array(P * T, HV, V, K, dtype=dtype)
     if replay:
@@ -85,14 +87,15 @@ def test_a_step_is_one_launch_in_place_without_spills(call, dtype):
     check_memory(state, found)
 
 
-@pytest.mark.parametrize(("T", "dtype", "replay", "config"), TAKEN, ids=str)
+@pytest.mark.parametrize(("group", "T", "dtype", "replay", "config"), TAKEN, ids=str)
 def test_what_a_layer_takes_is_as_many_launches_as_the_table_says(
-    T, dtype, replay, config
+    group, T, dtype, replay, config
 ):
     """Of replay's, two kernels and what scales: beside the states and sums of squares
     there is then what the first leaves for the second."""
-    N = max(1, TAKEN[T, dtype, replay, config].programs // HV)
-    call = dict(layout="interleaved", replay=replay, config=config)
+    HV = group * H
+    N = max(1, TAKEN[group, T, dtype, replay, config].programs // HV)
+    call = dict(layout="interleaved", group=group, replay=replay, config=config)
     state, found = compiled(N, T, dtype, **call)
     kernels, scales = 1, replay or config.programs > 1
     beside = N * T * HV * (V + MAX_PROGRAMS) * 4 if scales else 0
@@ -119,7 +122,7 @@ def test_heads_that_programs_share_out_are_scaled_in_a_second_launch(
     state, found = compiled(N, T, dtype, act=act, layout=layout)
     kernel, scaling = found.launches()
     assert aot.KERNEL_CALL in kernel and aot.KERNEL_CALL not in scaling
-    check_memory(state, found, beside=N * T * HV * (V + MAX_PROGRAMS) * 4)
+    check_memory(state, found, beside=N * T * 2 * H * (V + MAX_PROGRAMS) * 4)
 
 
 @pytest.mark.parametrize(
