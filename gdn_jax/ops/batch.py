@@ -4,6 +4,7 @@ every op that keeps a state in slots."""
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from gdn_jax import _types as t
@@ -74,6 +75,19 @@ def find_rows(
     live &= is_live_slot(read, num_slots, null_slot)
     keeps = live if batch.has_state is None else live & batch.has_state[number]
     return Rows(number, begin, length, jnp.where(live, read, 0), live, keeps)
+
+
+def in_call(number: Array, num_rows: int, is_packed: bool) -> Array:
+    """Of a kernel's program, the row of the call that it may look at: rows of a grid
+    are those, and behind packed ones another, which has the last's number.
+
+    By a difference, since of two rows min(number, 1) is (number != 0) to LLVM, and a
+    select between two constants to ptxas: short of registers, it makes one again from
+    a predicate that has something else in it by then (seen of CUDA 13.0 and 13.5).
+    """
+    if not is_packed:
+        return number if num_rows > 1 else jnp.zeros_like(number)
+    return number - (number >= np.int32(num_rows)).astype(jnp.int32)
 
 
 def find_tokens(

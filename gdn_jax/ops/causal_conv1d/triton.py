@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Rows, in_call
 from gdn_jax.ops.causal_conv1d.call import (
     ConvState,
     Inputs,
@@ -89,7 +89,7 @@ def _find_work(
     cu_seqlens, num_tokens = x.tables.cu_seqlens, x.x.shape[0]
     row, block = ragged.find_block(cu_seqlens, num_tokens, config.tokens, number)
     is_row = row < x.num_rows
-    row = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
+    row = find_rows(x, options, in_call(row, x.num_rows, is_packed=True))
     length = jnp.where(is_row, row.length, 0)
     return row._replace(length=length, live=row.live & is_row), block
 

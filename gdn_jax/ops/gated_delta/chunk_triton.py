@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
 from gdn_jax.ops import ragged
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Rows, in_call
 from gdn_jax.ops.blocks import padded
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.chunk_memory import CHUNK, Chunk, Keys
@@ -41,7 +41,8 @@ def walk_kernel(
     x, keys, prepared = inputs
     tile, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     is_row = number < x.num_rows
-    row = find_rows(x, options, jnp.minimum(number, np.int32(x.num_rows - 1)))
+    is_packed = x.cu_seqlens is not None
+    row = find_rows(x, options, in_call(number, x.num_rows, is_packed))
     row = row._replace(live=row.live & is_row, keeps_state=row.keeps_state & is_row)
     V, K = x.state.shape[2:]
     v = tile * config.block_v + jnp.arange(config.block_v, dtype=jnp.int32)

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
-from gdn_jax.ops.batch import Rows
+from gdn_jax.ops.batch import Rows, in_call
 from gdn_jax.ops.gated_delta import rounding, rule
 from gdn_jax.ops.gated_delta.call import Inputs, Options, find_rows
 from gdn_jax.ops.gated_delta.clearing import clear, clear_unowned
@@ -56,7 +56,7 @@ def fused_update_kernel(
         (lambda x, y, z: x * y + z) if interpret else _triton.multiply_add,
     )
     is_row = row < x.num_rows
-    row = find_rows(x, options, jnp.minimum(row, np.int32(x.num_rows - 1)))
+    row = find_rows(x, options, in_call(row, x.num_rows, x.cu_seqlens is not None))
     if x.cu_seqlens is not None:
         length = jnp.where(is_row, row.length, 0)
         row = row._replace(length=length, live=row.live & is_row)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from gdn_jax import _triton
+from gdn_jax.ops.batch import in_call
 from gdn_jax.ops.causal_conv1d.call import ConvState
 from gdn_jax.ops.gated_delta import rule
 from gdn_jax.ops.gated_delta.call import Inputs as RuleInputs
@@ -50,7 +51,7 @@ def layer_step_kernel(
     `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
     part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, is_row = options.heads, number < x.num_rows
-    number = jnp.minimum(number, np.int32(x.num_rows - 1))
+    number = in_call(number, x.num_rows, x.tables.cu_seqlens is not None)
     row, conv_row = (
         each._replace(live=each.live & is_row, length=jnp.where(is_row, each.length, 0))
         for each in find_rows(x, options, number)
