@@ -16,6 +16,7 @@ import tempfile
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+from sass import stale_selects
 
 TARGET = pathlib.Path(__file__).parent / "data" / "h200_target_config.txtpb"
 
@@ -59,7 +60,8 @@ class Compiled:
         return [line for line in self.entry if not re.search(free, line)]
 
     def resources(self) -> dict[str, int]:
-        """The most registers and all spilled bytes, as ptxas reports for sm_90a."""
+        """The most registers and all spilled bytes, as ptxas reports for sm_90a; raises
+        where it is known to have compiled a kernel wrongly."""
         return _resources(self.ptx)
 
 
@@ -130,20 +132,28 @@ def _resources(ptx: tuple[str, ...]) -> dict[str, int]:
     text = ""
     with tempfile.TemporaryDirectory() as folder:
         source = pathlib.Path(folder, "kernel.ptx")
-        command = [_ptxas(), "-arch=sm_90a", "-v", source, "-o", "/dev/null"]
+        binary = source.with_suffix(".cubin")
+        command = [_tool("ptxas"), "-arch=sm_90a", "-v", source, "-o", binary]
         for module in ptx:
             source.write_text(module)
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            text += run.stderr + run.stdout
+            text += _run(command)
+            if selects := stale_selects(_run([_tool("nvdisasm"), "-c", binary])):
+                raise RuntimeError(f"ptxas compiled a kernel wrongly: {selects}")
     spilled = re.findall(r"(\d+) bytes spill", text)
     registers = re.findall(r"Used (\d+) registers", text)
     return {"registers": max(map(int, registers)), "spills": sum(map(int, spilled))}
 
 
-def _ptxas() -> str:
+def _run(command: list) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stderr + run.stdout
+
+
+@functools.cache
+def _tool(name: str) -> str:
     packages = pathlib.Path(sysconfig.get_paths()["purelib"])
-    found = sorted(packages.glob("nvidia/*/bin/ptxas"))
-    path = str(found[-1]) if found else shutil.which("ptxas")
+    found = sorted(packages.glob(f"nvidia/*/bin/{name}"))
+    path = str(found[-1]) if found else shutil.which(name)
     if path is None:
-        raise RuntimeError("ptxas not found; install the `aot` extra")
+        raise RuntimeError(f"{name} not found; install the `aot` extra")
     return path

@@ -106,6 +106,15 @@ def test_what_a_layer_takes_is_as_many_launches_as_the_table_says(
     check_memory(state, found, beside)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("launch", [(32, 2, 4, 4), (64, 2, 8, 2), (16, 2, 4, 8)])
+def test_two_rows_of_many_heads_do_not_spill(launch, packed):
+    """Of two rows a number is a predicate to ptxas, if it is bounded by min: `sass`
+    found the first of these wrong."""
+    call = dict(group=4, pair=True, packed=packed, config=LayerStepConfig(*launch))
+    assert compiled(2, 4, "bfloat16", **call)[1].resources()["spills"] == 0
+
+
 @pytest.mark.parametrize(
     ("N", "T", "dtype", "act", "layout"),
     [
