@@ -66,7 +66,8 @@ def read_parts(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Whole:
-    """What parts found together: of a test, what the last found that ran it."""
+    """What parts found together: of a test, what the last found that ran it, or that
+    it failed once."""
 
     def __init__(self, parts: list[dict[str, Any]]):
         self.parts = parts
@@ -74,7 +75,9 @@ class Whole:
         for part in parts:
             for outcome in OUTCOMES:
                 for test in part[outcome]:
-                    if outcome != "not_run" or test not in self.last:
+                    has_failed = self.last.get(test, {}).get("outcome") == "failed"
+                    is_news = outcome != "not_run" or test not in self.last
+                    if is_news and not has_failed:
                         self.last[test] = {
                             "outcome": outcome,
                             "is_checked": test not in part["unchecked"],

@@ -144,6 +144,14 @@ def test_what_took_up_the_rest_comes_after(memcheck, tmp_path):
     assert whole["watched"] == {"all": 0, "ours": 2} and whole["reports"] == []
 
 
+def test_what_failed_once_has_failed(memcheck, tmp_path):
+    _part(tmp_path, "1/1", passed=["b"], failed=["a"])
+    _part(tmp_path, "1/1 of the rest", passed=["a"])
+    memcheck.join(tmp_path)
+    whole = json.loads((tmp_path / "memcheck.json").read_text())
+    assert (whole["passed"], whole["failed"]) == (["b"], ["a"])
+
+
 def test_the_rest_is_what_has_not_passed(memcheck, tmp_path, monkeypatch):
     source = "def test_a():\n    pass\ndef test_b():\n    pass\n"
     _run(memcheck, tmp_path, monkeypatch, source)
