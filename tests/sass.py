@@ -22,7 +22,7 @@ def stale_selects(text: str) -> list[str]:
     made_by: dict[str, str] = {}  # what wrote each predicate last
     selects: dict[tuple[str, ...], str] = {}
     for line in text.splitlines():
-        if "_kernel" in line and line.startswith(".text"):
+        if line.startswith(".text."):  # another kernel
             made_by, selects = {}, {}
         match = INSTRUCTION.search(line)
         if match is None:
