@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from gdn_jax import ConvState, LayerStepConfig, fused_layer_step
+from gdn_jax.ops.layer_step import api
+from gdn_jax.ops.layer_step.chain import chain
 
 KERNELS = ["interpret", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -149,27 +152,34 @@ def poison(x, slots):
 
 
 @functools.cache
-def jitted(implementation, layout, activation, config=None):
+def jitted(implementation, layout, activation, config=None, ops=None):
     def run(state, tokens, options):
-        return fused_layer_step(
-            state,
-            *tokens,
-            layout=layout,
-            activation=activation,
-            implementation=implementation,
-            config=config,
-            **options,
-        )
+        in_turn = functools.partial(chain_of, ops) if ops else api._chain
+        with mock.patch.object(api, "_chain", in_turn):
+            return fused_layer_step(
+                state,
+                *tokens,
+                layout=layout,
+                activation=activation,
+                implementation=implementation,
+                config=config,
+                **options,
+            )
 
     # the ops one after another round what they hand on; a GPU's compiler need not
     options = {"xla_allow_excess_precision": False}
     return jax.jit(run, donate_argnums=0, compiler_options=options)
 
 
-def steps_of(case, implementation, config=None):
-    """After each of some steps: the state, out, and the step's tables."""
+def chain_of(implementation, x, options, _):
+    return chain(x, options, implementation)
+
+
+def steps_of(case, implementation, config=None, ops=None):
+    """After each of some steps: the state, out, and the step's tables. ops: the
+    implementation of the ops, where "xla" says that they run in turn."""
     state, step = make(case)
-    run = jitted(implementation, case.layout, case.activation, config)
+    run = jitted(implementation, case.layout, case.activation, config, ops)
     for number in range(5):
         tokens, options = step(number)
         for name in ("layout", "activation"):
