@@ -64,6 +64,7 @@ INPUTS = (
 )
 ACCEPTS_TOKENS = 4, 8  # of problems that are measured with every way of accepting
 ROWS_PLAIN, ROWS_VERIFY = (8, 64, 256), (8, 64, 128)
+ROWS = sorted({*ROWS_PLAIN, *ROWS_VERIFY})
 TUNED = {
     "meet": [
         *itertools.product((16,), (32, 64), (4, 8), (1,), (2, 3)),
@@ -248,27 +249,30 @@ def others(problem: Problem, alone: bool) -> list[dict[str, Any]]:
 
 
 def problems_of(
-    state_dtypes: list[str], tokens: list[int], quick: bool
+    state_dtypes: list[str], tokens: list[int], rows: list[int], quick: bool
 ) -> list[Problem]:
     problems = []
     for dtype, T in itertools.product(state_dtypes, tokens):
-        rows = ROWS_PLAIN if T == 1 else ROWS_VERIFY
-        problems += [Problem(N, T, dtype) for N in (rows[-1:] if quick else rows)]
-        if T in ACCEPTS_TOKENS and not quick:
-            problems += [Problem(rows[-1], T, dtype, how) for how in ACCEPTS[1:]]
+        of_tokens = ROWS_PLAIN if T == 1 else ROWS_VERIFY
+        for N in of_tokens[-1:] if quick else of_tokens:
+            every_way = N in of_tokens[-1:] and T in ACCEPTS_TOKENS and not quick
+            ways = ACCEPTS if every_way else ACCEPTS[:1]
+            if N in rows:
+                problems += [Problem(N, T, dtype, accepts) for accepts in ways]
     return problems
 
 
 def main(
     state_dtype: list[str] = typer.Option(["float32", "bfloat16"]),  # noqa: B008
     tokens: list[int] = typer.Option([1, 4, 8]),  # noqa: B008
+    rows: list[int] = typer.Option(ROWS),  # noqa: B008
     tune: Kernel | None = None,
     quick: bool = False,
     alone: bool = False,
     out: pathlib.Path | None = None,
 ) -> None:
-    """state_dtype, tokens: what is measured; the results file keeps other rows. tune: a
-    kernel's launches in TUNED. quick: the largest N. alone: no peers."""
+    """state_dtype, tokens, rows: what is measured; the results file keeps other rows.
+    tune: a kernel's launches in TUNED. quick: the largest N. alone: no peers."""
     need_gpu()
     result = header(INPUTS)
     result["time"] = f"device kernels, mean of {STEPS} steps; of others the median"
@@ -277,22 +281,22 @@ def main(
     folder = results_folder(result["device"], out, quick=quick)
     file = f"replay_tune_{tune}.json" if tune else "replay.json"
     path = folder / file
-    parts = itertools.product(state_dtype, tokens)
-    measured: list[dict[str, Any]] = [dict(state_dtype=d, T=T) for d, T in parts]
+    problems = problems_of(state_dtype, tokens, rows, quick)
+    keys = "state_dtype", "T", "N"
+    measured = [{key: getattr(problem, key) for key in keys} for problem in problems]
     result["rows"] = rows_besides(measured, path, committed / file)
-    problems = problems_of(state_dtype, tokens, quick)
     configs = tune.configs() if tune else [None]
     with ThreadPoolExecutor(COMPILERS) as pool:
         compiled = begin_compiling(problems, configs, pool)
     for problem in track(problems, description="replay", console=console):
-        rows = [measure(problem, config, compiled) for config in configs]
+        found = [measure(problem, config, compiled) for config in configs]
         if not (tune or alone):
             same = replay_peers.DECODE if problem.T == 1 else replay_peers.VERIFY
-            rows += [measure_peer(problem, *peer) for peer in same.items()]
+            found += [measure_peer(problem, *peer) for peer in same.items()]
             if problem.accepts == "uniform":
-                rows += others(problem, alone=False)
-        console.print(table(problem, rows))
-        result["rows"] += [commit_of(result) | row for row in rows]
+                found += others(problem, alone=False)
+        console.print(table(problem, found))
+        result["rows"] += [commit_of(result) | row for row in found]
         path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {path}")
 
