@@ -51,11 +51,15 @@ def layer_step_kernel(
     `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
     part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, is_row = options.heads, number < x.num_rows
-    number = in_call(number, x.num_rows, x.tables.cu_seqlens is not None)
-    row, conv_row = (
-        each._replace(live=each.live & is_row, length=jnp.where(is_row, each.length, 0))
-        for each in find_rows(x, options, number)
-    )
+    is_packed = x.tables.cu_seqlens is not None
+    row, conv_row = find_rows(x, options, in_call(number, x.num_rows, is_packed))
+    if is_packed:
+        row, conv_row = (
+            each._replace(
+                live=each.live & is_row, length=jnp.where(is_row, each.length, 0)
+            )
+            for each in (row, conv_row)
+        )
     steps = [row.begin + step for step in range(options.steps(x))]
     steps = [jnp.minimum(at, np.int32(x.num_tokens - 1)) for at in steps]
     # of the rule's inputs it needs those that say where states are
