@@ -43,7 +43,10 @@ def check_launch(config: Any, *any_number: str) -> None:
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive int; got {value!r}")
         if name not in any_number and value & (value - 1):
-            raise ValueError(f"{name} must be a power of two; got {value}")
+            raise ValueError(
+                f"{name} must be a power of two; got {value}. Take "
+                f"{1 << value.bit_length() - 1} or {1 << value.bit_length()}."
+            )
         if name.endswith("warps") and value > MAX_WARPS:
             raise ValueError(
                 f"{name} must be at most {MAX_WARPS}, CUDA's limit of a block; got "

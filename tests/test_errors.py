@@ -63,7 +63,7 @@ def _says(text):
 
 STATE = "state must be [P or N, HV, V, K]"
 FLOATS = "must be one of float32, bfloat16, float16"
-SLOTS = "slots must be [N] or, for speculative decoding, [N, S], with N = 2"
+SLOTS = "slots must be [N] with N = 2"
 
 
 @pytest.mark.parametrize("function", [fused, recurrent])

@@ -37,6 +37,7 @@ WRONG = {
     "state.k_scale must be float32; got bfloat16": dict(
         state=STATE._replace(k_scale=STATE.k_scale.astype(jnp.bfloat16))
     ),
+    "slots must be [N] with N = 3; got (2,)": dict(slots=jnp.zeros(2, jnp.int32)),
     "slots must be [N], one slot a row; got (3, 2)": dict(
         slots=jnp.zeros((3, 2), jnp.int32)
     ),
@@ -95,7 +96,7 @@ def test_a_wrong_state_is_told(change, text):
 @pytest.mark.parametrize("op", ["fused_update", "chunk_update"])
 def test_an_op_that_is_not_replays_names_what_is(op, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"replay_update; .to_dense\(\)"):
+    with pytest.raises(ValueError, match=r"It is for replay_update.*to_dense\(\)"):
         getattr(gdn_jax, op)(STATE, *TOKENS)
     with pytest.raises(ValueError, match="state must be an array; got ReplayState"):
         ReplayState.from_dense(STATE, num_key_heads=1)

@@ -81,6 +81,11 @@ def generate(
     with errors():
         if model is not None:
             _check_folder(model)
+        if decode == Decode.in_place and speculative:
+            raise ValueError(
+                f"--decode in_place has no state to go back to: with --speculative "
+                f"{speculative} it is checkpoints or replay."
+            )
         prompts = _prompts(prompt, batch, is_shipped=model is None)
         # Here, since Flax takes a second that `check` and `info` need not wait.
         from gdn_jax.generation.api import make_engine, prompt_seed

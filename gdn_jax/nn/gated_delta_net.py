@@ -177,8 +177,8 @@ class GatedDeltaNet(nn.Module):
             sequence where the rule has S. None: `slots`, or its column 0, so that a
             sequence's first slot is its slot in both pools.
           cu_seqlens, num_accepted, has_state: as in `fused_update`. Also the step after
-            the last speculative one needs `num_accepted`: without it the convolution
-            takes one token of that step to stand.
+            the last speculative one needs `num_accepted`: without it one token of that
+            step stands, of a replay state too. It is 1 to S, and 1 behind a prompt.
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
             to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
@@ -361,8 +361,9 @@ class GatedDeltaNet(nn.Module):
             since a sequence needs one where the rule takes S; None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
           decode: "replay": the rule's states are a `ReplayState`, which needs one slot
-            a sequence, whatever `columns` is. "in_place" or "checkpoints": they are
-            arrays, for decoding without drafts or with them. None: one of these two.
+            a sequence, whatever `columns` is, up to 32: its window is 16, or 32 with
+            more columns. "in_place" or "checkpoints": they are arrays, for decoding
+            without drafts or with them; without, both are one. None: one of these two.
 
         Raises:
           ValueError: one of these is not what it must be.

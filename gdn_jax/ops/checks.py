@@ -69,7 +69,10 @@ def floating(name: str, x: Any) -> Array:
     if x is None:
         fail(name, "None", "an array", "It has no default.")
     if hasattr(x, "checkpoint"):
-        remedy = "It is for replay_update; .to_dense() gives its states."
+        remedy = (
+            "It is for replay_update. Prompts go into its .checkpoint, at slots that "
+            "were reset; .to_dense() gives its states."
+        )
         fail(name, type(x).__name__, "an array", remedy)
     if not hasattr(x, "dtype"):  # a list of numbers
         return jnp.asarray(x, jnp.float32)

@@ -253,7 +253,8 @@ def check_slots(
             f"Pass slots to use a pool ({source}).",
         )
     if slots is not None and (slots.ndim not in (1, 2) or slots.shape[0] != rows):
-        wanted = f"[N] or, for speculative decoding, [N, S], with N = {rows}"
+        axes = "[N]" if num_accepted is None else "[N, S]"
+        wanted = f"{axes} with N = {rows}"
         checks.fail("slots", slots.shape, wanted, f"One entry a row: {source}.")
     if speculative:
         if num_accepted is None:
