@@ -255,7 +255,7 @@ def problems_of(
     for dtype, T in itertools.product(state_dtypes, tokens):
         of_tokens = ROWS_PLAIN if T == 1 else ROWS_VERIFY
         for N in of_tokens[-1:] if quick else of_tokens:
-            every_way = N in of_tokens[-1:] and T in ACCEPTS_TOKENS and not quick
+            every_way = of_tokens[-1] == N and T in ACCEPTS_TOKENS and not quick
             ways = ACCEPTS if every_way else ACCEPTS[:1]
             if N in rows:
                 problems += [Problem(N, T, dtype, accepts) for accepts in ways]
@@ -282,6 +282,11 @@ def main(
     file = f"replay_tune_{tune}.json" if tune else "replay.json"
     path = folder / file
     problems = problems_of(state_dtype, tokens, rows, quick)
+    if not problems:
+        raise SystemExit(
+            f"no problem has --rows {rows} and --tokens {tokens}: one token is for "
+            f"{ROWS_PLAIN} rows, more are for {ROWS_VERIFY}; with --quick for the most."
+        )
     keys = "state_dtype", "T", "N"
     measured = [{key: getattr(problem, key) for key in keys} for problem in problems]
     result["rows"] = rows_besides(measured, path, committed / file)

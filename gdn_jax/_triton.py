@@ -45,7 +45,7 @@ def check_launch(config: Any, *any_number: str) -> None:
         if name not in any_number and value & (value - 1):
             raise ValueError(
                 f"{name} must be a power of two; got {value}. Take "
-                f"{1 << value.bit_length() - 1} or {1 << value.bit_length()}."
+                f"{1 << value.bit_length() - 1}."
             )
         if name.endswith("warps") and value > MAX_WARPS:
             raise ValueError(

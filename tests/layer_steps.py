@@ -1,5 +1,6 @@
 """Steps of a layer by cases: their inputs, and what runs them."""
 
+import contextlib
 import dataclasses
 import functools
 from unittest import mock
@@ -154,8 +155,8 @@ def poison(x, slots):
 @functools.cache
 def jitted(implementation, layout, activation, config=None, ops=None):
     def run(state, tokens, options):
-        in_turn = functools.partial(chain_of, ops) if ops else api._chain
-        with mock.patch.object(api, "_chain", in_turn):
+        in_turn = mock.patch.object(api, "_chain", functools.partial(chain_of, ops))
+        with in_turn if ops else contextlib.nullcontext():
             return fused_layer_step(
                 state,
                 *tokens,

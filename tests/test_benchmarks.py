@@ -49,6 +49,13 @@ def test_help_of_others(script):
     assert "--out" in found.stdout
 
 
+def test_what_memcheck_plants_is_named():
+    command = [sys.executable, BENCHMARKS / "memcheck_planted.py", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "planted under that name" in found.stdout
+
+
 @pytest.mark.parametrize("suite", ["prefill", "train", "conv", "experts", "few_rows"])
 def test_problems_build(suite, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -87,7 +87,10 @@ def test_the_seed_decides():
         (["bad \udcff byte"], "PROMPT is no UTF-8 (surrogates not allowed at 4)."),
         (["--batch", str(WEIGHTS)], "Not in UTF-8. Wanted: UTF-8 text with a prompt"),
         ([""], "one token at least"),
-        (["x", "--speculative", "3", "--decode", "in_place"], "checkpoints or replay."),
+        (
+            ["x", "--speculative", "3", "--decode", "in_place"],
+            "use checkpoints or replay.",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(words, said):

@@ -107,6 +107,9 @@ SLOTS = "slots must be [N] with N = 2"
             "has_state must be [N] = (2,); got (3,)": dict(has_state=ints(3) > 0),
             f"{SLOTS}; got (3,)": dict(slots=ints(3)),
             f"{SLOTS}; got (2, 3, 1)": dict(slots=ints(N, S, 1)),
+            "slots must be [N, S] with N = 2; got (3, 3)": dict(
+                slots=ints(3, S), num_accepted=ints(N)
+            ),
             "slots must be [N] where num_accepted is None; got (2, 3)": dict(
                 slots=ints(N, S)
             ),

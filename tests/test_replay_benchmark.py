@@ -115,6 +115,7 @@ def test_reports_of_replay_go_where_their_markers_are(report, tmp_path):
         _row("replay", 128, 4, 110.0, "all"),
         _row("replay", 128, 4, 90.0, "one"),
         _row("replayssm_verify", 128, 4, 123.0, note="rounds to bfloat16"),
+        _row("replayssm_verify", 64, 4, 60.0, note="of old", date="2026-01-01"),
         _row("flashinfer_ucache", 128, 4, absent="keeps a bfloat16 state; got float32"),
         _row("triton", 128, 4, 400.0),
         _row("replay", 256, 1, 170.0),
@@ -136,9 +137,10 @@ def test_reports_of_replay_go_where_their_markers_are(report, tmp_path):
         (tmp_path / "nvidia_h200" / f"{name}.json").write_text(json.dumps(result))
     report.main()
     text = page.read_text()
-    assert "| verify T=4, float32 state, us a step, N = | 8 | 128 |" in text
-    assert "| gdn_jax, replay | 20.0 | 100.0 |" in text
-    assert "| ReplaySSM, verifying | - | 123.0 |" in text
+    assert "| verify T=4, float32 state, us a step, N = | 8 | 64 | 128 |" in text
+    assert "| gdn_jax, replay | 20.0 | - | 100.0 |" in text
+    assert "| ReplaySSM, verifying | - | 60.0 | 123.0 |" in text
+    assert "of old" not in text
     assert "| gdn_jax, replay, float32 state | 90.0 | 100.0 | 110.0 |" in text
     where = "verify T=4, N=128, float32 state"
     reason = "keeps a bfloat16 state; got float32"

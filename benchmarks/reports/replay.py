@@ -55,8 +55,12 @@ def replay(result: dict, folder: pathlib.Path) -> dict[str, str]:
     lines += accepts(result)
     rows = rows_of(result, accepts="uniform")
     peers = [row for row in rows if row["contender"] in NAMES and row.get("note")]
-    notes = {f"{label(row['contender'])}: {row['note']}." for row in peers}
-    lines += [f"{note}\n" for note in sorted(notes)]
+    # what is said of a contender last: rows of an earlier run may say less
+    notes = {
+        label(row["contender"]): row["note"]
+        for row in sorted(peers, key=lambda row: row.get("date", result["date"]))
+    }
+    lines += [f"{name}: {note}.\n" for name, note in sorted(notes.items())]
     # of what writes states the suites "decode" and "verify" tell
     replaying = [row for row in rows if row["contender"] in REPLAYING]
     lines += absences(replaying, title_of, label)

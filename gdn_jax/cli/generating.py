@@ -83,8 +83,8 @@ def generate(
             _check_folder(model)
         if decode == Decode.in_place and speculative:
             raise ValueError(
-                f"--decode in_place has no state to go back to: with --speculative "
-                f"{speculative} it is checkpoints or replay."
+                f"--decode in_place has no state to go back to when drafts are "
+                f"rejected: with --speculative {speculative} use checkpoints or replay."
             )
         prompts = _prompts(prompt, batch, is_shipped=model is None)
         # Here, since Flax takes a second that `check` and `info` need not wait.

@@ -83,7 +83,8 @@ def generate(
         most, which then cost fewer steps: the same texts at temperature 0, up to
         rounding, and texts of the same distribution otherwise. 0: none.
       decode: "in_place", "checkpoints" or "replay", see `Engine`. None: the fastest
-        for so many rows that was measured.
+        that was measured for so many rows on this GPU; elsewhere in place, or with
+        drafts by checkpoints.
       seed: any int; each prompt draws with a key of seed and index.
       stop: tokens that end a text; None: the config's `eos_token_id`; (): none.
       num_rows: prompts at once; the others wait. None: all, but 64 at most.

@@ -88,8 +88,8 @@ class Engine:
           max_stop: most tokens of a request's `stop`.
           recurrent_dtype: of the rule's states, see `GatedDeltaNet.init_state`.
           decode: how a text goes on: "in_place" (a state each, without drafts),
-            "checkpoints" (a state for each token of a step, without drafts in place
-            too) or "replay" (one state and records of the tokens since, see
+            "checkpoints" (a state for each token of a step, without drafts the same as
+            in place) or "replay" (one state and records of the tokens since, see
             `replay_update`). None: the fastest that was measured for so many rows on
             this GPU; elsewhere in place, or with drafts by checkpoints.
 

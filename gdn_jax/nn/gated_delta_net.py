@@ -178,7 +178,8 @@ class GatedDeltaNet(nn.Module):
             sequence's first slot is its slot in both pools.
           cu_seqlens, num_accepted, has_state: as in `fused_update`. Also the step after
             the last speculative one needs `num_accepted`: without it one token of that
-            step stands, of a replay state too. It is 1 to S, and 1 behind a prompt.
+            step stands, of a replay state too. `num_accepted` is 1 to S, of a replay
+            state 1 to the tokens of the last step, and 1 behind a prompt.
           null_slot: one that means "none" in `slots`.
           path: "fused" (token by token) or "chunk". None: fused with `num_accepted`, up
             to 16 dense tokens a row, and without `cu_seqlens` where tokens are packed.
@@ -361,9 +362,10 @@ class GatedDeltaNet(nn.Module):
             since a sequence needs one where the rule takes S; None: num_slots.
           recurrent_dtype: float32, bfloat16 or float16, of the rule's states.
           decode: "replay": the rule's states are a `ReplayState`, which needs one slot
-            a sequence, whatever `columns` is, up to 32: its window is 16, or 32 with
-            more columns. "in_place" or "checkpoints": they are arrays, for decoding
-            without drafts or with them; without, both are one. None: one of these two.
+            a sequence, whatever `columns` is, up to 32: its window is 16, or 32 where
+            they are more than 16. "in_place" or "checkpoints": they are arrays, for
+            decoding without drafts or with them; without, both mean the same. None:
+            one of these two.
 
         Raises:
           ValueError: one of these is not what it must be.

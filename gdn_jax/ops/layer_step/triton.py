@@ -50,10 +50,10 @@ def layer_step_kernel(
     a head each add to its sum of squares. Grid: (parts of V, value heads, rows); with
     `cu_seqlens` one row more, whose programs clear the tokens that belong to no row."""
     part, head, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    heads, is_row = options.heads, number < x.num_rows
-    is_packed = x.tables.cu_seqlens is not None
+    heads, is_packed = options.heads, x.tables.cu_seqlens is not None
     row, conv_row = find_rows(x, options, in_call(number, x.num_rows, is_packed))
-    if is_packed:
+    is_row = number < x.num_rows
+    if is_packed:  # all programs of dense rows have one; to ask costs registers
         row, conv_row = (
             each._replace(
                 live=each.live & is_row, length=jnp.where(is_row, each.length, 0)
@@ -93,7 +93,7 @@ def layer_step_kernel(
     walk.convolution.keep(buffer_ref)
     walk.run(first, convolved, gates, squares_ref)
 
-    if x.tables.cu_seqlens is not None:
+    if is_packed:
         known = np.int32(len(steps))  # rows that are longer are null
         begin, rest = row.begin + known, jnp.maximum(row.length - known, 0)
         for i in range(program.num_tiles):
