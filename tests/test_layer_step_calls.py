@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("exact_products")
         (dict(slots=None), "state must be one state per row where slots is None"),
         (dict(triple=True), "qkvz must be an array, or with ba a tuple of two"),
         (dict(qkvz=(3, 2, 384), ba=(3, 2, 8)), "got T = 2 with room for S = 1 tokens"),
-        (dict(slots=(2,)), r"slots must be \[N\] or, .* with N = 3; got \(2,\)"),
+        (dict(slots=(2,)), r"slots must be \[N\] with N = 3; got \(2,\)"),
         (dict(channels=100), r"state\[0\].buffer must be \[P, C, R\] with C = 2 H K"),
         (dict(pool=(5, 0, 32, 32)), r"state\[0\].buffer must be .* of HV = 0"),
         (dict(pool=(5, 4, 0, 32)), r"state\[0\].buffer must be .* V = 0"),
